@@ -1,0 +1,58 @@
+"""P-Tuning v2 for Hugging Face PEFT: importing this package makes `PREFIX_TUNING_V2` a PEFT method like LoRA."""
+
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+)
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+
+from .attention import UnsupportedBackboneError
+from .config import PrefixTuningV2Config, PrefixTuningV2Type
+from .convert import fold
+from .layer import PREFIX, PrefixNotUsedError, PrefixTuningV2Layer
+from .model import PrefixTuningV2Model
+from .version import __version__
+
+
+
+# What `peft.utils.register_peft_method` does, which refuses names that are not in PEFT's closed enum.
+PEFT_TYPE_TO_CONFIG_MAPPING[PrefixTuningV2Type.PREFIX_TUNING_V2] = PrefixTuningV2Config
+PEFT_TYPE_TO_TUNER_MAPPING[PrefixTuningV2Type.PREFIX_TUNING_V2] = PrefixTuningV2Model
+PEFT_TYPE_TO_PREFIX_MAPPING[PrefixTuningV2Type.PREFIX_TUNING_V2] = PREFIX
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PrefixTuningV2Type.PREFIX_TUNING_V2] = PrefixTuningV2Model
+
+__all__ = [
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "PeftConfig",
+    "PeftModel",
+    "PrefixNotUsedError",
+    "PrefixTuningV2Config",
+    "PrefixTuningV2Layer",
+    "PrefixTuningV2Model",
+    "PrefixTuningV2Type",
+    "TaskType",
+    "UnsupportedBackboneError",
+    "__version__",
+    "fold",
+    "get_peft_model",
+]

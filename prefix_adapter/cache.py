@@ -1,0 +1,154 @@
+"""A read-only view of a key/value cache with a prefix in front: the only file that knows transformers' Cache API."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Optional
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+
+# Puts a prefix in front of the keys `[batch, heads, length, size]` and values of the layer with the given index.
+Join = Callable[[Tensor, Tensor, Optional[int]], "tuple[Tensor, Tensor]"]
+
+
+class _PrefixedLayer:
+    """A layer of the inner cache as cross-attention reads it once it is filled: `.keys` and `.values`."""
+
+    def __init__(self, view: PrefixCache, index: int):
+        self._view, self._index = view, index
+
+    @property
+    def keys(self) -> Tensor:
+        return self._joined()[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self._joined()[1]
+
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        layer = self._view.inner.layers[self._index]
+        self._view.used = True
+        return self._view.join(layer.keys, layer.values, self._index)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._view.inner.layers[self._index], name)
+
+
+class _PrefixedLayers:
+    def __init__(self, view: PrefixCache):
+        self._view = view
+
+    def __getitem__(self, index: int) -> _PrefixedLayer:
+        return _PrefixedLayer(self._view, index)
+
+    def __len__(self) -> int:
+        return len(self._view.inner.layers)
+
+
+class PrefixCache(Cache):
+    """What one attention layer is given in place of its cache, or of none.
+
+    The inner cache does its work and never holds the prefix, so it may be of any kind, cropped, reordered or fed back
+    by its owner. Whatever the view does not answer itself goes to the inner cache.
+
+    Args:
+        inner: the cache that the layer would have been given; `None` if none.
+        length: the prefix's length in tokens.
+        join: puts the prefix in front of keys and values.
+    """
+
+    def __init__(self, inner: Cache | None, length: int, join: Join):
+        # No `super().__init__()`: the storage is the inner cache's.
+        self._inner, self.length, self.join = inner, length, join
+        self.used = False
+
+    @property
+    def inner(self) -> Cache:
+        if self._inner is None:
+            self._inner = DynamicCache()
+        return self._inner
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.used = True
+        if self._inner is not None:
+            key_states, value_states = self._inner.update(key_states, value_states, layer_idx, *args, **kwargs)
+        return self.join(key_states, value_states, layer_idx)
+
+    def get_seq_length(self, layer_idx: int | None = 0) -> Any:
+        # Attention modules ask this to place their queries behind all keys (T5's relative bias).
+        if self._inner is None:
+            return self.length
+        return self._inner.get_seq_length(layer_idx) + self.length
+
+    @property
+    def layers(self) -> Any:
+        return _PrefixedLayers(self)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(length={self.length}, inner={self._inner!r})"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+def _delegated(name: str) -> property:
+    return property(lambda self: getattr(self.inner, name))
+
+
+# `__getattr__` is not asked for what the Cache class itself defines: send all of that on, but for what is ours.
+for _name in vars(Cache):
+    if not _name.startswith("_") and _name not in vars(PrefixCache):
+        setattr(PrefixCache, _name, _delegated(_name))
+
+
+class PrefixEncoderDecoderCache(EncoderDecoderCache):
+    """The same view for a layer of an encoder-decoder model, whose cache has two sides.
+
+    Args:
+        inner: the cache that the layer would have been given; `None` if none.
+        length: the prefix's length in tokens.
+        join: puts the prefix in front of the keys and values of self-attention.
+        cross_join: the same for cross-attention; `join` if it is not given.
+    """
+
+    def __init__(self, inner: EncoderDecoderCache | None, length: int, join: Join, cross_join: Join | None = None):
+        self.inner = inner
+        # Not `inner and ...`: a cache without layers is false.
+        own, cross = (None, None) if inner is None else (inner.self_attention_cache, inner.cross_attention_cache)
+        self.self_attention_cache = PrefixCache(own, length, join)
+        self.cross_attention_cache = PrefixCache(cross, length, cross_join or join)
+        self.is_updated = {} if inner is None else inner.is_updated
+
+    @property
+    def used(self) -> bool:
+        return self.self_attention_cache.used or self.cross_attention_cache.used
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or self.__dict__.get("inner") is None:
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+def with_prefix(
+    inner: Any, length: int, join: Join, cross_join: Join | None = None, encoder_decoder: bool = False
+) -> PrefixCache | PrefixEncoderDecoderCache:
+    """A view of `inner` (or of no cache) that puts a prefix in front.
+
+    Args:
+        encoder_decoder: the kind of view when there is no inner cache to tell.
+    """
+    if isinstance(inner, EncoderDecoderCache) or (inner is None and encoder_decoder):
+        return PrefixEncoderDecoderCache(inner, length, join, cross_join)
+    if inner is not None and not isinstance(inner, Cache):
+        raise TypeError(
+            f"`past_key_values` must be a transformers `Cache`, got {type(inner).__name__}. Build a "
+            "`DynamicCache` from tuples of keys and values."
+        )
+    return PrefixCache(inner, length, join)

@@ -1,0 +1,160 @@
+"""What a user may say about a P-Tuning v2 prefix, checked when it is said."""
+
+from __future__ import annotations
+
+import enum
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional, Union
+
+from peft import PeftConfig
+from peft.utils.constants import DUMMY_TARGET_MODULES
+
+from .card import write_model_card
+
+ATTENTION_KINDS = ("encoder", "decoder", "cross")
+
+
+class PrefixTuningV2Type(str, enum.Enum):
+    """The PEFT type of this package.
+
+    `peft.PeftType` is closed, but the dictionaries in `peft.mapping` are keyed by string-valued enums, so a string
+    enum of our own is a key like any other.
+    """
+
+    PREFIX_TUNING_V2 = "PREFIX_TUNING_V2"
+
+
+def _check_int(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+
+
+@dataclass
+class PrefixTuningV2Config(PeftConfig):
+    """Configuration of a P-Tuning v2 prefix (Liu et al. 2022, https://arxiv.org/abs/2110.07602, section 3.2).
+
+    Every attention layer of the frozen backbone is given `num_virtual_tokens` learned keys and values in front of its
+    own. They come from a plain table, `Embedding(n, columns)`, or, with `prefix_projection`, from the reference's
+    two-layer MLP, `Embedding(n, hidden) - Linear(hidden, encoder_hidden_size) - Tanh -
+    Linear(encoder_hidden_size, columns)`, where `columns` is the sum over the layers of the key and the value size
+    (layers x 2 x hidden for BERT). The columns are in the order of the reference: layer by layer, the key before the
+    value, heads, head size.
+
+    Args:
+        num_virtual_tokens (`int`, defaults to 20):
+            Prefix length n, in tokens; at least 1. The paper's settings lie between 4 and 224 (its appendix).
+        prefix_projection (`bool`, defaults to `False`):
+            Whether an MLP computes the prefix (the paper's "reparameterization", section 3.3).
+        encoder_hidden_size (`int`, *optional*):
+            Width of the MLP's hidden layer; the backbone's hidden size if `None`. Only with `prefix_projection`.
+        prefix_dropout (`float`, defaults to 0.1):
+            Probability with which an element of a prefix key or value is dropped in training, drawn for each row of
+            the batch as in the reference implementation. In [0, 1).
+        init_std (`float`, defaults to 0.02):
+            Standard deviation of the normal distribution from which the table, or the MLP's embedding and weights, are
+            drawn (the reference's `initializer_range`). Above 0: an MLP of zeros never gets a gradient.
+        layers_to_transform (`int` or `list[int]`, *optional*):
+            Indices of the layers that get a prefix, all if `None`. In an encoder-decoder an index means that layer of
+            the encoder and of the decoder.
+        target_attention (`list[str]`, *optional*):
+            Which attention gets a prefix: `"encoder"` self-attention, `"decoder"` self-attention, `"cross"` attention
+            (Li and Liang 2021, https://arxiv.org/abs/2101.00190, section 4, gives all three one each). `None` means
+            every kind that the model has.
+        shift_positions (`bool`, defaults to `False`):
+            Whether the positions of the input start at n instead of 0, as in the reference and in PEFT's prefix
+            tuning. The default leaves the backbone's own positions, so that all of its input length stays usable.
+        modules_to_save (`list[str]`, *optional*):
+            Modules besides the prefix that are trained and saved, a task head for instance.
+
+    Raises:
+        ValueError: if a field has a value that it cannot have; the message names the field.
+    """
+
+    num_virtual_tokens: int = field(default=20, metadata={"help": "Prefix length, in virtual tokens."})
+    prefix_projection: bool = field(default=False, metadata={"help": "Whether a two-layer MLP computes the prefix."})
+    encoder_hidden_size: Optional[int] = field(
+        default=None, metadata={"help": "Width of the MLP's hidden layer, the backbone's hidden size by default."}
+    )
+    prefix_dropout: float = field(default=0.1, metadata={"help": "Dropout on the prefix keys and values."})
+    init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the initial weights."})
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "Indices of the layers that get a prefix, all by default."}
+    )
+    target_attention: Optional[list[Literal["encoder", "decoder", "cross"]]] = field(
+        default=None, metadata={"help": "Which attention gets a prefix: encoder, decoder, cross; all by default."}
+    )
+    shift_positions: bool = field(
+        default=False, metadata={"help": "Whether the input's positions start behind the prefix."}
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None, metadata={"help": "Modules besides the prefix that are trained and saved."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PrefixTuningV2Type.PREFIX_TUNING_V2
+        _check_int("num_virtual_tokens", self.num_virtual_tokens, 1)
+        _check_bool("prefix_projection", self.prefix_projection)
+        _check_bool("shift_positions", self.shift_positions)
+        if self.encoder_hidden_size is not None:
+            _check_int("encoder_hidden_size", self.encoder_hidden_size, 1)
+            if not self.prefix_projection:
+                raise ValueError(
+                    "`encoder_hidden_size` is the width of the MLP and needs `prefix_projection=True`, without which "
+                    "it would have no effect."
+                )
+        _check_number("prefix_dropout", self.prefix_dropout)
+        if not 0 <= self.prefix_dropout < 1:
+            raise ValueError(f"`prefix_dropout` must lie in [0, 1), got {self.prefix_dropout!r}.")
+        _check_number("init_std", self.init_std)
+        if self.init_std <= 0:
+            raise ValueError(f"`init_std` must be above 0, got {self.init_std!r}.")
+        self._check_layers()
+        self._check_names("target_attention", ATTENTION_KINDS)
+        self._check_names("modules_to_save", None)
+
+    def _check_layers(self) -> None:
+        if self.layers_to_transform is None:
+            return
+        layers = self.layers_to_transform
+        if not isinstance(layers, (list, tuple, set, range)):
+            layers = [layers]
+        if not layers:
+            raise ValueError("`layers_to_transform` is empty: an adapter needs at least one layer. None means all.")
+        for index in layers:
+            _check_int("layers_to_transform", index, 0)
+        if len(set(layers)) != len(layers):
+            raise ValueError(f"`layers_to_transform` names a layer twice: {list(layers)}.")
+        self.layers_to_transform = sorted(layers)
+
+    def _check_names(self, name: str, allowed: tuple[str, ...] | None) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"`{name}` must be a list of strings, got {value!r}.")
+        if allowed and (not value or set(value) - set(allowed)):
+            raise ValueError(f"`{name}` must be a non-empty list out of {list(allowed)}, got {value!r}.")
+        setattr(self, name, [item for item in allowed if item in value] if allowed else list(value))
+
+    @property
+    def target_modules(self) -> str:
+        """PEFT's injection loop looks for modules to replace; a prefix replaces none and hooks those that it finds."""
+        return DUMMY_TARGET_MODULES
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and into the model card beside it how to load the adapter."""
+        super().save_pretrained(str(save_directory), **kwargs)
+        write_model_card(save_directory, self)

@@ -1,0 +1,138 @@
+"""P-Tuning v2 as PEFT sees it: a tuner like LoRA, that `get_peft_model` and `PeftModel` work with as they are."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from typing import Any, Iterator
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .layer import LAYER_NAME, PREFIX, PrefixTuningV2Layer
+
+
+class PrefixTuningV2Model(BaseTuner):
+    """Puts learned keys and values in front of every attention layer of a frozen transformers model.
+
+    P-Tuning v2 (Liu et al. 2022, https://arxiv.org/abs/2110.07602). PEFT makes it, by way of `peft.get_peft_model` or
+    `PeftModel.from_pretrained`.
+
+    Args:
+        model (`PreTrainedModel`): The frozen backbone, with or without a task head.
+        peft_config (`PrefixTuningV2Config`): The adapter's configuration.
+        adapter_name (`str`): The adapter's name.
+        low_cpu_mem_usage (`bool`, *optional*): Create the parameters on the meta device, to be loaded later.
+
+    Raises:
+        UnsupportedBackboneError: if the backbone's attention cannot be given `past_key_values`.
+        ValueError: if the configuration does not fit the backbone.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = PrefixTuningV2Layer
+
+    @property
+    def prefix_layer(self) -> PrefixTuningV2Layer:
+        """The layer that holds all prefixes."""
+        return getattr(self.model, LAYER_NAME)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        first = not hasattr(model, LAYER_NAME)
+        layer = PrefixTuningV2Layer(model) if first else getattr(model, LAYER_NAME)
+        try:
+            layer.update_layer(adapter_name, config, bool(kwargs.get("low_cpu_mem_usage")))
+        except Exception:
+            if first:
+                layer.remove_hooks()
+            raise
+        if first:
+            model.add_module(LAYER_NAME, layer)
+            layer.train(model.training)
+            if layer.attention_without_cache:
+                warnings.warn(
+                    f"{type(model).__name__} is a hybrid: {len(layer.attention_without_cache)} of its layers keep no "
+                    f"keys and values of their own and get no prefix ({', '.join(layer.attention_without_cache)}); "
+                    f"{len(layer.targets)} attention layers do.",
+                    stacklevel=2,
+                )
+        # PEFT's own loop replaces no module of this method, and does the housekeeping.
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        return peft_config
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("A prefix replaces no modules.")
+
+    def fold_adapter(self, adapter_name: str = "default") -> None:
+        """Replace an adapter's MLP by the table that it computes: the same outputs, a few hundred KB when saved.
+
+        It can still be trained, as a table. To fold an adapter that is already saved see `prefix_adapter.fold`.
+
+        Raises:
+            ValueError: if there is no such adapter, or it has no MLP.
+        """
+        if adapter_name not in self.prefix_layer.adapters:
+            raise ValueError(f"There is no prefix adapter {adapter_name!r}; there are {list(self.prefix_layer.adapters)}.")
+        config = self.peft_config[adapter_name]
+        if not config.prefix_projection:
+            raise ValueError(f"Adapter {adapter_name!r} is a table already (`prefix_projection=False`).")
+        self.prefix_layer.fold(adapter_name)
+        config.prefix_projection, config.encoder_hidden_size = False, None
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            "A prefix cannot be merged: its keys and values are inputs of attention, and no weight of the base model "
+            "computes them. Keep the adapter beside the model; to make it small and fast use `fold_adapter`, to get "
+            "the base model back `unload`."
+        )
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        self.prefix_layer.remove_hooks()
+        delattr(self.model, LAYER_NAME)
+        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT enters this around a forward: `adapter_names` gives every row of the batch an adapter of its own."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        self._check_adapter_names(names, args, kwargs)
+        layer = self.prefix_layer
+        repeats = kwargs.get("num_beams") or 1
+        spread = [name for name in names for _ in range(repeats)]
+
+        def pass_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return args, {**kwargs, "adapter_names": spread}
+
+        heads = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        handles = [head.register_forward_pre_hook(pass_names, with_kwargs=True) for head in heads]
+        layer.set_row_adapters(list(names))
+        try:
+            yield
+        finally:
+            layer.set_row_adapters(None)
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.training:
+            raise ValueError("`adapter_names` is for inference: call `model.eval()`, or train one adapter at a time.")
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"`adapter_names` must be a list with a name for each row of the batch, got {names!r}.")
+        known = self.prefix_layer.adapters
+        unknown = sorted({name for name in names if name != "__base__" and name not in known})
+        if unknown:
+            raise ValueError(f"`adapter_names` names {unknown}, but the adapters are {sorted(known)} and '__base__'.")
+        given = args[0] if args else None
+        for name in ("input_ids", "inputs", "inputs_embeds"):
+            given = kwargs.get(name) if given is None else given
+        if given is not None and len(names) != given.shape[0]:
+            raise ValueError(f"`adapter_names` has {len(names)} names for a batch of {given.shape[0]}.")

@@ -1,0 +1,97 @@
+"""Where a backbone turns positions into something: the tables that limit its input, and how to shift them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Iterable
+
+from torch import Tensor, nn
+
+from .probe import innermost, is_count, parameter_names
+
+_IDS, _PAST = "position_ids", "past_key_values_length"
+
+
+@dataclass
+class PositionTarget:
+    """A module that looks positions up or computes with them.
+
+    Attributes:
+        names: the arguments of its `forward`, in order.
+        positions: which of them are the positions, if they are given.
+        limit: how many positions it has; `None` if it computes them.
+    """
+
+    name: str
+    module: nn.Module
+    names: list[str]
+    positions: str
+    limit: int | None
+
+    def shift(self, by: int | Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        """The call's arguments with positions `by` higher: an integer, or `[batch, 1]` where rows differ."""
+        arguments = {**dict(zip(self.names, args)), **kwargs}
+        if arguments.get(self.positions) is not None:
+            arguments[self.positions] = arguments[self.positions] + by
+        elif _PAST in self.names:
+            # It counts by itself, from the length of what went before.
+            arguments[_PAST] = (arguments.get(_PAST) or 0) + by
+        return (), arguments
+
+
+class PositionProbe:
+    """Finds a model's position targets while `probe` runs: set up before, asked after.
+
+    Args:
+        model: the model that will be probed.
+        attention: names of its attention modules. What has one inside is a layer, which passes positions on.
+    """
+
+    def __init__(self, model: nn.Module, attention: Iterable[str]):
+        layers = {name.rpartition(".")[0] for name in attention}
+        while inner := {name.rpartition(".")[0] for name in layers} - layers:
+            layers |= inner
+        modules = dict(model.named_modules())
+        self._tables: dict[str, PositionTarget] = {}
+        self._called: set[str] = set()
+        self._named = {
+            name: module
+            for name, module in modules.items()
+            if name not in layers and {_IDS, _PAST} & set(parameter_names(module))
+        }
+        self._handles = [
+            module.register_forward_pre_hook(self._look_at_table(name))
+            for name, module in modules.items()
+            if type(module).forward is nn.Embedding.forward
+        ] + [module.register_forward_pre_hook(self._note_call(name)) for name, module in self._named.items()]
+
+    def _look_at_table(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            # The probe's tokens are all the same, so a table that is asked for consecutive rows is one of positions.
+            first = is_count(args[0]) if args else None
+            if first is not None:
+                limit = module.num_embeddings - first
+                self._tables[name] = PositionTarget(name, module, ["input"], "input", limit)
+
+        return hook
+
+    def _note_call(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._called.add(name)
+
+        return hook
+
+    def found(self) -> list[PositionTarget]:
+        """The targets, once `probe` has run; removes the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        tables = {name: target.module for name, target in self._tables.items()}
+        targets = []
+        for name, module in innermost({**self._named, **tables}).items():
+            if name in tables:
+                targets.append(self._tables[name])
+            elif name in self._called:
+                size = getattr(module, "num_embeddings", None)
+                limit = None if size is None else size - getattr(module, "offset", 0)
+                targets.append(PositionTarget(name, module, parameter_names(module), _IDS, limit))
+        return targets

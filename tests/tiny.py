@@ -1,0 +1,65 @@
+"""Tiny random models for tests: real architectures, no weights to download."""
+
+import torch
+import transformers as tr
+
+VOCAB, LENGTH, LAYERS, HEADS, HIDDEN = 99, 64, 3, 4, 32
+
+CONFIGS = {
+    "bert": lambda: tr.BertConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        intermediate_size=48, max_position_embeddings=LENGTH, initializer_range=0.2,
+    ),
+    "roberta": lambda: tr.RobertaConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        intermediate_size=48, max_position_embeddings=LENGTH + 2, initializer_range=0.2,
+    ),
+    "gpt2": lambda: tr.GPT2Config(
+        vocab_size=VOCAB, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_positions=LENGTH, initializer_range=0.2,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    ),
+    "llama": lambda: tr.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        num_key_value_heads=2, intermediate_size=48, max_position_embeddings=LENGTH, initializer_range=0.2,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    ),
+    "t5": lambda: tr.T5Config(
+        vocab_size=VOCAB, d_model=HIDDEN, num_layers=LAYERS, num_heads=HEADS, d_kv=8, d_ff=48,
+        decoder_start_token_id=0, initializer_factor=5.0,
+    ),
+    "bart": lambda: tr.BartConfig(
+        vocab_size=VOCAB, d_model=HIDDEN, encoder_layers=LAYERS, decoder_layers=LAYERS, encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=LENGTH,
+        init_std=0.2,
+    ),
+}  # fmt: skip
+
+
+def config(kind: str, **changes) -> tr.PreTrainedConfig:
+    """A tiny configuration with `changes` made to it."""
+    result = CONFIGS[kind]()
+    result.num_labels = 3
+    for name, value in changes.items():
+        setattr(result, name, value)
+    return result
+
+
+def model(kind: str, auto_class: str = "AutoModel", seed: int = 0, attn: str | None = None, **changes):
+    """A tiny random model in eval mode, the same for the same seed."""
+    torch.manual_seed(seed)
+    kwargs = {} if attn is None else {"attn_implementation": attn}
+    return getattr(tr, auto_class).from_config(config(kind, **changes), **kwargs).eval()
+
+
+def ids(batch: int = 2, length: int = 7, seed: int = 1) -> torch.Tensor:
+    """Token ids `[batch, length]` without special tokens."""
+    return torch.randint(5, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def randomize(module, std: float = 0.5, seed: int = 2) -> None:
+    """Draw all trainable parameters anew, so that a prefix has an effect that cannot be overlooked."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
