@@ -1,5 +1,7 @@
 """P-Tuning v2 for Hugging Face PEFT: importing this package makes `PREFIX_TUNING_V2` a PEFT method like LoRA."""
 
+from typing import Any
+
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -27,13 +29,15 @@ from .layer import PREFIX, PrefixNotUsedError, PrefixTuningV2Layer
 from .model import PrefixTuningV2Model
 from .version import __version__
 
-
-
 # What `peft.utils.register_peft_method` does, which refuses names that are not in PEFT's closed enum.
-PEFT_TYPE_TO_CONFIG_MAPPING[PrefixTuningV2Type.PREFIX_TUNING_V2] = PrefixTuningV2Config
-PEFT_TYPE_TO_TUNER_MAPPING[PrefixTuningV2Type.PREFIX_TUNING_V2] = PrefixTuningV2Model
-PEFT_TYPE_TO_PREFIX_MAPPING[PrefixTuningV2Type.PREFIX_TUNING_V2] = PREFIX
-PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PrefixTuningV2Type.PREFIX_TUNING_V2] = PrefixTuningV2Model
+_entries: list[tuple[dict[Any, Any], Any]] = [
+    (PEFT_TYPE_TO_CONFIG_MAPPING, PrefixTuningV2Config),
+    (PEFT_TYPE_TO_TUNER_MAPPING, PrefixTuningV2Model),
+    (PEFT_TYPE_TO_PREFIX_MAPPING, PREFIX),
+    (PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PrefixTuningV2Model),
+]
+for _mapping, _entry in _entries:
+    _mapping[PrefixTuningV2Type.PREFIX_TUNING_V2] = _entry
 
 __all__ = [
     "AutoPeftModel",

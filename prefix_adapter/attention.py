@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from .cache import PrefixCache, PrefixEncoderDecoderCache, with_prefix
 from .encoder import KeyValueShape
 from .positions import PositionProbe, PositionTarget
-from .probe import PROBE_LENGTH, innermost, parameter_names, probe
+from .probe import PROBE_LENGTH, innermost, parameter_names, probe, untouched
 
 # What attention modules call their cache and their masks.
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 MASK_ARGUMENTS = ("attention_mask", "mask", "causal_mask", "encoder_attention_mask")
+SHARED_STATES = "shared_kv_states"
 ENCODER_STATES = ("key_value_states", "encoder_hidden_states")
 # Attention implementations whose masks are understood, by the start of their names in transformers.
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention")
+
+KINDS = ("encoder", "decoder", "cross")
 
 _ALTERNATIVES = {
     "encoder": "BERT, RoBERTa, XLM-RoBERTa, ELECTRA or CamemBERT (all-MiniLM is a BERT of DistilBERT's size)",
@@ -70,9 +73,11 @@ class AttentionTarget:
         names: the arguments of its `forward`, in order.
         slots: its prefixes by the layer index with which it updates the cache (more than one where layers share it).
         dtype: of the keys that it computes.
-        stack: what names the layers around it: all of a stack are called in a forward, or none.
         shares_bias: whether the first layer of its stack computes a position bias for all (T5).
-        slopes: `[heads]`, ALiBi's slopes where the model hands its biases to each layer; else `None`.
+        bias: the argument with ALiBi's biases where the model hands them to each layer; else `None`.
+        slopes: `[heads]`, ALiBi's slopes.
+        follows: whether it attends to the keys and values of another module instead of its own (Gemma 3n).
+        true_hides: whether True in its bool masks hides a key (MPT) instead of showing it.
     """
 
     name: str
@@ -85,13 +90,17 @@ class AttentionTarget:
     shares_bias: bool = False
     bias: str | None = None
     slopes: Tensor | None = None
+    true_hides: bool = False
+    follows: bool = False
 
     @property
     def kind(self) -> str:
+        """`"encoder"`, `"decoder"` or `"cross"`."""
         return next(iter(self.slots.values())).kind
 
     @property
     def stack(self) -> str:
+        """What names the layers around it and the kind: all of them are called in a forward, or none."""
         return f"{re.sub(r'[.]?[0-9]+([.].*)?$', '', self.name)} ({self.kind} attention)"
 
     def slot(self, layer_idx: int | None) -> Slot:
@@ -99,6 +108,7 @@ class AttentionTarget:
         return self.slots[layer_idx] if len(self.slots) > 1 else next(iter(self.slots.values()))
 
     def view(self, inner: Any, length: int, join: Any, cross_join: Any = None) -> Any:
+        """What the module is given in place of the cache `inner`."""
         return with_prefix(inner, length, join, cross_join, self.encoder_decoder)
 
 
@@ -109,12 +119,14 @@ class Call:
         self.names, self.args, self.kwargs = names, list(args), dict(kwargs)
 
     def get(self, name: str) -> Any:
+        """The argument's value; `None` if it was not given."""
         if name in self.kwargs:
             return self.kwargs[name]
         index = self.names.index(name) if name in self.names else len(self.args)
         return self.args[index] if index < len(self.args) else None
 
     def set(self, name: str, value: Any) -> None:
+        """Change the argument where it stands, or add it."""
         index = self.names.index(name) if name in self.names else len(self.args)
         if index < len(self.args):
             self.args[index] = value
@@ -122,6 +134,7 @@ class Call:
             self.kwargs[name] = value
 
     def first(self, names: tuple[str, ...]) -> Any:
+        """The first of the arguments that was given."""
         return next((value for value in map(self.get, names) if value is not None), None)
 
 
@@ -132,8 +145,10 @@ class Call:
 class _Record:
     """What the probe saw of a module that names a cache."""
 
-    called: bool = False
+    call: Call | None = None
+    without_gradient: bool = False
     cached: bool = False
+    at_once: int = 0
     updates: dict[int | None, tuple[str, Tensor, Tensor]] = field(default_factory=dict)
     biases: dict[str, Tensor | None] = field(default_factory=dict)
 
@@ -147,7 +162,9 @@ class _Recorder:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         call = Call(self.target.names, args, kwargs)
         inner = call.get(self.target.cache)
-        self.record.called = True
+        self.record.call = Call(self.target.names, args, kwargs)
+        self.record.at_once = 0
+        self.record.without_gradient = self.record.without_gradient or not torch.is_grad_enabled()
         self.record.cached = self.record.cached or inner is not None
         self.record.biases = {name: call.get(name) for name in ("alibi", "position_bias") if name in call.names}
         call.set(self.target.cache, self.target.view(inner, 0, self._join("self"), self._join("cross")))
@@ -156,6 +173,7 @@ class _Recorder:
     def _join(self, side: str) -> Any:
         def join(keys: Tensor, values: Tensor, layer_idx: int | None) -> tuple[Tensor, Tensor]:
             self.record.updates[layer_idx] = (side, keys, values)
+            self.record.at_once += 1
             return keys, values
 
         return join
@@ -165,6 +183,9 @@ def _shape_of(keys: Tensor, values: Tensor) -> KeyValueShape | None:
     for tensor in (keys, values):
         if tensor.dim() != 4 or tensor.shape[0] != 1 or tensor.shape[2] != PROBE_LENGTH:
             return None
+    if values is keys:
+        # One tensor serves as both (DeepSeek-V4), and so does one prefix.
+        return KeyValueShape(keys.shape[1], keys.shape[3], 0, 0)
     return KeyValueShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3])
 
 
@@ -177,16 +198,68 @@ def implementation_of(module: nn.Module, model: nn.Module) -> str:
     return getattr(config, "_attn_implementation", None) or "eager"
 
 
-def find_targets(model: nn.Module) -> tuple[list[AttentionTarget], list[PositionTarget], list[str]]:
-    """Run `model` once on a dummy input to find the modules that take a prefix.
+@dataclass
+class Finding:
+    """What a backbone offers to a prefix.
 
-    Returns:
-        The attention targets, the position targets, and the names of attention-like modules that keep no keys and
-        values of their own (state-space and linear layers of hybrids).
+    Attributes:
+        targets: its attention modules, encoder before decoder before cross-attention, layer by layer.
+        followers: modules that attend to the keys and values of a target instead of their own (Gemma 3n), by target.
+        positions: the modules that turn positions into something.
+    """
+
+    targets: list[AttentionTarget]
+    followers: list[tuple[AttentionTarget, AttentionTarget]]
+    positions: list[PositionTarget]
+
+
+def find_targets(model: nn.Module) -> Finding:
+    """Run `model` on a dummy input to find the modules that take a prefix, and try one out on each.
 
     Raises:
-        UnsupportedBackboneError: if no module does, or the dummy input cannot be run.
+        UnsupportedBackboneError: if none does, if one of them does not do with it what it should, or if the dummy
+            input cannot be run.
+        ValueError: if the attention implementation is one whose masks are not understood.
     """
+    recorders = _candidates(model)
+    if not recorders:
+        raise UnsupportedBackboneError(
+            model, "none of its attention modules has an argument for cached keys and values."
+        )
+    for recorder in recorders.values():
+        check_implementation(implementation_of(recorder.target.module, model))
+    positions = PositionProbe(model, recorders)
+    handles = [r.target.module.register_forward_pre_hook(r, with_kwargs=True) for r in recorders.values()]
+    with untouched(model):
+        try:
+            output = probe(model)
+        except Exception as error:
+            raise UnsupportedBackboneError(
+                model, f"a forward pass on a dummy input failed ({type(error).__name__}: {error})."
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+            position_targets = positions.found()
+        targets = [_as_target(model, recorder) for recorder in recorders.values() if recorder.record.updates]
+        _check_complete(model, targets, getattr(output, "past_key_values", None))
+        _describe_biases(targets, {name: recorder.record for name, recorder in recorders.items()})
+        for target in targets:
+            call = recorders[target.name].record.call
+            if call is not None:
+                _try_out(model, target, call)
+    _number_layers(model, targets)
+    followers = []
+    for recorder in recorders.values():
+        call, target = recorder.record.call, recorder.target
+        if not target.slots and call is not None and call.get(SHARED_STATES) is not None:
+            source = _source(model, target, targets)
+            target.follows, target.slots = True, source.slots
+            followers.append((target, source))
+    return Finding(targets, followers, position_targets)
+
+
+def _candidates(model: nn.Module) -> dict[str, _Recorder]:
     config = getattr(model, "config", None)
     two_sided = bool(getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False))
     named = {}
@@ -196,60 +269,138 @@ def find_targets(model: nn.Module) -> tuple[list[AttentionTarget], list[Position
         if cache is not None:
             named[name] = AttentionTarget(name, module, names, cache, two_sided)
     candidates = innermost({name: target.module for name, target in named.items()})
-    # A backbone that takes a cache for modules that do not (its layers hold no keys and values) is no attention module.
-    recorders = {
-        name: _Recorder(named[name]) for name in candidates if not hasattr(candidates[name], "get_input_embeddings")
+    # A backbone whose layers take no cache may name one itself, and is no attention module.
+    return {
+        name: _Recorder(named[name])
+        for name, module in candidates.items()
+        if not hasattr(module, "get_input_embeddings")
     }
-    if not recorders:
-        raise UnsupportedBackboneError(model, "none of its attention modules has an argument for cached keys and values.")
 
-    implementations = {implementation_of(r.target.module, model) for r in recorders.values()}
-    for implementation in implementations:
-        check_implementation(implementation)
 
-    positions = PositionProbe(model, recorders)
-    handles = [r.target.module.register_forward_pre_hook(r, with_kwargs=True) for r in recorders.values()]
-    try:
-        probe(model)
-    except Exception as error:
+def _as_target(model: nn.Module, recorder: _Recorder) -> AttentionTarget:
+    target, record = recorder.target, recorder.record
+    if record.at_once > 1:
         raise UnsupportedBackboneError(
-            model, f"a forward pass on a dummy input failed ({type(error).__name__}: {error})."
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-        position_targets = positions.found()
+            model,
+            f"{target.name} ({type(target.module).__name__}) keeps the keys and values of several layers at once.",
+        )
+    if record.without_gradient and not torch.is_inference_mode_enabled():
+        raise UnsupportedBackboneError(
+            model, f"it runs {target.name} without gradients in part, so a prefix there could not be trained."
+        )
+    for layer_idx, (side, keys, values) in record.updates.items():
+        shape = _shape_of(keys, values)
+        if shape is None:
+            raise UnsupportedBackboneError(
+                model,
+                f"{target.name} ({type(target.module).__name__}) caches keys of shape {tuple(keys.shape)} and values "
+                f"of {tuple(values.shape)} for an input of {PROBE_LENGTH} tokens, not [batch, heads, tokens, size].",
+            )
+        # A backbone that was asked for a cache gives one to its decoder's layers alone.
+        kind = "cross" if side == "cross" else "decoder" if record.cached else "encoder"
+        target.slots[layer_idx] = Slot(kind, -1 if layer_idx is None else layer_idx, shape)
+        target.dtype = keys.dtype
+    return target
 
-    targets, without = [], []
-    seen: dict[str, int] = {}
-    for name, recorder in recorders.items():
-        target, record = recorder.target, recorder.record
-        for layer_idx, (side, keys, values) in record.updates.items():
-            shape = _shape_of(keys, values)
-            if shape is None:
-                raise UnsupportedBackboneError(
-                    model,
-                    f"{name} ({type(target.module).__name__}) caches keys of shape {tuple(keys.shape)} and values of "
-                    f"{tuple(values.shape)} for an input of {PROBE_LENGTH} tokens, not [batch, heads, tokens, size].",
-                )
-            # A backbone that was asked for a cache gives one to its decoder's layers alone.
-            kind = "cross" if side == "cross" else "decoder" if record.cached else "encoder"
-            order = seen[kind] = seen.get(kind, -1) + 1
-            target.slots[layer_idx] = Slot(kind, order if layer_idx is None else layer_idx, shape)
-            target.dtype = keys.dtype
-        if target.slots:
-            targets.append(target)
-        elif record.called:
-            without.append(name)
+
+def _number_layers(model: nn.Module, targets: list[AttentionTarget]) -> None:
+    """Give layers that know no index of their own the next one of their kind, and sort."""
+    for kind in KINDS:
+        unnumbered = [target for target in targets if target.kind == kind and target.slots.keys() == {None}]
+        for order, target in enumerate(unnumbered):
+            target.slots = {None: replace(target.slots[None], layer=order)}
+    targets.sort(key=lambda target: (KINDS.index(target.kind), min(slot.layer for slot in target.slots.values())))
     slots = [(slot.kind, slot.layer) for target in targets for slot in target.slots.values()]
     if len(set(slots)) < len(slots):
         raise UnsupportedBackboneError(model, "several of its attention modules share one layer of the cache.")
+
+
+def _check_complete(model: nn.Module, targets: list[AttentionTarget], cache: Any) -> None:
+    """Refuse a backbone with layers that store keys and values behind our back: they would silently have no prefix."""
     if not targets:
         raise UnsupportedBackboneError(model, "none of its attention modules puts its keys and values into a cache.")
-    _describe_biases(targets, {name: recorder.record for name, recorder in recorders.items()})
-    order_of = {"encoder": 0, "decoder": 1, "cross": 2}
-    targets.sort(key=lambda target: (order_of[target.kind], min(slot.layer for slot in target.slots.values())))
-    return targets, position_targets, without
+    cache = getattr(cache, "self_attention_cache", cache)
+    stored = {
+        index
+        for index, layer in enumerate(getattr(cache, "layers", []))
+        if isinstance(getattr(layer, "keys", None), Tensor) and layer.keys.numel()
+    }
+    missed = stored - {index for target in targets for index in target.slots if target.kind == "decoder"}
+    if missed:
+        raise UnsupportedBackboneError(
+            model, f"its layers {sorted(missed)} cache keys and values in a way that leaves no room for a prefix."
+        )
+
+
+def _source(model: nn.Module, follower: AttentionTarget, targets: list[AttentionTarget]) -> AttentionTarget:
+    """The layer whose keys and values another one attends to: the last before it that has its type of attention.
+
+    transformers hands them on in a dictionary by layer type (`KVSharingDict`) and does not say who put them there.
+    """
+    layer_type, index = getattr(follower.module, "layer_type", None), getattr(follower.module, "layer_idx", -1)
+    before = [
+        target
+        for target in targets
+        if getattr(target.module, "layer_type", None) == layer_type and getattr(target.module, "layer_idx", -1) < index
+    ]
+    if not before:
+        raise UnsupportedBackboneError(
+            model, f"{follower.name} shares the keys and values of a layer that is not known."
+        )
+    return before[-1]
+
+
+@torch.no_grad()
+def _try_out(model: nn.Module, target: AttentionTarget, recorded: Call) -> None:
+    """Repeat a recorded call with a prefix: a hidden one must change nothing, a visible one something.
+
+    Whatever a module does with its masks that was not foreseen comes out here, and not in somebody's training.
+    """
+    states = recorded.get(target.names[0])
+    if not isinstance(states, Tensor) or states.device.type == "meta":
+        return
+    slot = next(iter(target.slots.values()))
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(1, PROBE_LENGTH, slot.shape.columns, generator=generator).to(states.device, target.dtype)
+
+    def run(length: int, visible: Tensor | None) -> Tensor:
+        call = Call(recorded.names, tuple(recorded.args), recorded.kwargs)
+        call.set(target.cache, None)
+        if target.shares_bias:
+            # The recorded one was computed without a prefix; each layer can do so itself.
+            call.set("position_bias", None)
+
+        def join(keys: Tensor, values: Tensor, _: int | None) -> tuple[Tensor, Tensor]:
+            return slot.shape.join(drawn[:, :length], keys, values)
+
+        put_in_front(call, target, model, length, visible, join)
+        output = target.module(*call.args, **call.kwargs)
+        return (output[0] if isinstance(output, tuple) else output).float()
+
+    def gap(one: Tensor, other: Tensor) -> float:
+        return (one - other).abs().max().item() / max(other.abs().max().item(), 1e-6)
+
+    shown = torch.ones(1, PROBE_LENGTH, dtype=torch.bool, device=states.device)
+    tolerance = 1e-3 if target.dtype in (torch.float32, torch.float64) else 5e-2
+    why = ""
+    for target.true_hides in (False, True):
+        try:
+            without, plain = run(0, None), run(PROBE_LENGTH, None)
+            hidden, visible = run(PROBE_LENGTH, ~shown), run(PROBE_LENGTH, shown)
+        except Exception as error:
+            why = f"fails with one ({type(error).__name__}: {error})"
+            continue
+        if not gap(hidden, without) <= tolerance:
+            why = "sees a prefix that its mask hides"
+        elif not gap(visible, plain) <= tolerance:
+            why = "computes something else where a mask shows the prefix than where there is no mask"
+        elif gap(plain, without) == 0:
+            why = "does not see it"
+        else:
+            return
+    raise UnsupportedBackboneError(
+        model, f"tried with a prefix, {target.name} ({type(target.module).__name__}) {why}."
+    )
 
 
 def _describe_biases(targets: list[AttentionTarget], records: dict[str, _Record]) -> None:
@@ -280,6 +431,15 @@ def check_implementation(implementation: str) -> None:
         )
 
 
+def put_in_front(
+    call: Call, target: AttentionTarget, model: nn.Module, length: int, visible: Tensor | None, join: Any
+) -> None:
+    """Change a module's arguments so that it sees `length` keys and values more, which `join` puts in front."""
+    if length:
+        make_room(call, target, model, length, visible)
+    call.set(target.cache, target.view(call.get(target.cache), length, join))
+
+
 def make_room(call: Call, target: AttentionTarget, model: nn.Module, length: int, visible: Tensor | None) -> None:
     """Widen what a module is given for its keys, masks and biases, on the left by a prefix's columns.
 
@@ -298,21 +458,22 @@ def make_room(call: Call, target: AttentionTarget, model: nn.Module, length: int
         )
     given = [name for name in MASK_ARGUMENTS if call.get(name) is not None]
     for name in given:
-        call.set(name, widen_mask(call.get(name), length, visible))
+        call.set(name, widen_mask(call.get(name), length, visible, target.true_hides))
     if not given:
         mask = _missing_mask(call, target, implementation, length, visible)
         if mask is not None:
             names = [name for name in MASK_ARGUMENTS if name in call.names]
             # A module that names both (GPT-2) takes the encoder's for cross-attention.
             call.set(names[-1] if target.kind == "cross" else names[0], mask)
-    if target.bias is not None:
+    if target.bias is not None and target.slopes is not None:
         call.set(target.bias, _widen_bias(call.get(target.bias), target.slopes, length))
 
 
-def widen_mask(mask: Tensor, length: int, visible: Tensor | None) -> Tensor:
+def widen_mask(mask: Tensor, length: int, visible: Tensor | None, true_hides: bool = False) -> Tensor:
     """A mask `[..., keys]` with `length` columns more on the left.
 
-    Bool masks are True where a key is seen, float ones are added to the scores; integer ones must be `[batch, keys]`.
+    Bool masks are True where a key is seen (or hidden, with `true_hides`), float ones are added to the scores, integer
+    ones must be `[batch, keys]`.
 
     Raises:
         TypeError: for a mask of another kind.
@@ -322,6 +483,8 @@ def widen_mask(mask: Tensor, length: int, visible: Tensor | None) -> Tensor:
         raise TypeError(f"An attention mask that is a {kind} cannot be widened for a prefix.")
     additive = mask.dim() > 2 and mask.is_floating_point()
     seen, hidden = (0.0, torch.finfo(mask.dtype).min) if additive else (1, 0)
+    if true_hides and mask.dtype == torch.bool:
+        seen, hidden = hidden, seen
     if visible is None:
         return F.pad(mask, (length, 0), value=seen)
     batch, rest = visible.shape[0], mask.shape[1:-1]
@@ -349,9 +512,13 @@ def _missing_mask(
     past, keys, offset = 0, queries, 0
     if target.kind == "cross":
         keys = call.first(ENCODER_STATES).shape[1]
+    elif target.follows:
+        # What it follows has put the prefix in already. There is no past where there is no mask.
+        shared = call.get(SHARED_STATES)[getattr(target.module, "layer_type", None)]
+        keys = shared[0].shape[2] - length
     elif inner is not None:
-        # Of this layer: those before it have already stored this call's keys.
-        layer_idx = next(iter(target.slots)) or 0
+        # Of this layer: those before it have already stored this call's keys, as it has in earlier rounds itself.
+        layer_idx = min((index or 0 for index in target.slots), key=inner.get_seq_length)
         past = inner.get_seq_length(layer_idx)
         keys, offset = inner.get_mask_sizes(queries, layer_idx)
     device = states.device

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Optional
+from collections.abc import Callable
+from typing import Any, Optional
 
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
@@ -26,7 +27,7 @@ class _PrefixedLayer:
         return self._joined()[1]
 
     def _joined(self) -> tuple[Tensor, Tensor]:
-        layer = self._view.inner.layers[self._index]
+        layer: Any = self._view.inner.layers[self._index]
         self._view.used = True
         return self._view.join(layer.keys, layer.values, self._index)
 
@@ -64,26 +65,33 @@ class PrefixCache(Cache):
 
     @property
     def inner(self) -> Cache:
+        """The cache behind the view, an empty one if there is none."""
         if self._inner is None:
             self._inner = DynamicCache()
         return self._inner
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int | None = None, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, layer_idx: Any = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Let the inner cache store the new keys and values, and return them all with the prefix in front."""
         self.used = True
         if self._inner is not None:
             key_states, value_states = self._inner.update(key_states, value_states, layer_idx, *args, **kwargs)
         return self.join(key_states, value_states, layer_idx)
 
-    def get_seq_length(self, layer_idx: int | None = 0) -> Any:
-        # Attention modules ask this to place their queries behind all keys (T5's relative bias).
+    def get_seq_length(self, layer_idx: Any = 0) -> Any:
+        """Keys before the new ones, the prefix's included: T5 places its queries by it."""
         if self._inner is None:
             return self.length
         return self._inner.get_seq_length(layer_idx) + self.length
 
+    def update_indexer(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: an indexer picks tokens by scores of its own, and has none for those of a prefix."""
+        raise NotImplementedError("sparse attention with an indexer, which has no scores for the tokens of a prefix")
+
     @property
-    def layers(self) -> Any:
+    def layers(self) -> Any:  # type: ignore[override]
+        """The inner cache's layers with the prefix in front, as cross-attention reads them."""
         return _PrefixedLayers(self)
 
     def __len__(self) -> int:
@@ -122,12 +130,17 @@ class PrefixEncoderDecoderCache(EncoderDecoderCache):
         self.inner = inner
         # Not `inner and ...`: a cache without layers is false.
         own, cross = (None, None) if inner is None else (inner.self_attention_cache, inner.cross_attention_cache)
-        self.self_attention_cache = PrefixCache(own, length, join)
-        self.cross_attention_cache = PrefixCache(cross, length, cross_join or join)
+        self.self_attention_cache: Any = PrefixCache(own, length, join)
+        self.cross_attention_cache: Any = PrefixCache(cross, length, cross_join or join)
         self.is_updated = {} if inner is None else inner.is_updated
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Self-attention's own; some modules of an encoder (T5Gemma) know no cache of two sides."""
+        return self.self_attention_cache.update(*args, **kwargs)
 
     @property
     def used(self) -> bool:
+        """Whether either side was asked."""
         return self.self_attention_cache.used or self.cross_attention_cache.used
 
     def __getattr__(self, name: str) -> Any:

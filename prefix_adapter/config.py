@@ -11,9 +11,8 @@ from typing import Any, Literal, Optional, Union
 from peft import PeftConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
+from .attention import KINDS
 from .card import write_model_card
-
-ATTENTION_KINDS = ("encoder", "decoder", "cross")
 
 
 class PrefixTuningV2Type(str, enum.Enum):
@@ -122,7 +121,7 @@ class PrefixTuningV2Config(PeftConfig):
         if self.init_std <= 0:
             raise ValueError(f"`init_std` must be above 0, got {self.init_std!r}.")
         self._check_layers()
-        self._check_names("target_attention", ATTENTION_KINDS)
+        self._check_names("target_attention", KINDS)
         self._check_names("modules_to_save", None)
 
     def _check_layers(self) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import torch
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import PrefixTuningV2Config
-from .encoder import MODULE_NAMES, fold as fold_modules
+from .encoder import PrefixEncoder
 from .layer import PREFIX
 
 
@@ -46,26 +45,21 @@ def fold(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path
         raise ValueError(f"{source} is a table already (`prefix_projection` is false).")
     weights = load_peft_weights(str(source), device="cpu")
     where = next((key.partition(PREFIX)[0] for key in weights if f".{PREFIX}" in key), None)
-    modules = {name: _module(weights, f"{where}{PREFIX}{name}.") for name in MODULE_NAMES}
-    weights[f"{where}{PREFIX}embedding.weight"] = fold_modules(modules)
+    encoder = PrefixEncoder(*(_module(weights, f"{where}{PREFIX}{name}.") for name in PrefixEncoder._fields))
+    weights[f"{where}{PREFIX}embedding.weight"] = encoder.fold()
     config.prefix_projection, config.encoder_hidden_size = False, None
     _write(target, config, weights)
     return target
 
 
-def _module(weights: dict[str, Tensor], prefix: str) -> nn.Module:
-    """Take a module's parameters out of `weights`."""
+def _module(weights: dict[str, Tensor], prefix: str) -> Any:
+    """Take a module's parameters out of `weights`: an embedding, or a linear module if there is a bias."""
     parameters = {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
     if "weight" not in parameters:
         raise ValueError(f"The adapter's weights have no {prefix}weight.")
-    module = nn.Module()
-    for name, tensor in parameters.items():
-        module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-    if "bias" in parameters:
-        rows, columns = parameters["weight"].shape
-        linear = nn.Linear(columns, rows, dtype=parameters["weight"].dtype, device="meta")
-        linear.load_state_dict(parameters, assign=True)
-        return linear
+    rows, columns = parameters["weight"].shape
+    module = nn.Linear(columns, rows, device="meta") if "bias" in parameters else nn.Embedding(rows, columns)
+    module.load_state_dict(parameters, assign=True)
     return module
 
 

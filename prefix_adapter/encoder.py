@@ -6,19 +6,19 @@ Plain tensors and modules: nothing here knows transformers or PEFT.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The modules of an encoder: "embedding" alone for a table, all three for an MLP.
-MODULE_NAMES = ("embedding", "hidden", "output")
-
 
 @dataclass(frozen=True)
 class KeyValueShape:
-    """Heads and head size of the keys and of the values that one attention layer caches; they may differ (MLA)."""
+    """Heads and head size of the keys and of the values that one attention layer caches; they may differ (MLA).
+
+    No value heads means that the keys serve as values too.
+    """
 
     key_heads: int
     key_size: int
@@ -27,10 +27,12 @@ class KeyValueShape:
 
     @property
     def key_columns(self) -> int:
+        """Numbers in the key of one token; those of the value follow."""
         return self.key_heads * self.key_size
 
     @property
     def columns(self) -> int:
+        """Numbers in the key and the value of one token."""
         return self.key_columns + self.value_heads * self.value_size
 
     def split(self, prefix: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,45 +42,60 @@ class KeyValueShape:
         values = values.unflatten(-1, (self.value_heads, self.value_size))
         return keys.transpose(1, 2), values.transpose(1, 2)
 
+    def join(self, prefix: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a prefix `[1 or batch, n, columns]` in front of `[batch, heads, length, size]`."""
+        prefix = prefix.to(keys.device, keys.dtype).expand(keys.shape[0], -1, -1)
+        prefix_keys, prefix_values = self.split(prefix)
+        joined = torch.cat([prefix_keys, keys], dim=2)
+        if not self.value_heads:
+            return joined, joined
+        return joined, torch.cat([prefix_values.to(values.dtype), values], dim=2)
 
-def build(
-    num_virtual_tokens: int, columns: int, std: float, hidden_size: int, encoder_hidden_size: int | None
-) -> dict[str, nn.Module]:
-    """New modules of an encoder: a table of `[num_virtual_tokens, columns]`, or an MLP if `encoder_hidden_size` is set.
 
-    Weights are drawn from N(0, std^2) and biases are zero, as the reference implementation starts.
+class PrefixEncoder(NamedTuple):
+    """The modules of an encoder: the embedding alone is a table, all three are an MLP.
+
+    Attributes:
+        embedding: weight `[n, columns]` of a table, `[n, hidden_size]` of an MLP.
+        hidden: `hidden_size` to `encoder_hidden_size`.
+        output: `encoder_hidden_size` to `columns`.
     """
-    if encoder_hidden_size is None:
-        modules: dict[str, nn.Module] = {"embedding": nn.Embedding(num_virtual_tokens, columns)}
-    else:
-        modules = {
-            "embedding": nn.Embedding(num_virtual_tokens, hidden_size),
-            "hidden": nn.Linear(hidden_size, encoder_hidden_size),
-            "output": nn.Linear(encoder_hidden_size, columns),
-        }
-    for module in modules.values():
-        nn.init.normal_(module.weight, std=std)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
-    return modules
 
+    embedding: nn.Embedding
+    hidden: nn.Linear | None = None
+    output: nn.Linear | None = None
 
-def encode(modules: Mapping[str, nn.Module], columns: slice) -> Tensor:
-    """The prefix's given columns, `[n, len(columns)]`: those of the table, or of the MLP's last matrix.
+    @classmethod
+    def new(cls, length: int, columns: int, std: float, hidden_size: int, width: int | None) -> PrefixEncoder:
+        """A table of `[length, columns]`, or an MLP if it has a `width`.
 
-    The MLP's cost is that of n rows whatever the batch, and a layer pays for its own columns only.
-    """
-    table = modules["embedding"].weight
-    if "output" not in modules:
-        return table[:, columns]
-    output = modules["output"]
-    # In the parameters' own precision: for n rows there is nothing to save, and a folded table is to be the same.
-    with torch.autocast(table.device.type, enabled=False):
-        hidden = torch.tanh(modules["hidden"](table))
-        return F.linear(hidden, output.weight[columns], output.bias[columns])
+        Weights are drawn from N(0, std^2) and biases are zero, as the reference implementation starts.
+        """
+        if width is None:
+            encoder = cls(nn.Embedding(length, columns))
+        else:
+            encoder = cls(nn.Embedding(length, hidden_size), nn.Linear(hidden_size, width), nn.Linear(width, columns))
+        for module in encoder:
+            if module is not None:
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        return encoder
 
+    def encode(self, columns: slice) -> Tensor:
+        """The prefix's given columns, `[n, len(columns)]`: those of the table, or of the MLP's last matrix.
 
-@torch.no_grad()
-def fold(modules: Mapping[str, nn.Module]) -> Tensor:
-    """The table `[n, columns]` that an encoder computes, detached, in the encoder's precision."""
-    return encode(modules, slice(None)).clone()
+        The MLP's cost is that of n rows whatever the batch, and a layer pays for its own columns only.
+        """
+        table = self.embedding.weight
+        if self.hidden is None or self.output is None:
+            return table[:, columns]
+        # In the parameters' own precision: for n rows there is nothing to save, and a folded table is to be the same.
+        with torch.autocast(table.device.type, enabled=False):
+            hidden = torch.tanh(self.hidden(table))
+            return F.linear(hidden, self.output.weight[columns], self.output.bias[columns])
+
+    @torch.no_grad()
+    def fold(self) -> Tensor:
+        """The table `[n, columns]` that the encoder computes, in its parameters' precision."""
+        return self.encode(slice(None)).clone()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .attention import AttentionTarget, Call, Slot, find_targets, make_room, was_used
+from .attention import AttentionTarget, Call, Slot, find_targets, make_room, put_in_front, was_used
 from .config import PrefixTuningV2Config
-from .encoder import MODULE_NAMES, build, encode, fold
+from .encoder import PrefixEncoder
 from .positions import PositionTarget
 
 # PEFT's prefix of this method: it starts the name of every container of parameters.
@@ -44,6 +45,16 @@ class _Piece:
     shown: bool
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """A prefix for a batch: its rows' pieces, the row that each entry of the batch takes, and what it sees of it."""
+
+    length: int
+    rows: list[list[_Piece]]
+    picked: Tensor | None
+    visible: Tensor | None
+
+
 # The adapters of one row of the batch, from left to right.
 _Row = tuple[str, ...]
 
@@ -63,7 +74,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     It is a child of the model, so its parameters are saved, moved and frozen like any others, but it is never called:
     hooks on the attention modules put each layer's own keys and values in front. A layer computes its part from the
-    parameters when it is called. Nothing is kept from a forward, so that gradient checkpointing may repeat any of them.
+    parameters when it is called. Nothing is kept from a forward, so gradient checkpointing may repeat any of them.
 
     Args:
         model: the transformers model to serve.
@@ -72,15 +83,15 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         UnsupportedBackboneError: if none of its attention modules takes a prefix.
     """
 
-    adapter_layer_names = tuple(PREFIX + name for name in MODULE_NAMES)
+    adapter_layer_names = tuple(PREFIX + name for name in PrefixEncoder._fields)
     other_param_names = ("adapters",)
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        targets, positions, without = find_targets(model)
-        self.targets: list[AttentionTarget] = targets
-        self.positions: list[PositionTarget] = positions
-        self.attention_without_cache: list[str] = without
+        found = find_targets(model)
+        self.targets: list[AttentionTarget] = found.targets
+        self.followers: list[tuple[AttentionTarget, AttentionTarget]] = found.followers
+        self.positions: list[PositionTarget] = found.positions
         self.adapters: dict[str, _Adapter] = {}
         for name in self.adapter_layer_names:
             self.add_module(name, nn.ModuleDict())
@@ -88,6 +99,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self._row_adapters: list[_Row] | None = None
         self._ready: dict[tuple[str, Slot], tuple[Any, Tensor]] = {}
         self._served: set[int] | None = None
+        self._input_gradients = False
         # In a tuple, or the model would become a child of its own child.
         self._model = (model,)
         self._handles = self._hook(model)
@@ -108,12 +120,12 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         home = next(target for target in self.targets if slots[0] in target.slots.values())
         device = next((p.device for p in home.module.parameters()), torch.device("cpu"))
         hidden_size = self._hidden_size(slots[0])
-        encoder_hidden_size = (config.encoder_hidden_size or hidden_size) if config.prefix_projection else None
+        width = (config.encoder_hidden_size or hidden_size) if config.prefix_projection else None
         with torch.device("meta" if low_cpu_mem_usage else "cpu"):
-            modules = build(config.num_virtual_tokens, end, config.init_std, hidden_size, encoder_hidden_size)
-        for name, module in modules.items():
-            place = module if low_cpu_mem_usage or device.type == "meta" else module.to(device, home.dtype)
-            getattr(self, PREFIX + name)[adapter_name] = place
+            encoder = PrefixEncoder.new(config.num_virtual_tokens, end, config.init_std, hidden_size, width)
+        for container, module in zip(self.adapter_layer_names, encoder, strict=True):
+            if module is not None:
+                getattr(self, container)[adapter_name] = module.to(None if low_cpu_mem_usage else device, home.dtype)
         shift = config.num_virtual_tokens if config.shift_positions else 0
         self.adapters[adapter_name] = _Adapter(config.num_virtual_tokens, config.prefix_dropout, shift, columns)
 
@@ -127,40 +139,53 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
                 f"{sorted(kinds)} attention."
             )
         slots = [slot for slot in slots if slot.kind in (config.target_attention or kinds)]
-        if config.layers_to_transform is not None:
+        wanted: Any = config.layers_to_transform
+        if wanted is not None:
             known = {slot.layer for slot in slots}
-            missing = set(config.layers_to_transform) - known
+            missing = set(wanted) - known
             if missing:
                 raise ValueError(
                     f"`layers_to_transform` names {sorted(missing)}, but the layers of "
                     f"{type(self._model[0]).__name__} that can take a prefix are {sorted(known)}."
                 )
-            slots = [slot for slot in slots if slot.layer in config.layers_to_transform]
+            slots = [slot for slot in slots if slot.layer in wanted]
         if config.shift_positions and not self.positions and not any(t.bias or t.shares_bias for t in self.targets):
             raise ValueError(
-                f"`shift_positions=True`: no module of {type(self._model[0]).__name__} was found to look positions up. "
-                "Use `shift_positions=False`."
+                f"`shift_positions=True`: no module of {type(self._model[0]).__name__} was found to look positions "
+                "up. Use `shift_positions=False`."
             )
         return slots
 
     def _hidden_size(self, slot: Slot) -> int:
-        config = getattr(self._model[0], "config", None)
+        config: Any = getattr(self._model[0], "config", None)
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         return getattr(text_config, "hidden_size", None) or slot.shape.key_columns
 
-    def encoder_of(self, adapter_name: str) -> dict[str, nn.Module]:
-        """The modules of an adapter's encoder by their names in `encoder.MODULE_NAMES`."""
-        containers = {name: getattr(self, PREFIX + name) for name in MODULE_NAMES}
-        return {name: modules[adapter_name] for name, modules in containers.items() if adapter_name in modules}
+    @property
+    def layers_without(self) -> list[int]:
+        """Indices of a decoder's layers that take no prefix, in hybrids for instance."""
+        config: Any = getattr(self._model[0], "config", None)
+        if getattr(config, "is_encoder_decoder", False) or {target.kind for target in self.targets} != {"decoder"}:
+            return []
+        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        layers = range(getattr(text_config, "num_hidden_layers", None) or 0)
+        return sorted(set(layers) - {slot.layer for target in self.targets for slot in target.slots.values()})
+
+    def encoder_of(self, adapter_name: str) -> PrefixEncoder:
+        """An adapter's encoder."""
+        modules: list[Any] = [dict(getattr(self, name)).get(adapter_name) for name in self.adapter_layer_names]
+        return PrefixEncoder(*modules)
 
     def fold(self, adapter_name: str) -> None:
         """Replace an adapter's MLP by the table that it computes."""
-        modules = self.encoder_of(adapter_name)
-        old = modules["embedding"].weight
-        table = nn.Embedding.from_pretrained(fold(modules), freeze=not old.requires_grad)
-        for name in MODULE_NAMES[1:]:
-            getattr(self, PREFIX + name).pop(adapter_name, None)
-        getattr(self, PREFIX + "embedding")[adapter_name] = table
+        encoder = self.encoder_of(adapter_name)
+        trainable = encoder.embedding.weight.requires_grad
+        folded = PrefixEncoder(nn.Embedding.from_pretrained(encoder.fold(), freeze=not trainable))
+        for container, module in zip(self.adapter_layer_names, folded, strict=True):
+            if module is None:
+                del getattr(self, container)[adapter_name]
+            else:
+                getattr(self, container)[adapter_name] = module
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -171,15 +196,18 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         parameters = (p for target in self.targets for p in target.module.parameters())
         device = device or next((p.device for p in parameters), None)
         if device is not None and device.type != "meta":
-            for module in self.encoder_of(adapter_name).values():
-                module.to(device)
+            for module in self.encoder_of(adapter_name):
+                if module is not None:
+                    module.to(device)
 
     @property
     def weight(self) -> Tensor:
         # BaseTunerLayer's looks for a base layer and would not stop.
         raise AttributeError("A prefix has no base layer, and so no weight of one.")
 
-    bias = weight
+    @property
+    def bias(self) -> Tensor:
+        raise AttributeError("A prefix has no base layer, and so no bias of one.")
 
     # ---- Which adapters act
 
@@ -217,6 +245,9 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             before, after = _Hook(self, "_before_attention", index), _Hook(self, "_after_attention", index)
             handles.append(target.module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(target.module.register_forward_hook(after, with_kwargs=True))
+        for index, (follower, _) in enumerate(self.followers):
+            hook = _Hook(self, "_before_follower", index)
+            handles.append(follower.module.register_forward_pre_hook(hook, with_kwargs=True))
         for index, position in enumerate(self.positions):
             hook = _Hook(self, "_before_positions", index)
             handles.append(position.module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -228,29 +259,43 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             handle.remove()
         self._handles = []
 
-    def _before_attention(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        target = self.targets[index]
+    def _plan(self, target: AttentionTarget, states: Tensor) -> _Plan | None:
+        """What to put in front of a target for hidden states `[batch, ...]`; `None` if nothing."""
         rows = [self._pieces(row, target) for row in self._rows()]
         length = max(sum(piece.length for piece in row) for row in rows)
         if length == 0:
             return None
-        call = Call(target.names, args, kwargs)
         # Rows with less than the longest are filled on the left, where it is hidden from them.
         rows = [[_Piece(None, length - sum(p.length for p in row), False), *row] for row in rows]
-        states = call.get(target.names[0])
         picked = self._pick_rows(len(rows), states)
         visible = None
         if any(piece.length and not piece.shown for row in rows for piece in row):
             shown = [[piece.shown for piece in row for _ in range(piece.length)] for row in rows]
             visible = torch.tensor(shown, device=states.device)
             visible = visible.expand(states.shape[0], -1) if picked is None else visible[picked]
-        make_room(call, target, self._model[0], length, visible)
+        return _Plan(length, rows, picked, visible)
+
+    def _before_attention(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        target = self.targets[index]
+        call = Call(target.names, args, kwargs)
+        plan = self._plan(target, call.get(target.names[0]))
+        if plan is None:
+            return None
 
         def join(keys: Tensor, values: Tensor, layer_idx: int | None) -> tuple[Tensor, Tensor]:
-            prefix_keys, prefix_values = self._prefix(target.slot(layer_idx), rows, picked, keys, values)
-            return torch.cat([prefix_keys, keys], dim=2), torch.cat([prefix_values, values], dim=2)
+            slot = target.slot(layer_idx)
+            return slot.shape.join(self._prefix(slot, plan, keys), keys, values)
 
-        call.set(target.cache, target.view(call.get(target.cache), length, join))
+        put_in_front(call, target, self._model[0], plan.length, plan.visible, join)
+        return tuple(call.args), call.kwargs
+
+    def _before_follower(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        follower, source = self.followers[index]
+        call = Call(follower.names, args, kwargs)
+        plan = self._plan(source, call.get(follower.names[0]))
+        if plan is None:
+            return None
+        make_room(call, follower, self._model[0], plan.length, plan.visible)
         return tuple(call.args), call.kwargs
 
     def _after_attention(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -273,21 +318,15 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         # Beams and the choices of a multiple-choice question stand beside each other.
         return torch.arange(count, device=states.device).repeat_interleave(batch // count)
 
-    def _prefix(
-        self, slot: Slot, rows: list[list[_Piece]], picked: Tensor | None, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values `[batch, heads, length, size]` for what an attention layer has computed."""
-        batch = keys.shape[0]
-        if picked is None:
-            prefix = self._row(rows[0], slot, keys).expand(batch, -1, -1)
-        else:
-            distinct = {tuple(row): None for row in rows}
-            stacked = torch.cat([self._row(row, slot, keys) for row in distinct])
-            order = {row: place for place, row in enumerate(distinct)}
-            places = torch.tensor([order[tuple(row)] for row in rows], device=keys.device)
-            prefix = stacked[places[picked]]
-        prefix_keys, prefix_values = slot.shape.split(prefix)
-        return prefix_keys, prefix_values.to(values.dtype)
+    def _prefix(self, slot: Slot, plan: _Plan, keys: Tensor) -> Tensor:
+        """The prefix `[1 or batch, length, columns]` in front of an attention layer's keys."""
+        if plan.picked is None:
+            return self._row(plan.rows[0], slot, keys)
+        # Each distinct row once.
+        order = {tuple(row): place for place, row in enumerate(dict.fromkeys(map(tuple, plan.rows)))}
+        prefixes = torch.cat([self._row(row, slot, keys) for row in order])
+        places = torch.tensor([order[tuple(row)] for row in plan.rows], device=keys.device)
+        return prefixes[places[plan.picked]]
 
     def _row(self, row: Iterable[_Piece], slot: Slot, keys: Tensor) -> Tensor:
         """The prefix of one row `[1, length, columns]`, or `[batch, length, columns]` under dropout."""
@@ -308,24 +347,26 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         return torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)
 
     def _columns(self, adapter_name: str, slot: Slot) -> Tensor:
-        modules = self.encoder_of(adapter_name)
+        encoder = self.encoder_of(adapter_name)
         columns = self.adapters[adapter_name].columns[slot]
-        parameters = [p for module in modules.values() for p in module.parameters()]
-        if len(modules) == 1 or any(p.requires_grad for p in parameters) or torch.compiler.is_compiling():
-            return encode(modules, columns)
+        if encoder.output is None or torch.compiler.is_compiling():
+            return encoder.encode(columns)
+        parameters = [p for module in encoder if module is not None for p in module.parameters()]
+        if any(p.requires_grad for p in parameters):
+            return encoder.encode(columns)
         # A frozen MLP is run once, until one of its parameters is written to.
         state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
-        known, ready = self._ready.get((adapter_name, slot), (None, None))
-        if known != state:
+        known = self._ready.get((adapter_name, slot))
+        if known is None or known[0] != state:
             with torch.no_grad():
-                ready = encode(modules, columns)
-            self._ready[(adapter_name, slot)] = (state, ready)
-        return ready
+                known = (state, encoder.encode(columns))
+            self._ready[(adapter_name, slot)] = known
+        return known[1]
 
     def _before_positions(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target = self.positions[index]
         shifts = [sum(self.adapters[name].shift for name in row) for row in self._rows()]
-        given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        given: Any = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         if given is not None and target.limit is not None and not given.is_floating_point():
             self._check_fits(given.shape[-1], target.limit, max(shifts))
         if not any(shifts):
@@ -355,12 +396,26 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             tokens = ids.shape[-1] if ids is not None else embeddings.shape[-2] if embeddings is not None else 0
             self._check_fits(tokens, min(limits), max(sum(self.adapters[name].shift for name in row) for row in rows))
         if self.training and getattr(model, "is_gradient_checkpointing", False) and torch.is_grad_enabled():
-            self._enable_input_gradients(model)
+            self._prepare_checkpointing(model)
 
-    def _enable_input_gradients(self, model: nn.Module) -> None:
-        """Reentrant checkpointing drops the gradient of everything inside a layer whose input needs none."""
-        if not getattr(model, "_require_grads_hooks", None) and hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
+    def _prepare_checkpointing(self, model: nn.Module) -> None:
+        """Reentrant checkpointing drops the gradient of everything inside a layer whose input needs none.
+
+        Raises:
+            ValueError: where it would lose gradients that there is no saving.
+        """
+        # transformers keeps the function under a private name on every module that checkpoints.
+        functions = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
+        reentrant = any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
+        if reentrant and self.followers:
+            raise ValueError(
+                f"{type(model).__name__} hands keys and values on from layer to layer, and reentrant gradient "
+                'checkpointing loses their gradients. Use `gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+            )
+        enable: Any = getattr(model, "enable_input_require_grads", None)
+        if enable is not None and not self._input_gradients:
+            enable()
+            self._input_gradients = True
 
     def _after_model(self, args: tuple[Any, ...], output: Any) -> None:
         served, self._served = self._served, None

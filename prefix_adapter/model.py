@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -39,7 +40,7 @@ class PrefixTuningV2Model(BaseTuner):
         return getattr(self.model, LAYER_NAME)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         first = not hasattr(model, LAYER_NAME)
         layer = PrefixTuningV2Layer(model) if first else getattr(model, LAYER_NAME)
         try:
@@ -51,11 +52,10 @@ class PrefixTuningV2Model(BaseTuner):
         if first:
             model.add_module(LAYER_NAME, layer)
             layer.train(model.training)
-            if layer.attention_without_cache:
+            if layer.layers_without:
                 warnings.warn(
-                    f"{type(model).__name__} is a hybrid: {len(layer.attention_without_cache)} of its layers keep no "
-                    f"keys and values of their own and get no prefix ({', '.join(layer.attention_without_cache)}); "
-                    f"{len(layer.targets)} attention layers do.",
+                    f"Layers {layer.layers_without} of {type(model).__name__} keep no keys and values of their own "
+                    "(state-space, convolution, linear or shared attention) and get no prefix; the others do.",
                     stacklevel=2,
                 )
         # PEFT's own loop replaces no module of this method, and does the housekeeping.
@@ -76,8 +76,10 @@ class PrefixTuningV2Model(BaseTuner):
             ValueError: if there is no such adapter, or it has no MLP.
         """
         if adapter_name not in self.prefix_layer.adapters:
-            raise ValueError(f"There is no prefix adapter {adapter_name!r}; there are {list(self.prefix_layer.adapters)}.")
-        config = self.peft_config[adapter_name]
+            raise ValueError(
+                f"There is no prefix adapter {adapter_name!r}; there are {list(self.prefix_layer.adapters)}."
+            )
+        config: Any = self.peft_config[adapter_name]
         if not config.prefix_projection:
             raise ValueError(f"Adapter {adapter_name!r} is a table already (`prefix_projection=False`).")
         self.prefix_layer.fold(adapter_name)
@@ -90,7 +92,7 @@ class PrefixTuningV2Model(BaseTuner):
             "the base model back `unload`."
         )
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             self._check_merge_allowed()
         self.prefix_layer.remove_hooks()

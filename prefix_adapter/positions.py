@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ class PositionTarget:
 
     def shift(self, by: int | Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """The call's arguments with positions `by` higher: an integer, or `[batch, 1]` where rows differ."""
-        arguments = {**dict(zip(self.names, args)), **kwargs}
+        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if arguments.get(self.positions) is not None:
             arguments[self.positions] = arguments[self.positions] + by
         elif _PAST in self.names:
@@ -91,7 +92,8 @@ class PositionProbe:
             if name in tables:
                 targets.append(self._tables[name])
             elif name in self._called:
-                size = getattr(module, "num_embeddings", None)
-                limit = None if size is None else size - getattr(module, "offset", 0)
+                limit = None
+                if isinstance(module, nn.Embedding):
+                    limit = module.num_embeddings - getattr(module, "offset", 0)
                 targets.append(PositionTarget(name, module, parameter_names(module), _IDS, limit))
         return targets

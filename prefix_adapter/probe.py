@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +32,13 @@ def innermost(named: dict[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode and without gradients, and leave no trace: neither modes nor random numbers."""
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode, and leave no trace: neither modes nor random numbers."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+        with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
         for module, training in modes:
@@ -75,15 +76,20 @@ def _inputs(model: nn.Module, backbone: nn.Module) -> dict[str, Any]:
     return inputs
 
 
-def probe(model: nn.Module) -> None:
+def probe(model: nn.Module) -> Any:
     """Run the backbone under `model` once on four tokens, with a cache of its own, for the hooks that the caller set.
+
+    To be called in `untouched`, and with gradients, so that the hooks see where the backbone turns them off.
+
+    Returns:
+        The backbone's output.
 
     Raises:
         whatever the backbone raises.
     """
-    backbone = getattr(model, "base_model", model)
-    with _untouched(model):
-        backbone(**_inputs(model, backbone))
+    backbone: Any = getattr(model, "base_model", model)
+    with torch.enable_grad():
+        return backbone(**_inputs(model, backbone))
 
 
 def is_count(tensor: Any) -> int | None:

@@ -13,8 +13,8 @@
 # limitations under the License.
 """Tiny random models of every text model type that the installed transformers knows.
 
-The types are found from the auto mappings of transformers, and their configurations are made small by rules on the names
-of their fields, so that a new release of transformers is picked up without an edit. What no rule can know is in
+The types are found from the auto mappings of transformers, and their configurations are made small by rules on the
+names of their fields, so that a new release of transformers is picked up without an edit. What no rule can know is in
 `OVERRIDES` (values of a type's configuration) and `EXCLUDED` (types that are not run at all), a reason beside each.
 """
 
@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -75,7 +76,7 @@ EXCLUDED: dict[str, str] = {
 """Model types that the mappings hold and that cannot be fed with token ids alone, with the reason."""
 
 OVERRIDES: dict[str, dict[str, Any]] = {
-    # Layer kinds that the default configuration leaves out and the type's released models have.
+    # Layer kinds that the type's code has and its default configuration leaves out.
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "laguna": {
@@ -107,6 +108,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lilt": {"hidden_size": 48},
     "neomme": {"head_dim": 16},
     "reformer": {"axial_pos_embds": False},  # axial positions want every training sequence at full length
+    "markuplm": {"max_depth": 4},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 1, "depths": [1] * 7},  # doubles at each of its stages
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},  # widths are rounded up to multiples of 64
     # No usable default.
     "cohere_compass_text": {
@@ -115,12 +118,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("sliding_attention", "full_attention")
         },
     },
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "dots1": {"n_shared_experts": 1},
     "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
-        "indexer_head_dim": 8,
+        "indexer_head_dim": 16,
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
@@ -136,31 +140,33 @@ _SIZE_RULES: tuple[tuple[re.Pattern[str], int], ...] = tuple(
     for pattern, value in (
         # counts
         (r"(num_hidden|encoder|decoder|num_encoder|num_decoder|num|n|\w+_encoder|\w+_decoder)_layers?", LAYERS),
-        (r"[lxr]_layers|num_layers_per_stack|depth|num_blocks|num_self_attends_per_block|num_(global|lstm)_layers", LAYERS),
+        (r"[lxr]_layers|num_(global|lstm)_layers|num_layers_per_stack", LAYERS),
+        (r"depth|num_blocks|num_self_attends_per_block", LAYERS),
         (r"\w*(num_key_value_heads|num_kv_heads|n_kv_heads|num_query_groups)", KV_HEADS),
         (r"\w*(num_(\w+_)?heads|attention_heads|n_heads?|num_heads_\w+)", HEADS),
-        (r"\w*(experts_per_tok(en)?|(moe|expert)\w*_top_?k|top_?k_experts|moe_k|num_expert_group|cross_attn_k)", 2),
+        (r"\w*experts_per_tok(en)?|(moe|expert)\w*_top_?k|top_?k_experts|moe_k|num_expert_group|cross_attn_k", 2),
         (r"topk_group|n_groups?|\w*_n_?groups", 2),
         (r"(num|n|moe_num)_shared_experts", 1),
         (r"\w*(num_\w*experts|n_routed_experts|expert_num)", 4),
-        (r"(first_k_dense_replace|num_dense_layers)", 1),
+        (r"first_k_dense_replace|num_dense_layers", 1),
         (r"\w*(_period|_interval|_sparse_step|_every_n_layers|_layer_step)", 2),
-        (r"\w*(_layer_offset)", 1),
+        (r"\w*_layer_offset", 1),
         # lengths
-        (r"\w*(sliding_window(_size)?|attention_window(_size)?|local_attention(_window_len)?|attention_chunk_size)", WINDOW),
+        (r"\w*((sliding|attention)_window(_size)?|local_attention(_window_len)?|attention_chunk_size)", WINDOW),
         (r"window_size|local_radius|index_topk|\w*attn_chunk_length", WINDOW),
         (r"(mamba_)?chunk_size|\w*block_size", WINDOW),
         (r"\w*(position_embeddings|positions|max_seq_len|model_max_length|context_length|n_ctx)", POSITIONS),
         (r"\w*vocab_size\w*|\w*_vocab|\w*num_hash_buckets", VOCAB),
         # widths
-        (r"(qk_)?rope_head_dim|qk_rope_head_dim|index_head_dim", 8),
-        (r"\w*(head_dim|d_head|dim_head|headdim|d_kv|kv_channels|head_size|qk_nope_head_dim)", HIDDEN // HEADS),
+        (r"qk_rope_head_dim|index_head_dim", 8),
+        (r"\w*(head_dim|d_head|dim_head|headdim|d_kv|kv_channels|head_size)", HIDDEN // HEADS),
         (r"rotary_dim", HIDDEN // HEADS // 2),
-        (r"\w*(lora_rank|_rank|_lowrank|state_size|d_state)", 8),
-        (r"\w*(moe|expert|experts)\w*_(intermediate|hidden|ffn_hidden)_size", 32),
-        (r"\w*(intermediate_size\w*|ffn_dim|d_ff|dim_ff|dff|n_inner|d_inner|feed_forward_size|ffn_hidden_size)", INTERMEDIATE),
-        (r"hidden_dim|mlp_dim", INTERMEDIATE),
-        (r"\w*(hidden_size\w*|d_model|n_embd|emb\w*_dim|embedding_size|proj_dim|\w*_embed_dim|dim|d_latents|lru_width)", HIDDEN),
+        (r"\w*(_rank|_lowrank|state_size|d_state)", 8),
+        (r"\w*(moe|expert|experts)\w*_(intermediate|hidden|ffn_hidden)_size", INTERMEDIATE // 2),
+        (r"\w*(intermediate_size\w*|feed_forward_size|ffn_hidden_size|ffn_dim)", INTERMEDIATE),
+        (r"d_ff|dim_ff|dff|n_inner|d_inner|hidden_dim|mlp_dim", INTERMEDIATE),
+        (r"\w*(hidden_size\w*|bottleneck_size|embedding_size|d_model|n_embd|emb\w*_dim|proj_dim|embed_dim)", HIDDEN),
+        (r"dim|d_latents|lru_width", HIDDEN),
         (r"\w*(hidden_dimension|_dim|_width|_channels|_size_global|emb_size|cross_output_size|_filters)", HIDDEN),
     )
 )
@@ -169,7 +175,8 @@ _SIZE_RULES: tuple[tuple[re.Pattern[str], int], ...] = tuple(
 _UNSET = re.compile(r"vocab_size|head_dim|\w*key_value_heads|\w*experts_per_tok(en)?|n_routed_experts|num_experts")
 _TOKEN_ID = re.compile(r"(\w*_)?token_(id|ids|index)|(pad|bos|eos|unk|mask|image|audio|\w+_pad)_(id|idx|index)")
 _LAYER_INDEX_LIST = re.compile(r"\w*(layers|layer_ids|layer_indices|idxs|indices|indexes)")
-_DROPOUT = re.compile(r"\w*(dropout|drop|pdrop|layerdrop|drop_rate|dropout_rate|dropout_prob|dropout_p|jitter_noise)\w*")
+_PATTERN_LIST = re.compile(r"\w*(types|pattern|layers)")
+_DROPOUT = re.compile(r"\w*(drop|jitter_noise)\w*")
 _BASE_FIELDS = {field.name for field in dataclasses.fields(PreTrainedConfig)}
 
 
@@ -270,7 +277,7 @@ class _Shrinker:
             kwargs["pad_token_id"] = next(i for i in range(3) if i not in taken)
         if isinstance(values.get("image_size"), int) and isinstance(values.get("patch_size"), int):
             kwargs["image_size"] = 4 * values["patch_size"]
-        self._head_widths(values, kwargs, config_class)
+        self._head_widths(values, kwargs)
         self._layers(default, values, kwargs, names)
         if isinstance(values.get("rope_parameters"), dict):
             self._rope(values["rope_parameters"], kwargs)
@@ -278,12 +285,18 @@ class _Shrinker:
         return kwargs
 
     @staticmethod
-    def _head_widths(values: dict, kwargs: dict, config_class: type[PreTrainedConfig]) -> None:
-        """Keep what a type is free to choose: heads that are wider than hidden size / heads, keys as many as queries."""
+    def _head_widths(values: dict[str, Any], kwargs: dict[str, Any]) -> None:
+        """Widths of heads that follow from other sizes, or that the type sets apart from hidden size / heads."""
         hidden, heads, width = (values.get(name) for name in ("hidden_size", "num_attention_heads", "head_dim"))
-        if all(isinstance(value, int) for value in (hidden, heads, width)):
-            if width * heads != hidden and "kv_lora_rank" not in values and "head_dim" in kwargs:
-                kwargs["head_dim"] = 2 * HIDDEN // HEADS
+        if (
+            "head_dim" in kwargs
+            and "kv_lora_rank" not in values
+            and isinstance(hidden, int)
+            and isinstance(heads, int)
+            and isinstance(width, int)
+            and width * heads != hidden
+        ):
+            kwargs["head_dim"] = 2 * HIDDEN // HEADS
         if "kv_lora_rank" in values and "num_key_value_heads" in kwargs:
             kwargs["num_key_value_heads"] = HEADS  # latent attention: one key per query head
         expand = values.get("mamba_expand", values.get("expand"))
@@ -314,20 +327,21 @@ class _Shrinker:
         count = values.get(count_name)
         if not isinstance(count, int) or count < 2:
             return
-        per_layer = {}
-        index_lists = {}
+        declared = {field.name for field in dataclasses.fields(type(default))}
+        per_layer: dict[str, list] = {}
+        index_lists: dict[str, set[int]] = {}
         for name, value in values.items():
             if not isinstance(value, (list, tuple)) or name in _BASE_FIELDS:
                 continue
             ints = all(isinstance(item, int) and not isinstance(item, bool) for item in value)
-            rising = ints and all(a < b for a, b in zip(value, value[1:])) and all(0 <= item < count for item in value)
+            rising = ints and list(value) == sorted(set(value)) and all(0 <= item < count for item in value)
             if rising and _LAYER_INDEX_LIST.fullmatch(name):
-                index_lists[name] = set(value)
+                if name in declared:  # else it is derived from another list, and will be again
+                    index_lists[name] = set(value)
             elif len(value) == count:
                 per_layer[name] = list(value)
-            elif 2 <= len(value) <= 8 and all(isinstance(item, str) for item in value) and not name.startswith("arch"):
-                if re.fullmatch(r"\w*(types|pattern|layers)", name):  # a pattern that the layers repeat
-                    kwargs[count_name] = len(value)
+            elif _PATTERN_LIST.fullmatch(name) and 2 <= len(value) <= 8 and all(isinstance(i, str) for i in value):
+                kwargs[count_name] = len(value)  # a pattern that the layers repeat
         overrides = getattr(default, "_heterogeneity_spec", None)
         overrides = getattr(overrides, "per_layer_overrides", None) or {}
 
@@ -350,7 +364,7 @@ class _Shrinker:
                 seen |= kind
         if shared:
             kwargs["num_kv_shared_layers"] = sum(index >= count - shared for index in keep)
-        elif "num_kv_shared_layers" in values:  # off by default: share, which is what the small released models do
+        elif "num_kv_shared_layers" in values:  # off by default, but the type can: share
             keep = keep or [0]
             kwargs["num_kv_shared_layers"] = len(keep)
             keep = keep + keep
@@ -362,10 +376,7 @@ class _Shrinker:
 
         kwargs[count_name] = len(keep)
         for name, value in per_layer.items():
-            small = [value[index] for index in keep]
-            kwargs[name] = [
-                _small_int(name, item) if isinstance(item, int) and not isinstance(item, bool) else item for item in small
-            ]
+            kwargs[name] = [_small_int(name, value[i]) if type(value[i]) is int else value[i] for i in keep]
         for name, members in index_lists.items():
             kwargs[name] = [new for new, index in enumerate(keep) if index in members]
         if overrides:
@@ -389,24 +400,38 @@ class _Shrinker:
         return max(1, small * 2 if value > default else small // 2)
 
 
+def _set_dropout(config: PreTrainedConfig, dropout: float) -> None:
+    """Set every dropout probability in a tree of configurations."""
+    for part in _tree(config):
+        for name, value in list(vars(part).items()):
+            if _DROPOUT.fullmatch(name) and isinstance(value, (int, float)) and not isinstance(value, bool):
+                try:
+                    setattr(part, name, dropout)
+                except StrictDataclassFieldValidationError:  # a few are declared as ints
+                    setattr(part, name, int(dropout))
+        part.classifier_dropout = dropout  # not declared by every type whose heads read it
+
+
 def tiny_config(model_type: str, task: str, dropout: float | None = None) -> PreTrainedConfig:
     """A small configuration of this type; `dropout` sets every dropout probability in it."""
     model_class = _model_class(model_type, task)
     config_class = CONFIG_MAPPING[model_type]
-    if model_class.config_class in config_class.sub_configs.values():
-        # A wrapper's entry for a model of its text part alone: its own configuration is never seen by the model.
-        config_class = model_class.config_class
+    own_class = model_class.config_class
+    if own_class is not None and own_class in config_class.sub_configs.values():
+        # A wrapper's entry for a model of its text part alone: the wrapper's configuration is never seen by the model.
+        config_class = own_class
     kwargs = _Shrinker().shrink(config_class(), {})
-    kwargs["num_labels"] = NUM_LABELS
+    kwargs["num_labels"] = 2 if task == "QUESTION_ANS" else NUM_LABELS  # of a span: its start and its end
     config = config_class(**kwargs)
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id
     if task == "CAUSAL_LM" and not config.is_encoder_decoder and getattr(config, "is_decoder", True) is False:
         config.is_decoder = True  # the heads of encoders read from left to right only if they are told so
-    for part in _tree(config) if dropout is not None else ():
-        for name, value in list(vars(part).items()):
-            if _DROPOUT.fullmatch(name) and isinstance(value, (int, float)) and not isinstance(value, bool):
-                setattr(part, name, dropout)
+    text = config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = 0
+    if dropout is not None:
+        _set_dropout(config, dropout)
     return config
 
 
@@ -460,11 +485,54 @@ def _redraw(model: nn.Module, seed: int) -> None:
         std = 0.0 if bad or values.numel() == 1 else float(values.std())
         mean = 0.0 if bad else float(values.mean())
         if parameter.ndim >= 2 and (bad or (std < 0.1 and abs(mean) < 0.1)):
-            parameter.copy_(noise(parameter, 0.2))
+            parameter.copy_(noise(parameter, 0.2 * min(1.0, HIDDEN / parameter.shape[-1]) ** 0.5))
         elif bad:
             parameter.copy_(noise(parameter, 0.1))
         elif std < 0.05:
             parameter.add_(noise(parameter, 0.1))
+
+
+@functools.cache
+def _run_error(model_type: str, task: str) -> str | None:
+    """Why the plain model cannot be run on text alone, or None."""
+    model = _built(model_type, task, 0, None, None)
+    inputs = tiny_inputs(model, task)
+    ids = inputs["input_ids"].clone()
+    first, second = _ordinary_ids(model)[:2]
+    ids[..., 1] = torch.where(ids[..., 1] == first, second, first)
+    try:
+        with torch.no_grad(), _quiet():
+            outputs, changed = model(**inputs), model(**{**inputs, "input_ids": ids})
+    except Exception as error:
+        return f"its forward fails on text alone: {type(error).__name__}: {error}"
+    name = "start_logits" if task == "QUESTION_ANS" else "logits"
+    if name not in outputs:
+        return f"its outputs hold no {name}"
+    if not bool(torch.isfinite(outputs[name]).all()):
+        return "its outputs are not finite"
+    pooled = task in ("SEQ_CLS", "MULTIPLE_CHOICE")
+    after = slice(None) if pooled or model.config.is_encoder_decoder else slice(2, None)
+    if torch.equal(outputs[name][:, after], changed[name][:, after]):
+        return "its positions do not see each other here"
+    return None
+
+
+def _built(
+    model_type: str, task: str, seed: int, attn_implementation: str | None, dropout: float | None
+) -> PreTrainedModel:
+    if model_type in EXCLUDED:
+        raise NotBuilt(EXCLUDED[model_type])
+    try:
+        with _quiet(), _seeded(seed):
+            config = tiny_config(model_type, task, dropout)
+            kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+            model = _model_class(model_type, task)._from_config(config, **kwargs).float()
+    except NotBuilt:
+        raise
+    except Exception as error:
+        raise NotBuilt(f"{type(error).__name__}: {error}".strip()) from error
+    _redraw(model, seed)
+    return model.eval()
 
 
 def tiny_model(
@@ -476,23 +544,22 @@ def tiny_model(
 ) -> PreTrainedModel:
     """A tiny random model, in eval mode and the same for the same seed.
 
-    Raises `NotBuilt`, with the reason, where the type cannot be built here. `dropout` sets every dropout probability of
-    the configuration; by default they stay what the type's configuration says.
+    Raises `NotBuilt`, with the reason, where the type cannot be built here or does not run on text alone.
+    `dropout` sets every dropout probability of the configuration; by default they stay what the type's says.
     """
-    if model_type in EXCLUDED:
-        raise NotBuilt(EXCLUDED[model_type])
-    try:
-        with _quiet(), _seeded(seed):
-            config = tiny_config(model_type, task, dropout)
-            kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-            model = _model_class(model_type, task)._from_config(config, **kwargs)
-            model = model.float()
-    except NotBuilt:
-        raise
-    except Exception as error:
-        raise NotBuilt(f"{type(error).__name__}: {error}") from error
-    _redraw(model, seed)
-    return model.eval()
+    model = _built(model_type, task, seed, attn_implementation, dropout)
+    error = _run_error(model_type, task)
+    if error is not None:
+        raise NotBuilt(error)
+    return model
+
+
+def peft_task(model: PreTrainedModel, task: str) -> str:
+    """The task type by which PEFT would wrap this model.
+
+    transformers lists speech models with a decoder alone as sequence to sequence models; they take no decoder inputs.
+    """
+    return "CAUSAL_LM" if task == "SEQ_2_SEQ_LM" and not model.config.is_encoder_decoder else task
 
 
 def _special_ids(config: PreTrainedConfig) -> set[int]:
@@ -506,15 +573,20 @@ def _special_ids(config: PreTrainedConfig) -> set[int]:
     return found
 
 
+def _ordinary_ids(model: PreTrainedModel) -> Tensor:
+    """The ids of the vocabulary without a special meaning."""
+    vocab = getattr(model.config.get_text_config(), "vocab_size", None)
+    special = _special_ids(model.config)
+    return torch.tensor([i for i in range(3, vocab if isinstance(vocab, int) else VOCAB) if i not in special])
+
+
 def tiny_inputs(
     model: PreTrainedModel, task: str, batch: int = 2, length: int = 7, seed: int = 0
 ) -> dict[str, Tensor]:
     """Inputs of `batch` sequences of `length` ordinary tokens, without padding."""
     config = model.config
     text = config.get_text_config()
-    vocab = getattr(text, "vocab_size", None)
-    special = _special_ids(config)
-    allowed = torch.tensor([i for i in range(vocab if isinstance(vocab, int) else VOCAB) if i not in special and i > 2])
+    allowed = _ordinary_ids(model)
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -525,6 +597,10 @@ def tiny_inputs(
     eos = getattr(text, "eos_token_id", None)
     if config.is_encoder_decoder and task == "SEQ_CLS" and isinstance(eos, int):
         input_ids[..., -1] = eos  # the head reads the position of the last one, and wants as many in every sequence
+    sep = getattr(text, "sep_token_id", None)
+    if task in ("QUESTION_ANS", "MULTIPLE_CHOICE") and isinstance(sep, int) and length > 5:
+        # question, two separators, context, separator: some heads find the question by them
+        input_ids[..., [length // 2 - 1, length // 2, -1]] = sep
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if config.is_encoder_decoder and task == "SEQ_2_SEQ_LM":
         inputs["decoder_input_ids"] = draw(batch, length)

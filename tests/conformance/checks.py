@@ -1,0 +1,413 @@
+"""What must hold of a prefix on any backbone: each check has a reference that is not the package's own code.
+
+A check takes a `Case` and raises `AssertionError` if it does not hold, `Skip` if it does not apply.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zoo import tiny_inputs, tiny_model
+
+import prefix_adapter
+from prefix_adapter import PrefixTuningV2Config, get_peft_model
+
+TOKENS = 3
+TOLERANCE = 2e-4
+NEW_TOKENS = 5
+
+
+class Skip(Exception):
+    """The check does not apply to this model; the message says why."""
+
+
+@dataclass
+class Case:
+    """A model type with a task, wrapped anew for each check."""
+
+    model_type: str
+    task: str
+    attn: str | None = None
+    seed: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def base(self, dropout: float | None = 0.0) -> nn.Module:
+        return tiny_model(self.model_type, self.task, seed=self.seed, attn_implementation=self.attn, dropout=dropout)
+
+    def wrapped(self, **changes: Any) -> nn.Module:
+        """A wrapped model in eval mode, its prefix drawn large enough to be seen."""
+        settings = {"num_virtual_tokens": TOKENS, "prefix_dropout": 0.0, **self.config, **changes}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = get_peft_model(self.base(), PrefixTuningV2Config(**settings)).eval()
+        redraw(model, self.seed)
+        return model
+
+    def inputs(self, model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
+        return tiny_inputs(base_of(model), self.task, seed=self.seed + 1, **kwargs)
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def layer_of(model: nn.Module) -> nn.Module:
+    return base_of(model).prefix_tuning_v2
+
+
+def redraw(model: nn.Module, seed: int, std: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer_of(model).parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """All the floating outputs that a task head computes, side by side `[batch, ...]`."""
+    result = model(**inputs, return_dict=True)
+    parts = [v for k, v in result.items() if isinstance(v, Tensor) and "logits" in k]
+    if not parts:
+        parts = [v for v in result.values() if isinstance(v, Tensor)][:1]
+    return torch.cat([part.float().flatten(1) for part in parts], dim=1)
+
+
+def token_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    return model(**inputs, return_dict=True).logits.float()
+
+
+def close(ours: Tensor, reference: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
+    assert ours.shape == reference.shape, f"{what}: shape {tuple(ours.shape)} is not {tuple(reference.shape)}"
+    assert torch.isfinite(reference).all(), f"{what}: the reference is not finite"
+    scale = max(1.0, reference.abs().max().item())
+    gap = (ours - reference).abs().max().item() / scale
+    assert gap <= tolerance, f"{what}: differs by {gap:.2g}"
+
+
+def differs(one: Tensor, other: Tensor, what: str) -> None:
+    assert (one - other).abs().max().item() > 1e-5 * max(1.0, other.abs().max().item()), f"{what}: no difference"
+
+
+# ---- The checks
+
+
+def effect_and_gradients(case: Case) -> None:
+    """The prefix changes the output, and every element of every layer's K and V gets a gradient, in eval and train."""
+    model = case.wrapped()
+    inputs = case.inputs(model)
+    with torch.no_grad():
+        ours = outputs(model, inputs)
+        with model.disable_adapter():
+            differs(ours, outputs(model, inputs), "effect")
+    table = layer_of(model).prefix_tuning_v2_embedding["default"].weight
+    for training in (False, True):
+        model.train(training)
+        model.zero_grad()
+        torch.manual_seed(0)
+        result = outputs(model, inputs)
+        (result * torch.randn(result.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+        assert table.grad is not None, f"no gradient, training={training}"
+        adapter = layer_of(model).adapters["default"]
+        for slot, columns in adapter.columns.items():
+            dead = (table.grad[:, columns] == 0).float().mean().item()
+            assert dead == 0, f"training={training}: {dead:.0%} of {slot.kind} layer {slot.layer} gets no gradient"
+
+
+def disabling(case: Case) -> None:
+    """Disabling restores the base bit for bit, and so does unloading."""
+    base = case.base().eval()
+    inputs = case.inputs(base)
+    with torch.no_grad():
+        want = outputs(base, inputs)
+        model = case.wrapped()
+        with model.disable_adapter():
+            assert torch.equal(outputs(model, inputs), want), "disabled differs from the base"
+        assert torch.equal(outputs(model.unload(), inputs), want), "unloaded differs from the base"
+
+
+def masked_prefix(case: Case) -> None:
+    """Beside a row with a prefix, a row whose prefix is hidden by the mask computes what the base computes."""
+    model = case.wrapped()
+    inputs = case.inputs(model)
+    with torch.no_grad():
+        mixed = outputs_mixed(model, inputs, ["default", "__base__"])
+        ours = outputs(model, inputs)
+        with model.disable_adapter():
+            base = outputs(model, inputs)
+    close(mixed[:1], ours[:1], "row with the prefix")
+    close(mixed[1:], base[1:], "row without")
+    differs(ours, base, "effect")
+
+
+def outputs_mixed(model: nn.Module, inputs: dict[str, Tensor], names: list[str]) -> Tensor:
+    result = model(**inputs, adapter_names=names, return_dict=True)
+    parts = [v for k, v in result.items() if isinstance(v, Tensor) and "logits" in k]
+    return torch.cat([part.float().flatten(1) for part in parts], dim=1)
+
+
+def eager_and_sdpa(case: Case) -> None:
+    """Both attention implementations agree, with and without a mask."""
+    if not case.base()._supports_sdpa:
+        raise Skip("no sdpa")
+    results: dict[str, list[Tensor]] = {}
+    for attn in ("eager", "sdpa"):
+        model = Case(case.model_type, case.task, attn, case.seed, case.config).wrapped()
+        inputs = case.inputs(model)
+        padded = dict(inputs)
+        padded["attention_mask"] = inputs["attention_mask"].clone()
+        padded["attention_mask"][..., 0, -2:] = 0
+        bare = {k: v for k, v in inputs.items() if k != "attention_mask"}
+        with torch.no_grad():
+            results[attn] = [outputs(model, i) for i in (inputs, bare, padded)]
+            with model.disable_adapter():
+                results[attn] += [outputs(model, i) for i in (inputs, bare, padded)]
+    for index, what in enumerate(("mask of ones", "no mask", "padding")):
+        base_gap = (results["eager"][index + 3] - results["sdpa"][index + 3]).abs().max().item()
+        if base_gap > TOLERANCE:
+            continue  # the base's own implementations disagree here
+        close(results["sdpa"][index], results["eager"][index], what)
+
+
+def padding(case: Case) -> None:
+    """Padding on either side changes nothing for a real token, as far as the base model keeps to that itself."""
+    if case.task not in ("CAUSAL_LM", "MASKED_LM", "TOKEN_CLS"):
+        raise Skip("no output for each token")
+    model = case.wrapped()
+    inputs = case.inputs(model, batch=1)
+    if "decoder_input_ids" in inputs or "position_ids" not in names_of(base_of(model)):
+        raise Skip("takes no position_ids")
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        for side in ("right", "left"):
+            padded = pad(inputs, 3, side)
+            where = slice(0, length) if side == "right" else slice(3, None)
+            with model.disable_adapter():
+                base = token_logits(model, inputs)
+                gap = (token_logits(model, padded)[:, where] - base).abs().max().item()
+            if gap > TOLERANCE:
+                continue
+            ours = token_logits(model, inputs)
+            close(token_logits(model, padded)[:, where], ours, f"{side} padding")
+            differs(ours, base, "effect")
+
+
+def names_of(model: nn.Module) -> set[str]:
+    import inspect
+
+    return set(inspect.signature(type(model).forward).parameters)
+
+
+def pad(inputs: dict[str, Tensor], by: int, side: str) -> dict[str, Tensor]:
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    left, right = (by, 0) if side == "left" else (0, by)
+    mask = nn.functional.pad(mask, (left, right))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": nn.functional.pad(ids, (left, right), value=7), "attention_mask": mask,
+            "position_ids": positions}  # fmt: skip
+
+
+def reload(case: Case, folder: Any = None) -> None:
+    """A saved adapter computes the same bit for bit on a fresh base."""
+    import tempfile
+
+    model = case.wrapped(prefix_projection=True)
+    inputs = case.inputs(model)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = outputs(model, inputs)
+        model.save_pretrained(scratch)
+        again = prefix_adapter.PeftModel.from_pretrained(case.base().eval(), scratch).eval()
+        assert torch.equal(outputs(again, inputs), want), "differs after reload"
+
+
+def checkpointing(case: Case) -> None:
+    """Gradient checkpointing, reentrant and not, gives the same gradients as none."""
+    if not case.base().supports_gradient_checkpointing:
+        raise Skip("no gradient checkpointing")
+    grads = {}
+    for reentrant in (None, False, True):
+        model = case.wrapped().train()
+        inputs = case.inputs(model)
+        if reentrant is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        if reentrant is not None and not _base_checkpoints(case, reentrant):
+            raise Skip("the base model cannot")
+        torch.manual_seed(0)
+        try:
+            result = outputs(model, inputs)
+        except ValueError as error:
+            if reentrant and "use_reentrant" in str(error):
+                continue  # refused in clear words: gradients would be lost
+            raise
+        (result * torch.randn(result.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+        grads[reentrant] = layer_of(model).prefix_tuning_v2_embedding["default"].weight.grad
+    assert grads[None] is not None, "no gradient without"
+    for reentrant in grads.keys() - {None}:
+        assert grads[reentrant] is not None, f"no gradient, use_reentrant={reentrant}"
+        close(grads[reentrant], grads[None], f"use_reentrant={reentrant}")
+
+
+def _base_checkpoints(case: Case, reentrant: bool) -> bool:
+    """Whether the base model itself can be trained with gradient checkpointing as it is."""
+    base = case.base().train()
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    base.enable_input_require_grads()
+    try:
+        outputs(base, case.inputs(base)).sum().backward()
+    except RuntimeError:
+        return False
+    return True
+
+
+def one_pass(case: Case) -> None:
+    """[prefix; x] in one pass: with the prefix set to the keys and values of real tokens p, the output on x is the
+    model's own on [p; x]. Positions are shifted, so that x stands where it stands behind p."""
+    if case.task != "CAUSAL_LM":
+        raise Skip("no decoder")
+    base = case.base().eval()
+    inputs = case.inputs(base, batch=1)
+    if "decoder_input_ids" in inputs:
+        raise Skip("encoder-decoder")
+    front, x = inputs["input_ids"][:, :TOKENS], inputs["input_ids"][:, TOKENS:]
+    with torch.no_grad():
+        cache = getattr(base(input_ids=front, use_cache=True), "past_key_values", None)
+        if cache is None:
+            raise Skip("returns no cache")
+        want = token_logits(base, {"input_ids": inputs["input_ids"]})[:, TOKENS:]
+        alone = token_logits(base, {"input_ids": x})
+        try:
+            model = case.wrapped(shift_positions=True)
+        except ValueError as error:
+            if "shift_positions" in str(error):
+                raise Skip("has no positions to shift") from error
+            raise
+        layer = layer_of(model)
+        if any(hasattr(stored, "conv_states") for stored in cache.layers):
+            raise Skip("hybrid: it has a state too")
+        windows = [getattr(target.module, "sliding_window", None) for target in layer.targets]
+        if any(window and window < inputs["input_ids"].shape[1] for window in windows):
+            raise Skip("its window hides p from the end of x")
+        table = layer.prefix_tuning_v2_embedding["default"].weight
+        for slot, columns in layer.adapters["default"].columns.items():
+            stored = getattr(cache, "self_attention_cache", cache).layers[slot.layer]
+            parts = [t[0].transpose(0, 1).flatten(1) for t in (stored.keys, stored.values)]
+            table[:, columns] = torch.cat(parts, dim=1)
+        ours = token_logits(model, {"input_ids": x})
+    differs(want, alone, "effect")
+    close(ours, want, "one pass")
+
+
+def _can_generate(case: Case) -> nn.Module:
+    if case.task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        raise Skip("no generation")
+    model = case.wrapped()
+    if not base_of(model).can_generate():
+        raise Skip("no generation")
+    return model
+
+
+def _generate(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
+    kwargs = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **kwargs}
+    inputs = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+    torch.manual_seed(0)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model.generate(**inputs, **kwargs)
+
+
+def _agrees(case: Case, padded: bool, one: dict[str, Any], other: dict[str, Any], what: str) -> None:
+    model = _can_generate(case)
+    inputs = case.inputs(model)
+    if padded and case.task == "CAUSAL_LM":
+        inputs = {k: v.clone() for k, v in inputs.items()}
+        inputs["attention_mask"][0, :2] = 0
+    with model.disable_adapter():
+        try:
+            base = [_generate(model, inputs, **kwargs) for kwargs in (one, other)]
+        except Exception as error:
+            raise Skip(f"the base model cannot: {type(error).__name__}") from error
+    if not torch.equal(*base):
+        raise Skip("the base model's own differ")
+    ours = [_generate(model, inputs, **kwargs) for kwargs in (one, other)]
+    assert torch.equal(*ours), f"{what}: {ours[0].tolist()} is not {ours[1].tolist()}"
+
+
+def generate_greedy(case: Case) -> None:
+    """Greedy search with a cache finds what it finds without."""
+    _agrees(case, False, {}, {"use_cache": False}, "greedy")
+
+
+def generate_left_padded(case: Case) -> None:
+    """Likewise for a left-padded batch."""
+    _agrees(case, True, {}, {"use_cache": False}, "left-padded")
+
+
+def generate_beams(case: Case) -> None:
+    """Likewise for beam search."""
+    _agrees(case, True, {"num_beams": 3}, {"num_beams": 3, "use_cache": False}, "beams")
+
+
+def generate_sampling(case: Case) -> None:
+    """Likewise for sampling with a seed."""
+    _agrees(case, True, {"do_sample": True}, {"do_sample": True, "use_cache": False}, "sampling")
+
+
+def generate_static(case: Case) -> None:
+    """A static cache gives what a dynamic one gives."""
+    _agrees(case, True, {"cache_implementation": "static", "disable_compile": True}, {}, "static cache")
+
+
+def two_turns(case: Case) -> None:
+    """A user's own cache over two turns gives what one pass over both gives."""
+    if case.task != "CAUSAL_LM":
+        raise Skip("no decoder")
+    model = case.wrapped()
+    inputs = case.inputs(model, batch=1)
+    ids = inputs["input_ids"]
+
+    def in_turns() -> Tensor:
+        first = model(input_ids=ids[:, :3], use_cache=True)
+        return model(input_ids=ids[:, 3:], past_key_values=first.past_key_values, use_cache=True).logits.float()
+
+    with torch.no_grad():
+        with model.disable_adapter():
+            try:
+                base = in_turns()
+                gap = (base - token_logits(model, {"input_ids": ids})[:, 3:]).abs().max().item()
+            except Exception as error:
+                raise Skip(f"the base model cannot: {type(error).__name__}") from error
+        if gap > TOLERANCE:
+            raise Skip("the base model's own differ")
+        close(in_turns(), token_logits(model, {"input_ids": ids})[:, 3:], "two turns")
+
+
+def far_window(case: Case) -> None:
+    """A token far beyond a sliding window still sees the prefix directly: its last layer's prefix alone changes it."""
+    if case.task != "CAUSAL_LM":
+        raise Skip("no decoder")
+    model = case.wrapped()
+    layer = layer_of(model)
+    if not any(getattr(target.module, "sliding_window", None) for target in layer.targets):
+        raise Skip("no sliding window")
+    inputs = case.inputs(model, batch=1, length=40)
+    with torch.no_grad():
+        for slot in layer.adapters["default"].columns:
+            alone = case.wrapped(layers_to_transform=[slot.layer])
+            ours = token_logits(alone, inputs)
+            with alone.disable_adapter():
+                base = token_logits(alone, inputs)
+            differs(ours[:, -1], base[:, -1], f"layer {slot.layer} at the last token")
+
+
+CHECKS: dict[str, Callable[[Case], None]] = {
+    check.__name__: check
+    for check in (
+        effect_and_gradients, disabling, masked_prefix, eager_and_sdpa, padding, reload, checkpointing, one_pass,
+        generate_greedy, generate_left_padded, generate_beams, generate_sampling, generate_static, two_turns,
+        far_window,
+    )
+}  # fmt: skip

@@ -1,0 +1,96 @@
+"""Hold the adapter against the checks on every text model type of the installed transformers.
+
+python tests/conformance/run.py [--types bert llama ...] [--tasks CAUSAL_LM ...] [--jobs 2] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def _run_job(job: tuple) -> dict:
+    return run_one(*job)
+
+
+def run_one(model_type: str, task: str, names: list[str] | None = None) -> dict:
+    """The result of one model type and task: `refused`, `not built`, or what each check said."""
+    import checks
+    import torch
+    import transformers
+    from zoo import NotBuilt
+
+    from prefix_adapter import UnsupportedBackboneError
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    started = time.perf_counter()
+    result: dict = {"type": model_type, "task": task, "checks": {}}
+    case = checks.Case(model_type, task)
+    try:
+        model = case.wrapped()
+        layer = checks.layer_of(model)
+        result["kinds"] = sorted({target.kind for target in layer.targets})
+        result["without"] = layer.layers_without
+    except NotBuilt as error:
+        return {**result, "status": "not built", "why": str(error)}
+    except UnsupportedBackboneError as error:
+        return {**result, "status": "refused", "why": str(error)}
+    except Exception as error:
+        return {**result, "status": "failed", "why": f"wrapping: {type(error).__name__}: {error}"}
+    for name in names or checks.CHECKS:
+        try:
+            checks.CHECKS[name](case)
+            result["checks"][name] = "pass"
+        except checks.Skip as error:
+            result["checks"][name] = f"skip: {error}"
+        except Exception as error:
+            result["checks"][name] = f"FAIL {type(error).__name__}: {str(error)[:300]}"
+    failed = any(said.startswith("FAIL") for said in result["checks"].values())
+    return {**result, "status": "failed" if failed else "works", "seconds": round(time.perf_counter() - started, 1)}
+
+
+def main() -> None:
+    """Run from the command line."""
+    from zoo import tasks_of, text_model_types
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--types", nargs="*")
+    parser.add_argument("--tasks", nargs="*")
+    parser.add_argument("--checks", nargs="*")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--first-task", action="store_true", help="only the first task of each type")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    pairs = []
+    for model_type in args.types or text_model_types():
+        tasks = [task for task in tasks_of(model_type) if not args.tasks or task in args.tasks]
+        pairs += [(model_type, task) for task in (tasks[:1] if args.first_task else tasks)]
+    results = []
+    # Fresh processes now and then: models of 200 types leave memory behind.
+    with get_context("spawn").Pool(args.jobs, maxtasksperchild=50) as pool:
+        for result in pool.imap_unordered(_run_job, [(*pair, args.checks) for pair in pairs]):
+            results.append(result)
+            said = [f"{name}: {text}" for name, text in result["checks"].items() if text.startswith("FAIL")]
+            line = f"{result['type']:28} {result['task']:14} {result['status']:9} {result.get('why', '')[:300]}"
+            print("\n    ".join([line, *said]), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(sorted(results, key=lambda r: (r["type"], r["task"])), indent=1))
+    counts = {
+        status: sum(r["status"] == status for r in results) for status in ("works", "refused", "not built", "failed")
+    }
+    print(f"{len(results)} model types and tasks:", ", ".join(f"{n} {status}" for status, n in counts.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""P-Tuning v2 for BERT and RoBERTa in plain tensor maths, written from the papers: nothing of the package is in it.
+
+Everything is a function of `weights`, a flat dictionary, so that the reference has gradients of its own.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+
+def weights_of(peft_model: torch.nn.Module) -> Weights:
+    """Copies of a PEFT model's weights by their names in the backbone; what is trained is a leaf with a gradient."""
+    weights = {}
+    for name, parameter in peft_model.named_parameters():
+        if "original_module" not in name:
+            short = name.removeprefix("base_model.model.").replace("modules_to_save.default.", "")
+            weights[short] = parameter.detach().clone()
+            weights[short].requires_grad_("prefix_tuning_v2" in name or "modules_to_save" in name)
+    return weights
+
+
+def prefix(weights: Weights) -> Tensor:
+    """The prefix `[n, layers * 2 * hidden]`: the table, or Embedding - Linear - Tanh - Linear of it."""
+    name = "prefix_tuning_v2.prefix_tuning_v2_{}.default"
+    table = weights[f"{name.format('embedding')}.weight"]
+    if f"{name.format('output')}.weight" not in weights:
+        return table
+    return _linear(weights, name.format("output"), torch.tanh(_linear(weights, name.format("hidden"), table)))
+
+
+def encoder(
+    kind: str, config, weights: Weights, ids: Tensor, mask: Tensor, table: Tensor | None, shift: int
+) -> tuple[Tensor, Tensor]:
+    """Last hidden states `[batch, tokens, hidden]` and classification logits; without a prefix if `table` is None."""
+    batch, tokens = ids.shape
+    if kind == "roberta":
+        # fairseq's positions: they start at padding_idx + 1 and count what is no padding.
+        real = (ids != config.pad_token_id).long()
+        positions = config.pad_token_id + (real.cumsum(1) + shift) * real
+    else:
+        positions = torch.arange(tokens).expand(batch, tokens) + shift
+    x = weights[f"{kind}.embeddings.word_embeddings.weight"][ids]
+    x = x + weights[f"{kind}.embeddings.position_embeddings.weight"][positions]
+    x = x + weights[f"{kind}.embeddings.token_type_embeddings.weight"][0]
+    x = _norm(weights, f"{kind}.embeddings.LayerNorm", x, config.layer_norm_eps)
+
+    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    for layer in range(config.num_hidden_layers):
+        at = f"{kind}.encoder.layer.{layer}"
+        query, key, value = (_linear(weights, f"{at}.attention.self.{name}", x) for name in ("query", "key", "value"))
+        visible = mask.bool()
+        if table is not None:
+            own = table[:, layer * 2 * config.hidden_size : (layer + 1) * 2 * config.hidden_size]
+            prefix_key, prefix_value = own.chunk(2, dim=1)
+            key = torch.cat([prefix_key.expand(batch, -1, -1), key], dim=1)
+            value = torch.cat([prefix_value.expand(batch, -1, -1), value], dim=1)
+            visible = torch.cat([torch.ones(batch, len(table), dtype=torch.bool), visible], dim=1)
+        context = []
+        for head in range(heads):
+            part = slice(head * size, (head + 1) * size)
+            scores = query[..., part] @ key[..., part].transpose(1, 2) / math.sqrt(size)
+            scores = scores.masked_fill(~visible[:, None, :], -math.inf)
+            context.append(scores.softmax(dim=-1) @ value[..., part])
+        attended = _linear(weights, f"{at}.attention.output.dense", torch.cat(context, dim=-1))
+        x = _norm(weights, f"{at}.attention.output.LayerNorm", attended + x, config.layer_norm_eps)
+        inner = _gelu(_linear(weights, f"{at}.intermediate.dense", x))
+        x = _linear(weights, f"{at}.output.dense", inner) + x
+        x = _norm(weights, f"{at}.output.LayerNorm", x, config.layer_norm_eps)
+
+    first = x[:, 0]
+    if kind == "roberta":
+        logits = _linear(weights, "classifier.out_proj", torch.tanh(_linear(weights, "classifier.dense", first)))
+    else:
+        logits = _linear(weights, "classifier", torch.tanh(_linear(weights, "bert.pooler.dense", first)))
+    return x, logits
+
+
+def _linear(weights: Weights, name: str, x: Tensor) -> Tensor:
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+
+def _norm(weights: Weights, name: str, x: Tensor, eps: float) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    scaled = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + eps)
+    return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))

@@ -1,0 +1,444 @@
+"""What is saved, and what comes back: files, configs, resumed training, `AutoPeftModel`, folding."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import prefix_adapter
+from prefix_adapter import PrefixTuningV2Config, fold
+
+N, WIDTH = 4, 8
+KEY = "base_model.model.prefix_tuning_v2.prefix_tuning_v2_"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+# Backbone, auto class, task type, columns of the prefix in the tiny model, keys and shapes of the head.
+CASES = {
+    "bert": ("AutoModelForSequenceClassification", "SEQ_CLS", 3 * 64, {"classifier.weight": [3, 32], "classifier.bias": [3]}),
+    "llama": ("AutoModelForCausalLM", "CAUSAL_LM", 3 * 32, {}),
+    "t5": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", 9 * 64, {}),
+}
+AUTO = {
+    "AutoPeftModelForSequenceClassification": ("bert", "AutoModelForSequenceClassification", "SEQ_CLS"),
+    "AutoPeftModelForTokenClassification": ("bert", "AutoModelForTokenClassification", "TOKEN_CLS"),
+    "AutoPeftModelForQuestionAnswering": ("bert", "AutoModelForQuestionAnswering", "QUESTION_ANS"),
+    "AutoPeftModelForCausalLM": ("llama", "AutoModelForCausalLM", "CAUSAL_LM"),
+    "AutoPeftModelForSeq2SeqLM": ("t5", "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
+    "AutoPeftModelForFeatureExtraction": ("bert", "AutoModel", "FEATURE_EXTRACTION"),
+    "AutoPeftModel": ("bert", "AutoModelForMaskedLM", None),
+}
+
+
+def config(projection: bool = False, **settings) -> PrefixTuningV2Config:
+    if projection:
+        settings = {"prefix_projection": True, "encoder_hidden_size": WIDTH, **settings}
+    return PrefixTuningV2Config(**{"num_virtual_tokens": N, "prefix_dropout": 0.0, **settings})
+
+
+def case(kind: str, projection: bool = False, name: str = "default", **settings) -> PeftModel:
+    """A tiny model with an adapter that has an effect that cannot be overlooked."""
+    auto_class, task_type = CASES[kind][:2]
+    settings = {"task_type": task_type, **settings}
+    model = get_peft_model(tiny.model(kind, auto_class), config(projection, **settings), adapter_name=name)
+    return draw(model, name).eval()
+
+
+def draw(model, name: str = "default", seed: int = 2):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if f".{name}." in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return model
+
+
+def fresh(kind: str, **changes):
+    return tiny.model(kind, CASES[kind][0], **changes)
+
+
+def inputs_of(kind: str, seed: int = 1) -> dict:
+    inputs = {"input_ids": tiny.ids(2, seed=seed)}
+    if kind == "t5":
+        inputs["decoder_input_ids"] = tiny.ids(2, 5, seed=seed + 50)
+    return inputs
+
+
+@torch.no_grad()
+def answers(model, kind: str) -> torch.Tensor:
+    output = model.eval()(**inputs_of(kind))
+    return output.logits if "logits" in output else output[0]
+
+
+def differ(left: torch.Tensor, right: torch.Tensor, by: float = 1e-3) -> bool:
+    return (left - right).abs().max().item() > by
+
+
+def expected_shapes(kind: str, projection: bool) -> dict[str, list[int]]:
+    columns, head = CASES[kind][2:]
+    if projection:
+        shapes = {
+            "embedding.weight": [N, 32],
+            "hidden.weight": [WIDTH, 32],
+            "hidden.bias": [WIDTH],
+            "output.weight": [columns, WIDTH],
+            "output.bias": [columns],
+        }
+    else:
+        shapes = {"embedding.weight": [N, columns]}
+    prefix = {KEY + name: shape for name, shape in shapes.items()}
+    return prefix | {f"base_model.model.{name}": shape for name, shape in head.items()}
+
+
+def check_file(path: Path, shapes: dict[str, list[int]]) -> None:
+    """The file holds exactly these tensors, as float32, and nothing else."""
+    with safe_open(path, "pt") as file:
+        assert {key: file.get_slice(key).get_shape() for key in file.keys()} == shapes  # noqa: SIM118
+        assert {file.get_slice(key).get_dtype() for key in shapes} == {"F32"}
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    numbers = sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert path.stat().st_size == 8 + header + 4 * numbers
+
+
+# ---- What is written
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("kind", CASES)
+def test_what_is_written(kind, projection, tmp_path):
+    model = case(kind, projection)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CONFIG, "README.md"}
+    check_file(tmp_path / WEIGHTS, expected_shapes(kind, projection))
+    saved = load_file(tmp_path / WEIGHTS)
+    state = model.state_dict()
+    for key, tensor in saved.items():
+        stem, _, last = key.rpartition(".")
+        name = f"{stem}.default.{last}" if key.startswith(KEY) else f"{stem}.modules_to_save.default.{last}"
+        assert torch.equal(tensor, state[name]), key
+
+
+def test_each_adapter_in_a_folder_of_its_name(tmp_path):
+    model = case("bert", name="first")
+    model.add_adapter("second", config(True, task_type="SEQ_CLS", layers_to_transform=[1]))
+    draw(model, "second", seed=4)
+    outputs = {"first": answers(model, "bert")}
+    model.set_adapter("second")
+    outputs["second"] = answers(model, "bert")
+    assert differ(outputs["first"], outputs["second"])
+    model.save_pretrained(tmp_path / "both")
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {"first", "second", "README.md"}
+    check_file(tmp_path / "both" / "first" / WEIGHTS, expected_shapes("bert", False))
+    for name, expected in outputs.items():
+        loaded = PeftModel.from_pretrained(fresh("bert"), str(tmp_path / "both" / name), adapter_name="a_third")
+        assert loaded.active_adapters == ["a_third"]
+        assert torch.equal(answers(loaded, "bert"), expected)
+
+    model.save_pretrained(tmp_path / "one", selected_adapters=["second"])
+    assert {path.name for path in (tmp_path / "one").iterdir() if path.is_dir()} == {"second"}
+
+
+# ---- What comes back
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("kind", CASES)
+def test_reload_is_bit_equal(kind, projection, trainable, tmp_path):
+    model = case(kind, projection)
+    expected = answers(model, kind)
+    model.save_pretrained(tmp_path)
+    base = fresh(kind)
+    assert differ(expected, answers(base, kind))
+    loaded = PeftModel.from_pretrained(base, str(tmp_path), is_trainable=trainable)
+    assert torch.equal(answers(loaded, kind), expected)
+
+    trained = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
+    assert trained == ({name for name, p in model.named_parameters() if p.requires_grad} if trainable else set())
+    assert loaded.peft_config["default"].inference_mode is not trainable
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
+    old, new = (json.loads((folder / CONFIG).read_text()) for folder in (tmp_path, tmp_path / "again"))
+    # PEFT itself adds the names of the heads once more at every load.
+    assert set(new.pop("modules_to_save") or ()) == set(old.pop("modules_to_save") or ())
+    assert new == old
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("kind", CASES)
+def test_training_goes_on_as_if_never_interrupted(kind, projection, dropout, tmp_path):
+    still = {"bert": ["hidden_dropout_prob", "attention_probs_dropout_prob"], "llama": [], "t5": ["dropout_rate"]}
+    changes = dict.fromkeys(still[kind], dropout)
+
+    def optimizer_of(model):
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    def train(model, optimizer, steps):
+        model.train()
+        for step in steps:
+            inputs = inputs_of(kind, seed=step)
+            labels = torch.tensor([0, 2]) if kind == "bert" else inputs.get("decoder_input_ids", inputs["input_ids"])
+            optimizer.zero_grad()
+            model(**inputs, labels=labels).loss.backward()
+            optimizer.step()
+
+    def trained(model):
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    model = get_peft_model(fresh(kind, **changes), config(projection, task_type=CASES[kind][1], prefix_dropout=dropout))
+    optimizer, start = optimizer_of(model), trained(model)
+    train(model, optimizer, range(3))
+    model.save_pretrained(tmp_path)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    random_state, middle = torch.get_rng_state(), trained(model)
+    train(model, optimizer, range(3, 6))
+    expected = trained(model)
+
+    resumed = PeftModel.from_pretrained(fresh(kind, **changes), str(tmp_path), is_trainable=True)
+    optimizer = optimizer_of(resumed)
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+    if dropout:
+        torch.set_rng_state(random_state)
+    train(resumed, optimizer, range(3, 6))
+    result = trained(resumed)
+    assert list(result) == list(expected)
+    for name, parameter in result.items():
+        assert torch.equal(parameter, expected[name]), name
+        assert differ(parameter, middle[name], 0) and differ(middle[name], start[name], 0), name
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("auto_class", AUTO)
+def test_auto_peft_model(auto_class, projection, tmp_path):
+    kind, base_class, task_type = AUTO[auto_class]
+    labels = {"num_labels": 2} if task_type == "QUESTION_ANS" else {}
+    tiny.model(kind, base_class, **labels).save_pretrained(tmp_path / "base")
+    base = getattr(transformers, base_class).from_pretrained(tmp_path / "base").eval()
+
+    def first(model):
+        with torch.no_grad():
+            return model.eval()(**inputs_of(kind))[0]
+
+    unadapted = first(base)
+    model = draw(get_peft_model(base, config(projection, task_type=task_type)))
+    expected = first(model)
+    model.save_pretrained(tmp_path / "adapter")
+    for trainable in (False, True):
+        loaded = getattr(peft, auto_class).from_pretrained(tmp_path / "adapter", is_trainable=trainable)
+        assert type(loaded) is type(model)
+        assert torch.equal(first(loaded), expected) and differ(expected, unadapted)
+        assert any(parameter.requires_grad for parameter in loaded.parameters()) is trainable
+
+
+EVERY_FIELD = {
+    "num_virtual_tokens": 7,
+    "prefix_projection": True,
+    "encoder_hidden_size": 12,
+    "prefix_dropout": 0.25,
+    "init_std": 0.125,
+    "layers_to_transform": [0, 2],
+    "target_attention": ["encoder", "cross"],
+    "shift_positions": True,
+    "modules_to_save": ["lm_head"],
+    "task_type": "SEQ_2_SEQ_LM",
+    "revision": "main",
+}
+
+
+@pytest.mark.parametrize("settings", [{}, EVERY_FIELD, {"layers_to_transform": 1}, {"task_type": "SEQ_CLS"}])
+def test_config_round_trip(settings, tmp_path):
+    before = PrefixTuningV2Config(**settings)
+    before.save_pretrained(tmp_path)
+    after = PeftConfig.from_pretrained(str(tmp_path))
+    assert type(after) is PrefixTuningV2Config
+    written = json.loads((tmp_path / CONFIG).read_text())
+    assert written["peft_type"] == "PREFIX_TUNING_V2"
+    own = {item.name for item in dataclasses.fields(PrefixTuningV2Config)}
+    for name in own - {"auto_mapping", "peft_version", "inference_mode"}:
+        assert getattr(after, name) == getattr(before, name), name
+        assert type(getattr(after, name)) is type(getattr(before, name)) or name == "task_type", name
+        assert name in written, name
+    for name, value in settings.items():
+        assert getattr(after, name) == ([value] if name == "layers_to_transform" and isinstance(value, int) else value)
+    assert set(EVERY_FIELD) >= {item.name for item in dataclasses.fields(PrefixTuningV2Config)} - {
+        item.name for item in dataclasses.fields(PeftConfig)
+    }
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("change", [{"hidden_size": 64}, {"num_hidden_layers": 2}])
+def test_base_model_of_another_shape(change, low_cpu_mem_usage, projection, tmp_path):
+    case("bert", projection).save_pretrained(tmp_path)
+    columns = 2 * 64 if "num_hidden_layers" in change else 3 * 2 * 64
+    with pytest.raises(RuntimeError) as error:
+        PeftModel.from_pretrained(fresh("bert", **change), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage)
+    message = str(error.value)
+    key, saved, wanted = "embedding", [N, 192], [N, columns]
+    if projection:
+        key, saved, wanted = "output", [192, WIDTH], [columns, WIDTH]
+    assert f"size mismatch for {KEY}{key}.default.weight" in message
+    assert f"torch.Size({saved})" in message and f"torch.Size({wanted})" in message
+
+
+def test_base_model_with_too_few_layers(tmp_path):
+    case("bert", layers_to_transform=[2]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"`layers_to_transform` names \[2\].*are \[0, 1\]"):
+        PeftModel.from_pretrained(fresh("bert", num_hidden_layers=2), str(tmp_path))
+
+
+# ---- Folding
+
+
+@pytest.mark.parametrize("settings", [{}, {"layers_to_transform": [1], "shift_positions": True}], ids=["all", "one"])
+@pytest.mark.parametrize("kind", CASES)
+def test_fold_a_saved_adapter(kind, settings, tmp_path):
+    model = case(kind, True, **settings)
+    expected = answers(model, kind)
+    model.save_pretrained(tmp_path / "mlp")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "mlp").iterdir()}
+    target = tmp_path / "new" / "folded"
+    assert fold(tmp_path / "mlp", target) == target
+    assert {path.name: path.read_bytes() for path in (tmp_path / "mlp").iterdir()} == before
+
+    shapes = expected_shapes(kind, False)
+    if settings:
+        shapes[f"{KEY}embedding.weight"][1] //= 3
+    check_file(target / WEIGHTS, shapes)
+    old, new = (PeftConfig.from_pretrained(str(folder)).to_dict() for folder in (tmp_path / "mlp", target))
+    assert new == {**old, "prefix_projection": False, "encoder_hidden_size": None}
+    weights, folded = load_file(tmp_path / "mlp" / WEIGHTS), load_file(target / WEIGHTS)
+    for key in CASES[kind][3]:
+        assert torch.equal(folded[f"base_model.model.{key}"], weights[f"base_model.model.{key}"])
+
+    base = fresh(kind)
+    unadapted = answers(base, kind)
+    loaded = PeftModel.from_pretrained(base, str(target))
+    assert not [name for name in loaded.state_dict() if "_hidden." in name or "_output." in name]
+    assert torch.allclose(answers(loaded, kind), expected, rtol=1e-6, atol=1e-6)
+    assert differ(expected, unadapted)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("kind", CASES)
+def test_fold_a_loaded_adapter(kind, trainable, tmp_path):
+    case(kind, True).save_pretrained(tmp_path / "mlp")
+    model = PeftModel.from_pretrained(fresh(kind), str(tmp_path / "mlp"), is_trainable=trainable)
+    expected = answers(model, kind)
+    heads = {name: p.clone() for name, p in model.named_parameters() if "modules_to_save" in name}
+    model.fold_adapter()
+    assert torch.allclose(answers(model, kind), expected, rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(parameter, heads[name]) for name, parameter in model.named_parameters() if name in heads)
+    assert differ(expected, answers(fresh(kind), kind))
+    table = model.get_parameter(f"{KEY}embedding.default.weight")
+    assert table.requires_grad is trainable and table.shape == (N, CASES[kind][2])
+
+    model.save_pretrained(tmp_path / "folded")
+    check_file(tmp_path / "folded" / WEIGHTS, expected_shapes(kind, False))
+    again = PeftModel.from_pretrained(fresh(kind), str(tmp_path / "folded"))
+    assert torch.equal(answers(again, kind), answers(model, kind))
+    fold(tmp_path / "mlp", tmp_path / "other")
+    one, other = load_file(tmp_path / "folded" / WEIGHTS), load_file(tmp_path / "other" / WEIGHTS)
+    assert one.keys() == other.keys() and all(torch.allclose(one[key], other[key], rtol=1e-6, atol=1e-6) for key in one)
+    with pytest.raises(ValueError, match="table already"):
+        model.fold_adapter()
+    if trainable:
+        model.train()(**inputs_of(kind))[0].square().mean().backward()
+        assert table.grad.any()
+
+
+def test_fold_one_adapter_of_several():
+    model = case("bert", True, name="first")
+    model.add_adapter("second", config(True, task_type="SEQ_CLS"))
+    draw(model, "second", seed=4)
+    first = answers(model, "bert")
+    model.set_adapter("second")
+    second = answers(model, "bert")
+    with pytest.raises(ValueError, match=r"no prefix adapter 'default'; there are \['first', 'second'\]"):
+        model.fold_adapter()
+    model.fold_adapter("first")
+    assert model.active_adapters == ["second"]
+    assert torch.equal(answers(model, "bert"), second) and differ(first, second)
+    assert {name for name, p in model.named_parameters() if p.requires_grad and ".first." in name} == set()
+    model.set_adapter("first")
+    assert torch.allclose(answers(model, "bert"), first, rtol=1e-6, atol=1e-6)
+    assert not model.peft_config["first"].prefix_projection and model.peft_config["second"].prefix_projection
+
+
+def folder_of(kind: str, folder: Path) -> None:
+    """A folder that cannot be folded."""
+    if kind == "lora":
+        get_peft_model(tiny.model("bert"), LoraConfig(target_modules=["query"])).save_pretrained(folder)
+        return
+    case("bert", projection=kind != "table").save_pretrained(folder)
+    if kind in ("part of the weights", "no weights"):
+        weights = load_file(folder / WEIGHTS)
+        kept = {k: v for k, v in weights.items() if kind == "part of the weights" and not k.startswith(f"{KEY}output")}
+        prefix_adapter.convert.save_file(kept, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("table", "is a table already"),
+        ("lora", "LORA adapter, not one of PREFIX_TUNING_V2"),
+        ("part of the weights", "prefix_tuning_v2_output"),
+        ("no weights", "weight"),
+    ],
+)
+def test_fold_refuses(kind, words, tmp_path):
+    folder_of(kind, tmp_path / "source")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=words):
+        fold(tmp_path / "source", tmp_path / "target")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_fold_leaves_what_exists_alone(tmp_path):
+    case("bert", True).save_pretrained(tmp_path / "source")
+    for target in (tmp_path / "source", tmp_path / "empty"):
+        target.mkdir(exist_ok=True)
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(FileExistsError, match=f"{target} exists"):
+            fold(tmp_path / "source", target)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_fold_that_fails_while_writing_leaves_nothing(tmp_path, monkeypatch):
+    case("bert", True).save_pretrained(tmp_path / "source")
+    before = sorted(tmp_path.rglob("*"))
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(PrefixTuningV2Config, "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        fold(tmp_path / "source", tmp_path / "target")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_sizes_for_bert_base(tmp_path):
+    """The published file is the table: 20 tokens x 12 layers x 2 x 768 numbers, whatever the MLP weighs."""
+    shape = {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 8}
+    base = tiny.model("bert", **shape)
+    settings = {"num_virtual_tokens": 20, "prefix_projection": True, "encoder_hidden_size": 512}
+    model = draw(get_peft_model(base, PrefixTuningV2Config(**settings)))
+    expected = answers(model, "bert")
+    model.save_pretrained(tmp_path / "mlp")
+    fold(tmp_path / "mlp", tmp_path / "folded")
+    mlp, folded = ((tmp_path / name / WEIGHTS).stat().st_size for name in ("mlp", "folded"))
+    assert 0 <= folded - 4 * 20 * 12 * 2 * 768 < 1000 and folded == pytest.approx(1.5e6, rel=0.05)
+    numbers = 20 * 768 + 768 * 512 + 512 + 512 * 12 * 2 * 768 + 12 * 2 * 768
+    assert 0 <= mlp - 4 * numbers < 1000 and mlp == pytest.approx(40e6, rel=0.05)
+    loaded = PeftModel.from_pretrained(model.unload(), str(tmp_path / "folded"))
+    assert torch.allclose(answers(loaded, "bert"), expected, rtol=1e-5, atol=1e-5)
+    with loaded.disable_adapter():
+        assert differ(answers(loaded, "bert"), expected)
