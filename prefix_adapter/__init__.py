@@ -22,12 +22,13 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
-from .attention import UnsupportedBackboneError
 from .config import PrefixTuningV2Config, PrefixTuningV2Type
 from .convert import fold
-from .layer import PREFIX, PrefixNotUsedError, PrefixTuningV2Layer
+from .find import UnsupportedBackboneError
+from .layer import PREFIX, PrefixTuningV2Layer
 from .model import PrefixTuningV2Model
 from .version import __version__
+from .watch import PrefixNotUsedError
 
 # What `peft.utils.register_peft_method` does, which refuses names that are not in PEFT's closed enum.
 _entries: list[tuple[dict[Any, Any], Any]] = [

@@ -40,6 +40,7 @@ class PrefixTuningV2Model(BaseTuner):
         return getattr(self.model, LAYER_NAME)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter to `model`; PEFT calls this for the first and for every further one."""
         config: Any = self.peft_config[adapter_name]
         first = not hasattr(model, LAYER_NAME)
         layer = PrefixTuningV2Layer(model) if first else getattr(model, LAYER_NAME)

@@ -94,6 +94,7 @@ class PositionProbe:
             elif name in self._called:
                 limit = None
                 if isinstance(module, nn.Embedding):
-                    limit = module.num_embeddings - getattr(module, "offset", 0)
+                    offset: Any = getattr(module, "offset", 0)
+                    limit = module.num_embeddings - offset
                 targets.append(PositionTarget(name, module, parameter_names(module), _IDS, limit))
         return targets

@@ -40,7 +40,9 @@ FORWARD = {
 DECODERS, TWO_SIDED = ("llama", "gpt2"), ("t5", "bart")
 
 
-def build(kind: str, adapters=ADAPTERS, attn: str | None = None, auto_class: str | None = None, **settings) -> PeftModel:
+def build(
+    kind: str, adapters=ADAPTERS, attn: str | None = None, auto_class: str | None = None, **settings
+) -> PeftModel:
     """A tiny model in eval mode with several adapters, the first of which is active."""
     if auto_class is None:
         auto_class, settings["task_type"] = FORWARD[kind]
@@ -182,7 +184,9 @@ def test_input_embeddings():
 @pytest.mark.parametrize("headed", [("short",), ("long", "middle")])
 def test_heads_of_some_adapters_only(headed):
     """A row whose adapter has no head of its own takes the base model's, whichever adapter is active."""
-    own = {name: {**ADAPTERS[name], "modules_to_save": ["classifier"] if name in headed else None} for name in ADAPTERS}
+    own = {
+        name: {**ADAPTERS[name], "modules_to_save": ["classifier"] if name in headed else None} for name in ADAPTERS
+    }
     model = build("bert", own, auto_class="AutoModelForSequenceClassification")
     for active in ("short", "long"):
         model.set_adapter(active)
@@ -345,7 +349,10 @@ def test_half_as_many_names_as_rows():
     """Nothing is guessed: two names for four rows are no names for two rows each."""
     model = shared_model("llama")
     inputs, _ = batch("llama", 4)
-    for ask in (lambda **kwargs: logits(model, **inputs, **kwargs), lambda **kwargs: model.generate(**inputs, **kwargs)):
+    for ask in (
+        lambda **kwargs: logits(model, **inputs, **kwargs),
+        lambda **kwargs: model.generate(**inputs, **kwargs),
+    ):
         with pytest.raises(ValueError, match="2 names for a batch of 4"):
             ask(adapter_names=["short", "long"])
 

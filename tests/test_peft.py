@@ -1,4 +1,4 @@
-"""Stock PEFT, unpatched, works with a prefix: wrapping, training, several adapters, unloading, copies, checkpointing."""
+"""Stock PEFT, unpatched, works with a prefix: training, several adapters, unloading, copies, checkpointing."""
 
 import copy
 import io
@@ -51,7 +51,10 @@ TASKS = {
 LABELS = {
     "ForSequenceClassification": lambda ids: {"labels": torch.tensor([0, 2])},
     "ForTokenClassification": lambda ids: {"labels": ids % 3},
-    "ForQuestionAnswering": lambda ids: {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 2])},
+    "ForQuestionAnswering": lambda ids: {
+        "start_positions": torch.tensor([1, 2]),
+        "end_positions": torch.tensor([3, 2]),
+    },
     "ForMultipleChoice": lambda ids: {"labels": torch.tensor([0, 1])},
 }
 
@@ -79,10 +82,7 @@ def wrap(kind: str, auto_class: str = "AutoModel", name: str = "default", change
 def batch(task: str) -> dict:
     """Inputs of two rows with labels for a task."""
     auto_class = TASKS[task][1]
-    if auto_class == "ForMultipleChoice":
-        ids = tiny.ids(6).view(2, 3, 7)
-    else:
-        ids = tiny.ids(2)
+    ids = tiny.ids(6).view(2, 3, 7) if auto_class == "ForMultipleChoice" else tiny.ids(2)
     mask = torch.ones_like(ids)
     mask[1, ..., -2:] = 0
     labels = {} if auto_class == "" else LABELS.get(auto_class, lambda ids: {"labels": ids})(ids)
@@ -298,7 +298,10 @@ def test_load_adapter_beside_another(kind, tmp_path):
 def test_refused_second_adapter_leaves_no_trace():
     model = wrap("bert", name="a")
     first, names = answers(model, "bert"), set(model.state_dict())
-    for settings, words in (({"layers_to_transform": [7]}, "layers_to_transform"), ({"target_attention": ["cross"]}, "cross")):
+    for settings, words in (
+        ({"layers_to_transform": [7]}, "layers_to_transform"),
+        ({"target_attention": ["cross"]}, "cross"),
+    ):
         with pytest.raises(ValueError, match=words):
             model.add_adapter("b", config(**settings))
         assert list(model.peft_config) == ["a"] and set(model.state_dict()) == names
@@ -393,7 +396,8 @@ def test_adapters_side_by_side(kind, projection, shift):
     for name in "ab":
         tables += [p.detach() for key, p in model.named_parameters() if f"{PREFIX}embedding.{name}." in key]
     joined = wrap(kind, MODELS[kind], num_virtual_tokens=N + 3, **settings)
-    joined.get_parameter(f"base_model.model.prefix_tuning_v2.{PREFIX}embedding.default.weight").data.copy_(torch.cat(tables))
+    place = joined.get_parameter(f"base_model.model.prefix_tuning_v2.{PREFIX}embedding.default.weight")
+    place.data.copy_(torch.cat(tables))
     assert torch.allclose(answers(joined, kind), both, atol=1e-5)
 
     # Both are trained.
@@ -498,7 +502,10 @@ def test_t5_prefix_by_hand(layers):
 def footprint(model) -> tuple:
     """All that could be left of an adapter: modules, parameters, hooks, attributes."""
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
-    modules = {name: (type(module), {key: len(getattr(module, key)) for key in hooks}) for name, module in model.named_modules()}
+    modules = {
+        name: (type(module), {key: len(getattr(module, key)) for key in hooks})
+        for name, module in model.named_modules()
+    }
     # What transformers itself notes on a model for gradient checkpointing stays there after every PEFT method.
     attributes = {name for name in vars(model) if not name.startswith(("_gradient_checkpointing", "_require_grads"))}
     return modules, [name for name, _ in model.named_parameters()], attributes
@@ -541,7 +548,7 @@ def test_unload_keeps_the_trained_head_as_peft_does():
 def test_merging_is_refused(kind, method):
     model = wrap(kind, MODELS[kind], task_type="SEQ_CLS" if kind == "bert" else None)
     expected, before = answers(model, kind), footprint(model)
-    with pytest.raises(ValueError, match="A prefix cannot be merged.*`unload`"):
+    with pytest.raises(ValueError, match=r"A prefix cannot be merged.*`unload`"):
         getattr(model, method)()
     assert footprint(model) == before
     assert torch.equal(answers(model, kind), expected) and differ(expected, base_of(model, kind))
@@ -564,7 +571,9 @@ def lora_last(base):
     return inject_adapter_in_model(LoraConfig(r=2, target_modules=["query", "value"]), model, "lora")
 
 
-@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT", "ignore:Already found a `peft_config`")
+@pytest.mark.filterwarnings(
+    "ignore:You are trying to modify a model with PEFT", "ignore:Already found a `peft_config`"
+)
 @pytest.mark.parametrize("combine", [lora_first, lora_model_first, lora_last])
 def test_trained_together_with_lora(combine):
     model = combine(tiny.model("bert")).eval()

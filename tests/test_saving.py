@@ -22,7 +22,12 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 # Backbone, auto class, task type, columns of the prefix in the tiny model, keys and shapes of the head.
 CASES = {
-    "bert": ("AutoModelForSequenceClassification", "SEQ_CLS", 3 * 64, {"classifier.weight": [3, 32], "classifier.bias": [3]}),
+    "bert": (
+        "AutoModelForSequenceClassification",
+        "SEQ_CLS",
+        3 * 64,
+        {"classifier.weight": [3, 32], "classifier.bias": [3]},
+    ),
     "llama": ("AutoModelForCausalLM", "CAUSAL_LM", 3 * 32, {}),
     "t5": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", 9 * 64, {}),
 }
@@ -193,7 +198,9 @@ def test_training_goes_on_as_if_never_interrupted(kind, projection, dropout, tmp
     def trained(model):
         return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
-    model = get_peft_model(fresh(kind, **changes), config(projection, task_type=CASES[kind][1], prefix_dropout=dropout))
+    model = get_peft_model(
+        fresh(kind, **changes), config(projection, task_type=CASES[kind][1], prefix_dropout=dropout)
+    )
     optimizer, start = optimizer_of(model), trained(model)
     train(model, optimizer, range(3))
     model.save_pretrained(tmp_path)
@@ -347,7 +354,9 @@ def test_fold_a_loaded_adapter(kind, trainable, tmp_path):
     assert torch.equal(answers(again, kind), answers(model, kind))
     fold(tmp_path / "mlp", tmp_path / "other")
     one, other = load_file(tmp_path / "folded" / WEIGHTS), load_file(tmp_path / "other" / WEIGHTS)
-    assert one.keys() == other.keys() and all(torch.allclose(one[key], other[key], rtol=1e-6, atol=1e-6) for key in one)
+    assert one.keys() == other.keys() and all(
+        torch.allclose(one[key], other[key], rtol=1e-6, atol=1e-6) for key in one
+    )
     with pytest.raises(ValueError, match="table already"):
         model.fold_adapter()
     if trainable:

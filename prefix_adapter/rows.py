@@ -1,0 +1,107 @@
+"""Which adapter's prefix goes where: rows with adapters of their own, adapters side by side, layers without."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention import AttentionTarget, Slot
+
+# The adapters of one row of the batch, from left to right; none for the base model.
+Row = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is to be known of an adapter besides its parameters.
+
+    Attributes:
+        length: virtual tokens.
+        dropout: probability.
+        shift: by how much it moves the positions of the input.
+        columns: of its table, by the slots that it fills.
+    """
+
+    length: int
+    dropout: float
+    shift: int
+    columns: dict[Slot, slice]
+
+    def fills(self, target: AttentionTarget) -> bool:
+        """Whether it has a prefix for the target."""
+        return any(slot in self.columns for slot in target.slots.values())
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a row's prefix: an adapter's, or blank (`adapter` is `None`), and then hidden."""
+
+    adapter: str | None
+    length: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The prefix of a batch for one target.
+
+    Attributes:
+        length: in tokens, the same for all rows; shorter ones are blank on the left.
+        rows: the pieces of each row; a single entry if all rows have the same.
+        picked: `[batch]`, the entry of `rows` that each row of the batch takes; `None` for a single entry.
+        visible: bool `[batch, length]`, `None` if nothing is blank.
+    """
+
+    length: int
+    rows: list[tuple[Piece, ...]]
+    picked: Tensor | None
+    visible: Tensor | None
+
+
+def make_plan(rows: list[Row], adapters: dict[str, Adapter], target: AttentionTarget, states: Tensor) -> Plan | None:
+    """What to put in front of a target that is given hidden states `[batch, ...]`; `None` if nothing."""
+    pieces = [_pieces(row, adapters, target) for row in rows]
+    length = max(sum(piece.length for piece in row) for row in pieces)
+    if not any(piece.adapter for row in pieces for piece in row) and not (length and target.shares_bias):
+        return None
+    filled = [_fill(row, length) for row in pieces]
+    picked = pick_rows(len(rows), states)
+    visible = None
+    if any(piece.adapter is None for row in filled for piece in row):
+        shown = [[piece.adapter is not None for piece in row for _ in range(piece.length)] for row in filled]
+        visible = torch.tensor(shown, device=states.device)
+        visible = visible.expand(states.shape[0], -1) if picked is None else visible[picked]
+    return Plan(length, filled, picked, visible)
+
+
+def _pieces(row: Row, adapters: dict[str, Adapter], target: AttentionTarget) -> list[Piece]:
+    pieces = []
+    for name in row:
+        adapter = adapters[name]
+        if adapter.fills(target):
+            pieces.append(Piece(name, adapter.length))
+        elif target.shares_bias and any(slot.kind == target.kind for slot in adapter.columns):
+            # A stack that computes its position bias once for all layers has the same columns in all of them.
+            pieces.append(Piece(None, adapter.length))
+    return pieces
+
+
+def _fill(row: list[Piece], length: int) -> tuple[Piece, ...]:
+    missing = length - sum(piece.length for piece in row)
+    return (Piece(None, missing), *row) if missing else tuple(row)
+
+
+def pick_rows(count: int, states: Tensor) -> Tensor | None:
+    """For each row of a batch the entry, out of `count`, that it takes; `None` if there is one for all.
+
+    Raises:
+        ValueError: if the batch is no multiple of `count`.
+    """
+    if count == 1:
+        return None
+    batch = states.shape[0]
+    if batch % count:
+        raise ValueError(f"`adapter_names` has {count} names for a batch of {batch}.")
+    # Beams, and the choices of a multiple-choice question, stand beside each other.
+    return torch.arange(count, device=states.device).repeat_interleave(batch // count)

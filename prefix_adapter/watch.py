@@ -1,0 +1,120 @@
+"""Never a silent no-op: what is checked before and after each forward of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attention import AttentionTarget, Call, was_used
+from .positions import PositionTarget
+
+
+class PrefixNotUsedError(RuntimeError):
+    """An attention layer that should have received its prefix did not, so the adapter would have had no effect."""
+
+
+class Watch:
+    """Sees to it that every layer that should receive a prefix in a forward does."""
+
+    def __init__(self) -> None:
+        self._served: set[int] | None = None
+        self._input_gradients = False
+
+    def begin(self) -> None:
+        """A forward of the whole model begins. What is compiled runs without us and is not watched."""
+        self._served = None if torch.compiler.is_compiling() else set()
+
+    def served(self, index: int, target: AttentionTarget, call: Call) -> None:
+        """A target was called with a prefix.
+
+        Raises:
+            PrefixNotUsedError: if it did not use it.
+        """
+        if not was_used(call.get(target.cache)):
+            raise PrefixNotUsedError(
+                f"{target.name} ({type(target.module).__name__}) was called with a prefix and did not use it: it no "
+                "longer asks its cache for keys and values. Its outputs would silently be the base model's."
+            )
+        if self._served is not None:
+            self._served.add(index)
+
+    def end(self, expected: list[tuple[int, AttentionTarget]], drops_layers: bool) -> None:
+        """The forward is over.
+
+        Args:
+            expected: the targets with a prefix.
+            drops_layers: whether the model leaves out layers at random (LayerDrop).
+
+        Raises:
+            PrefixNotUsedError: if one of them was not reached. A whole stack may rest: an encoder whose states are
+                given, or cross-attention without an encoder.
+        """
+        served, self._served = self._served, None
+        if served is None:
+            return
+        active = {target.stack for index, target in expected if index in served}
+        missed = [
+            target for index, target in expected if index not in served and (target.stack in active or not active)
+        ]
+        if missed and not (drops_layers and active):
+            names = ", ".join(f"{target.name} ({type(target.module).__name__})" for target in missed)
+            raise PrefixNotUsedError(
+                f"The forward pass did not reach {names}, so the prefix had no effect there. Were modules replaced "
+                "after the adapter was added? Wrap the model again."
+            )
+
+    def prepare_checkpointing(self, model: nn.Module, shares_keys: bool) -> None:
+        """See to it that gradient checkpointing loses no gradient.
+
+        Args:
+            shares_keys: whether the model hands keys and values on from layer to layer.
+
+        Raises:
+            ValueError: where that cannot be helped.
+        """
+        modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+        if not modules:
+            return
+        # transformers keeps the function, with its settings, under a private name.
+        functions = (getattr(module, "_gradient_checkpointing_func", None) for module in modules)
+        reentrant = any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
+        if reentrant and shares_keys:
+            raise ValueError(
+                f"{type(model).__name__} hands keys and values on from layer to layer, and reentrant gradient "
+                'checkpointing loses their gradients. Use `gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+            )
+        # Reentrant checkpointing drops the gradient of everything inside a layer whose input needs none.
+        enable: Any = getattr(model, "enable_input_require_grads", None)
+        if enable is not None and not self._input_gradients:
+            enable()
+            self._input_gradients = True
+
+
+def check_fits(model: nn.Module, tokens: int, limit: int | None, shift: int) -> None:
+    """Refuse an input that is longer than a table of positions, before it ends in an index error.
+
+    Raises:
+        ValueError: if it is.
+    """
+    if limit is not None and tokens + shift > limit:
+        moved = f" and `shift_positions` takes {shift} of them" if shift else ""
+        raise ValueError(
+            f"The input has {tokens} tokens, but {type(model).__name__} has {limit} positions{moved}. Truncate the "
+            f"input to {limit - shift} tokens."
+        )
+
+
+def input_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Tokens in each sequence that a model is given, 0 if it is given none."""
+    ids, embeddings = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+    return ids.shape[-1] if ids is not None else embeddings.shape[-2] if embeddings is not None else 0
+
+
+def position_limit(model: nn.Module, positions: list[PositionTarget]) -> int | None:
+    """The shortest table of positions of a model with one stack; an encoder-decoder has one for each input."""
+    limits = [target.limit for target in positions if target.limit is not None]
+    if not limits or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    return min(limits)

@@ -1,0 +1,121 @@
+"""PrefixTuningV2Config: every field is checked when it is said, and none is lost or ignored."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+from peft import PeftConfig
+
+import prefix_adapter
+from prefix_adapter import PrefixTuningV2Config, get_peft_model
+
+BAD = [
+    ("num_virtual_tokens", 0), ("num_virtual_tokens", -3), ("num_virtual_tokens", 2.0), ("num_virtual_tokens", True),
+    ("num_virtual_tokens", "20"), ("num_virtual_tokens", None), ("prefix_projection", "yes"), ("prefix_projection", 1),
+    ("encoder_hidden_size", 0), ("encoder_hidden_size", 1.5), ("prefix_dropout", 1.0), ("prefix_dropout", -0.1),
+    ("prefix_dropout", float("nan")), ("prefix_dropout", "0.1"), ("init_std", 0), ("init_std", -1),
+    ("init_std", float("inf")), ("layers_to_transform", []), ("layers_to_transform", -1),
+    ("layers_to_transform", [0, 0]), ("layers_to_transform", [0, "1"]), ("layers_to_transform", 1.0),
+    ("target_attention", []), ("target_attention", ["self"]), ("target_attention", "encoder"),
+    ("shift_positions", "no"), ("modules_to_save", "classifier"), ("modules_to_save", [1]), ("task_type", "NLI"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), BAD, ids=lambda x: str(x))
+def test_a_wrong_value_is_an_error_that_names_the_field(name, value):
+    with pytest.raises(ValueError, match=name.replace("task_type", "task type")):
+        PrefixTuningV2Config(**{"prefix_projection": name == "encoder_hidden_size", name: value})
+
+
+def test_an_mlp_width_without_an_mlp_is_not_ignored():
+    with pytest.raises(ValueError, match=r"encoder_hidden_size.*prefix_projection"):
+        PrefixTuningV2Config(encoder_hidden_size=8)
+
+
+def test_an_unknown_field_is_an_error():
+    with pytest.raises(TypeError, match="num_layers"):
+        PrefixTuningV2Config(num_layers=3)
+
+
+def test_defaults_are_those_that_are_documented():
+    config = PrefixTuningV2Config()
+    assert (config.num_virtual_tokens, config.prefix_projection, config.encoder_hidden_size) == (20, False, None)
+    assert (config.prefix_dropout, config.init_std, config.shift_positions) == (0.1, 0.02, False)
+    assert (config.layers_to_transform, config.target_attention, config.modules_to_save) == (None, None, None)
+    assert config.peft_type == "PREFIX_TUNING_V2" and not config.is_prompt_learning
+
+
+def test_round_trip_through_adapter_config_json(tmp_path):
+    config = PrefixTuningV2Config(
+        task_type="SEQ_CLS", num_virtual_tokens=7, prefix_projection=True, encoder_hidden_size=16, prefix_dropout=0.25,
+        init_std=0.5, layers_to_transform=(2, 0), target_attention=["cross", "encoder"], shift_positions=True,
+        modules_to_save=["classifier"], base_model_name_or_path="some/model", revision="v1", inference_mode=True,
+    )  # fmt: skip
+    assert config.layers_to_transform == [0, 2] and config.target_attention == ["encoder", "cross"]
+    config.save_pretrained(tmp_path)
+    for cls in (PeftConfig, PrefixTuningV2Config):
+        again = cls.from_pretrained(tmp_path)
+        assert type(again) is PrefixTuningV2Config
+        assert again.to_dict() == config.to_dict()
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["peft_type"] == "PREFIX_TUNING_V2" and "target_modules" not in written
+
+
+def test_a_single_layer_may_be_an_integer():
+    assert PrefixTuningV2Config(layers_to_transform=1).layers_to_transform == [1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"layers_to_transform": [1, 7]}, r"layers_to_transform.*\[7\].*\[0, 1, 2\]"),
+        ({"target_attention": ["cross"]}, r"target_attention.*cross.*encoder"),
+    ],
+)
+def test_what_the_model_does_not_have_is_an_error_and_leaves_it_as_it_was(changes, what):
+    model = tiny.model("bert")
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=what):
+        get_peft_model(model, PrefixTuningV2Config(**changes))
+    assert [name for name, _ in model.named_modules()] == names
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    get_peft_model(model, PrefixTuningV2Config())
+
+
+def test_a_second_adapter_that_does_not_fit_leaves_the_first():
+    model = get_peft_model(tiny.model("bert"), PrefixTuningV2Config())
+    tiny.randomize(model)
+    before = model(input_ids=tiny.ids())[0]
+    with pytest.raises(ValueError, match="layers_to_transform"):
+        model.add_adapter("other", PrefixTuningV2Config(layers_to_transform=[9]))
+    assert list(model.peft_config) == ["default"]
+    model.eval()
+    assert model(input_ids=tiny.ids())[0].equal(model(input_ids=tiny.ids())[0])
+    assert before.shape == model(input_ids=tiny.ids())[0].shape
+
+
+def test_importing_registers_once_and_needs_no_extras():
+    script = (
+        "import sys, prefix_adapter, peft; "
+        "assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING['PREFIX_TUNING_V2'] is prefix_adapter.PrefixTuningV2Config; "
+        "extras = {'datasets', 'sklearn', 'matplotlib', 'tqdm.auto', 'pandas'} & set(sys.modules); "
+        "print(sorted(extras - set(sys.argv[1:])))"
+    )
+    # What torch, transformers and peft import by themselves is no concern of ours.
+    base = subprocess.run(
+        [sys.executable, "-c", "import sys, peft, transformers; print(*sys.modules, sep='\\n')"],
+        capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", script, *base], capture_output=True, text=True, env={**os.environ}, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_one_import_serves():
+    for name in prefix_adapter.__all__:
+        assert getattr(prefix_adapter, name) is not None
