@@ -25,6 +25,7 @@ from peft.mapping import (
 from .config import PrefixTuningV2Config, PrefixTuningV2Type
 from .convert import fold
 from .find import UnsupportedBackboneError
+from .hub import push_to_hub
 from .layer import PREFIX, PrefixTuningV2Layer
 from .model import PrefixTuningV2Model
 from .version import __version__
@@ -60,4 +61,5 @@ __all__ = [
     "__version__",
     "fold",
     "get_peft_model",
+    "push_to_hub",
 ]

@@ -215,8 +215,7 @@ def _missing_mask(
         keys = shared[0].shape[2] - length
     elif inner is not None:
         # Of this layer: those before it have already stored this call's keys, as it has in earlier rounds itself.
-        layer_idx = min((index or 0 for index in target.slots), key=inner.get_seq_length)
-        past = inner.get_seq_length(layer_idx)
+        past, layer_idx = min((inner.get_seq_length(index or 0), index or 0) for index in target.slots)
         keys, offset = inner.get_mask_sizes(queries, layer_idx)
     device = states.device
     if implementation.startswith("flash_attention"):

@@ -12,7 +12,7 @@ from peft import PeftConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from .attention import KINDS
-from .card import write_model_card
+from .hub import write_model_card
 
 
 class PrefixTuningV2Type(str, enum.Enum):

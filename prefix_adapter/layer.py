@@ -137,7 +137,8 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     def encoder_of(self, adapter_name: str) -> PrefixEncoder:
         """An adapter's encoder."""
-        modules: list[Any] = [dict(getattr(self, name)).get(adapter_name) for name in self.adapter_layer_names]
+        containers: list[Any] = [getattr(self, name) for name in self.adapter_layer_names]
+        modules: list[Any] = [c[adapter_name] if adapter_name in c else None for c in containers]  # noqa: SIM401
         return PrefixEncoder(*modules)
 
     def fold(self, adapter_name: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -51,6 +51,9 @@ class PrefixTuningV2Model(BaseTuner):
                 layer.remove_hooks()
             raise
         if first:
+            if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+                # PEFT freezes a base in which it finds no tuner layer yet, and will find this one.
+                model.requires_grad_(False)
             model.add_module(LAYER_NAME, layer)
             layer.train(model.training)
             if layer.layers_without:

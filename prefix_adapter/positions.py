@@ -70,7 +70,7 @@ class PositionProbe:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             # The probe's tokens are all the same, so a table that is asked for consecutive rows is one of positions.
             first = is_count(args[0]) if args else None
-            if first is not None:
+            if first is not None and isinstance(module, nn.Embedding):
                 limit = module.num_embeddings - first
                 self._tables[name] = PositionTarget(name, module, ["input"], "input", limit)
 

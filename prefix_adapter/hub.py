@@ -1,0 +1,114 @@
+"""The model card of an adapter, which says how to load it, and the Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+    from peft import PeftModel
+
+    from .config import PrefixTuningV2Config
+
+_START, _END = "<!-- prefix-adapter: loading -->", "<!-- prefix-adapter: end -->"
+_CLASSES = {
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
+_SECTION = """{start}
+
+## Load this adapter
+
+A P-Tuning v2 prefix ({tokens} virtual tokens) for [PEFT](https://huggingface.co/docs/peft), by the package
+`prefix-adapter`. PEFT alone does not know its type, `PREFIX_TUNING_V2`: without the import below, loading ends in
+`KeyError: 'PREFIX_TUNING_V2'`.
+
+```bash
+pip install prefix-adapter
+```
+
+```python
+import prefix_adapter
+from peft import {auto_class}
+
+model = {auto_class}.from_pretrained("<this repository or folder>"{arguments})
+```{note}
+
+{end}"""
+
+
+def write_model_card(folder: str | os.PathLike[str], config: PrefixTuningV2Config) -> None:
+    """Put a section on loading into the `README.md` of an adapter's folder, or renew it; everything else stays."""
+    path = Path(folder) / "README.md"
+    if path.is_file():
+        card = ModelCard.load(path, ignore_metadata_errors=True)
+    else:
+        data = ModelCardData(library_name="peft", base_model=config.base_model_name_or_path)
+        card = ModelCard.from_template(data, template_str="---\n{{ card_data }}\n---\n")
+    base = card.data.get("base_model")
+    tags = {*(card.data.tags or ()), "prefix-adapter"}
+    if isinstance(base, str) and os.path.isdir(base):
+        # The Hub takes names of models there and refuses a card with somebody's path.
+        card.data.base_model = None
+        tags = {tag for tag in tags if base not in tag}
+    card.data.tags = sorted(tags)
+    section = _section(config)
+    if _START in card.text:
+        card.text = re.sub(f"{_START}.*?(?:{_END}|$)", lambda _: section, card.text, count=1, flags=re.DOTALL)
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{section}\n"
+    card.save(path)
+
+
+def _section(config: PrefixTuningV2Config) -> str:
+    task = config.task_type and str(getattr(config.task_type, "value", config.task_type))
+    headed = task in ("SEQ_CLS", "TOKEN_CLS")
+    return _SECTION.format(
+        start=_START,
+        end=_END,
+        tokens=config.num_virtual_tokens,
+        auto_class=_CLASSES.get(task or "", "AutoPeftModel"),
+        arguments=", num_labels=num_labels" if headed else "",
+        note="\n\n`num_labels` is the number of labels that the head was trained with." if headed else "",
+    )
+
+
+def push_to_hub(
+    model: PeftModel,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    **kwargs: Any,
+) -> CommitInfo:
+    """Upload a model's adapters with the card that `save_pretrained` writes.
+
+    `model.push_to_hub` uploads the same weights, but puts a card of transformers' in the place of PEFT's and ours.
+
+    Args:
+        model: a model wrapped by PEFT.
+        repo_id: the repository's name on the Hub, `user/name`; it is created if it does not exist.
+        private: whether a new repository is private; the user's or organisation's default if `None`.
+        token: the Hub token; the one that was logged in with if `None`.
+        **kwargs: passed on to `huggingface_hub.HfApi.upload_folder` (`commit_message`, `revision`, `create_pr`, ...).
+
+    Returns:
+        The commit.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, **{"commit_message": "Upload prefix adapter", **kwargs}
+        )
