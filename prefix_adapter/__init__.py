@@ -17,7 +17,6 @@ from peft import (
 )
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
@@ -36,7 +35,6 @@ _entries: list[tuple[dict[Any, Any], Any]] = [
     (PEFT_TYPE_TO_CONFIG_MAPPING, PrefixTuningV2Config),
     (PEFT_TYPE_TO_TUNER_MAPPING, PrefixTuningV2Model),
     (PEFT_TYPE_TO_PREFIX_MAPPING, PREFIX),
-    (PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PrefixTuningV2Model),
 ]
 for _mapping, _entry in _entries:
     _mapping[PrefixTuningV2Type.PREFIX_TUNING_V2] = _entry

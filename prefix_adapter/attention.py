@@ -185,7 +185,8 @@ def widen_mask(mask: Tensor, length: int, visible: Tensor | None, true_hides: bo
     if visible is None:
         return F.pad(mask, (length, 0), value=seen)
     batch, rest = visible.shape[0], mask.shape[1:-1]
-    columns = torch.where(visible, seen, hidden).to(mask.dtype).view(batch, *(1 for _ in rest), length)
+    columns = torch.where(visible, mask.new_tensor(seen), mask.new_tensor(hidden))
+    columns = columns.view(batch, *(1 for _ in rest), length)
     return torch.cat([columns.expand(batch, *rest, length), mask.expand(batch, *mask.shape[1:])], dim=-1)
 
 

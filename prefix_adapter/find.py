@@ -7,6 +7,8 @@ with a prefix before it is trusted.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -160,7 +162,15 @@ def find_targets(model: nn.Module) -> Finding:
             source = _source(model, target, targets)
             target.follows, target.slots = True, source.slots
             followers.append((target, source))
+    for position in position_targets:
+        position.kind = max((t for t in targets if t.kind != "cross"), key=partial(_nearness, position.name)).kind
     return Finding(targets, followers, position_targets)
+
+
+def _nearness(name: str, target: AttentionTarget) -> int:
+    """How many steps two modules' names have in common."""
+    pairs = zip(name.split("."), target.name.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _candidates(model: nn.Module) -> dict[str, _Recorder]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,8 +15,8 @@ from .attention import Call, Slot, make_room, put_in_front
 from .config import PrefixTuningV2Config
 from .encoder import PrefixEncoder
 from .find import find_targets
-from .rows import Adapter, Piece, Plan, Row, make_plan, pick_rows
-from .watch import Watch, check_fits, input_length, position_limit
+from .rows import Adapter, Piece, Plan, Row, make_plan, pick_outputs
+from .watch import Watch, check_fits, input_shape, position_limit
 
 # PEFT's prefix of this method: it starts the name of every container of parameters.
 PREFIX = "prefix_tuning_v2_"
@@ -59,6 +60,8 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             self.add_module(name, nn.ModuleDict())
         self._active_adapter: list[str] = []
         self._row_adapters: list[Row] | None = None
+        self.count_rows = False
+        self._batch: int | None = None
         self._ready: dict[tuple[str, Slot], tuple[Any, Tensor]] = {}
         self._watch = Watch()
         # In a tuple, or the model would become a child of its own child.
@@ -72,7 +75,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     # ---- Adapters
 
-    def update_layer(self, adapter_name: str, config: PrefixTuningV2Config, low_cpu_mem_usage: bool = False) -> None:
+    def update_layer(self, adapter_name: str, config: PrefixTuningV2Config) -> None:
         """Add the parameters of a new adapter, where the first layer that it fills is.
 
         Raises:
@@ -86,14 +89,16 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         home = next(target for target in self.targets if slots[0] in target.slots.values())
         hidden_size = getattr(self._text_config, "hidden_size", None) or slots[0].shape.key_columns
         width = (config.encoder_hidden_size or hidden_size) if config.prefix_projection else None
-        with torch.device("meta" if low_cpu_mem_usage else "cpu"):
-            encoder = PrefixEncoder.new(config.num_virtual_tokens, end, config.init_std, hidden_size, width)
-        device = None if low_cpu_mem_usage else next((p.device for p in home.module.parameters()), None)
+        encoder = PrefixEncoder.new(config.num_virtual_tokens, end, config.init_std, hidden_size, width)
+        device = next((p.device for p in home.module.parameters()), None)
         for container, module in zip(self.adapter_layer_names, encoder, strict=True):
             if module is not None:
-                getattr(self, container)[adapter_name] = module.to(device, home.dtype)
-        shift = config.num_virtual_tokens if config.shift_positions else 0
-        self.adapters[adapter_name] = Adapter(config.num_virtual_tokens, config.prefix_dropout, shift, columns)
+                # PEFT's low_cpu_mem_usage puts whatever is made here on the meta device, to be loaded later.
+                place = None if module.weight.is_meta else device
+                getattr(self, container)[adapter_name] = module.to(place, home.dtype)
+        self.adapters[adapter_name] = Adapter(
+            config.num_virtual_tokens, config.prefix_dropout, config.shift_positions, columns
+        )
 
     def _slots_of(self, config: PrefixTuningV2Config) -> list[Slot]:
         name = type(self.model).__name__
@@ -181,6 +186,9 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     def set_row_adapters(self, names: list[str] | None) -> None:
         """Give each row of the batch an adapter of its own, `"__base__"` for none; `None` ends it."""
         self._row_adapters = None if names is None else [() if name == "__base__" else (name,) for name in names]
+        self._batch = None
+        if names is None:
+            self.count_rows = False
 
     def _rows(self) -> list[Row]:
         """The adapters of each row; a single entry if all rows have the same."""
@@ -248,6 +256,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             hooks.append((follower.module, before, _Hook(self, "_before_follower", index)))
         for index, position in enumerate(self.positions):
             hooks.append((position.module, before, _Hook(self, "_before_positions", index)))
+            hooks.append((position.module, after, _Hook(self, "_after_positions", index)))
         return [getattr(module, register)(hook, with_kwargs=True) for module, register, hook in hooks]
 
     def remove_hooks(self) -> None:
@@ -255,15 +264,22 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._watch.release(self.model)
 
     def _before_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows = self._rows()
         if not any(rows):
             return
         self._watch.begin()
+        *batch, tokens = input_shape(args, kwargs) or (0,)
         check_fits(
-            self.model, input_length(args, kwargs), position_limit(self.model, self.positions), max(self._shifts())
+            self.model, tokens, position_limit(self.model, self.positions), max(self._shifts(self.targets[0].kind))
         )
+        if self.count_rows and batch and batch[0] != len(rows):
+            raise ValueError(f"`adapter_names` has {len(rows)} names for a batch of {batch[0]}.")
+        # An encoder-decoder's rows are those that it decodes: beams come after the encoder.
+        *batch, _ = input_shape((), kwargs, "decoder_") or (*batch, tokens)
+        self._batch = math.prod(batch) if batch else None
         if self.training and torch.is_grad_enabled():
             self._watch.prepare_checkpointing(self.model, shares_keys=bool(self.followers))
 
@@ -303,17 +319,28 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         make_room(call, follower, self.model, plan.length, plan.visible)
         return tuple(call.args), call.kwargs
 
-    def _shifts(self) -> list[int]:
-        """By how much the positions of each row move."""
-        return [sum(self.adapters[name].shift for name in row) for row in self._rows()]
+    def _shifts(self, kind: str) -> list[int]:
+        """By how much the positions of each row move in the encoder or the decoder."""
+        return [sum(self.adapters[name].shift(kind) for name in row) for row in self._rows()]
 
     def _before_positions(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        target, shifts = self.positions[index], self._shifts()
+        target = self.positions[index]
+        shifts = self._shifts(target.kind)
         given: Any = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if given is None:
-            return None
-        check_fits(self.model, given.shape[1] if given.dim() > 1 else len(given), target.limit, max(shifts))
+        if given is not None:
+            check_fits(self.model, given.shape[1] if given.dim() > 1 else len(given), target.limit, max(shifts))
+        if len(set(shifts)) == 1 and shifts[0]:
+            return target.shift(shifts[0], args, kwargs)
+        return None
+
+    def _after_positions(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        target = self.positions[index]
+        shifts = self._shifts(target.kind)
         if len(set(shifts)) == 1:
-            return target.shift(shifts[0], args, kwargs) if shifts[0] else None
-        by = torch.tensor(shifts, device=given.device)[pick_rows(len(shifts), given)]
-        return target.shift(by.unsqueeze(1), args, kwargs)
+            return None
+        # Positions are often the same for all rows, `[1, tokens]`: compute what each shift gives, and pick.
+        outputs = {}
+        for by in set(shifts):
+            shifted, named = target.shift(by, args, kwargs) if by else (args, kwargs)
+            outputs[by] = target.module.forward(*shifted, **named)
+        return pick_outputs([outputs[by] for by in shifts], self._batch or len(shifts))

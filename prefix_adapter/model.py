@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
 
 from .layer import LAYER_NAME, PREFIX, PrefixTuningV2Layer
 
@@ -45,7 +47,7 @@ class PrefixTuningV2Model(BaseTuner):
         first = not hasattr(model, LAYER_NAME)
         layer = PrefixTuningV2Layer(model) if first else getattr(model, LAYER_NAME)
         try:
-            layer.update_layer(adapter_name, config, bool(kwargs.get("low_cpu_mem_usage")))
+            layer.update_layer(adapter_name, config)
         except Exception:
             if first:
                 layer.remove_hooks()
@@ -110,29 +112,25 @@ class PrefixTuningV2Model(BaseTuner):
         if names is None:
             yield
             return
-        self._check_adapter_names(names, args, kwargs)
-        layer = self.prefix_layer
-        repeats = kwargs.get("num_beams") or 1
-        spread = [name for name in names for _ in range(repeats)]
-
-        def pass_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return args, {**kwargs, "adapter_names": spread}
-
-        heads = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-        handles = [head.register_forward_pre_hook(pass_names, with_kwargs=True) for head in heads]
-        layer.set_row_adapters(list(names))
+        names = self._check_adapter_names(names, args, kwargs)
+        heads = [module for module in self.modules() if isinstance(module, ModulesToSaveWrapper)]
+        for head in heads:
+            head.forward = partial(_head_of_rows, head, names)  # type: ignore[method-assign]
+        self.prefix_layer.set_row_adapters(names)
         try:
             yield
         finally:
-            layer.set_row_adapters(None)
-            for handle in handles:
-                handle.remove()
+            self.prefix_layer.set_row_adapters(None)
+            for head in heads:
+                del head.forward
 
-    def _check_adapter_names(self, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check_adapter_names(self, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         if self.training:
             raise ValueError("`adapter_names` is for inference: call `model.eval()`, or train one adapter at a time.")
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"`adapter_names` must be a list with a name for each row of the batch, got {names!r}.")
+        if not names:
+            raise ValueError("`adapter_names` has 0 names; it needs one for each row of the batch.")
         known = self.prefix_layer.adapters
         unknown = sorted({name for name in names if name != "__base__" and name not in known})
         if unknown:
@@ -142,3 +140,21 @@ class PrefixTuningV2Model(BaseTuner):
             given = kwargs.get(name) if given is None else given
         if given is not None and len(names) != given.shape[0]:
             raise ValueError(f"`adapter_names` has {len(names)} names for a batch of {given.shape[0]}.")
+        # Some of PEFT's models pass no inputs here: then the count is checked where the model is called.
+        self.prefix_layer.count_rows = given is None
+        return list(names)
+
+
+def _head_of_rows(head: ModulesToSaveWrapper, names: list[str], states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A task head for a batch in which each row has an adapter of its own, or the base model's head.
+
+    PEFT's wrapper does so for a few kinds of modules, if all adapters have a head, and if the active one has.
+    """
+    spread = [name for name in names for _ in range(states.shape[0] // len(names))]
+    outputs: dict[int, Tensor] = {}
+    for name in set(spread):
+        modules = head.modules_to_save
+        module = modules[name] if name in modules else head.original_module  # noqa: SIM401 (a ModuleDict has no get)
+        rows = [row for row, own in enumerate(spread) if own == name]
+        outputs |= dict(zip(rows, module(states[rows], *args, **kwargs), strict=True))
+    return torch.stack([outputs[row] for row in range(len(spread))])

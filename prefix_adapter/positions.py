@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .probe import innermost, is_count, parameter_names
 
@@ -21,6 +21,7 @@ class PositionTarget:
         names: the arguments of its `forward`, in order.
         positions: which of them are the positions, if they are given.
         limit: how many positions it has; `None` if it computes them.
+        kind: the self-attention, `"encoder"` or `"decoder"`, whose input it places.
     """
 
     name: str
@@ -28,9 +29,10 @@ class PositionTarget:
     names: list[str]
     positions: str
     limit: int | None
+    kind: str = ""
 
-    def shift(self, by: int | Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        """The call's arguments with positions `by` higher: an integer, or `[batch, 1]` where rows differ."""
+    def shift(self, by: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        """The call's arguments with positions `by` higher."""
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if arguments.get(self.positions) is not None:
             arguments[self.positions] = arguments[self.positions] + by

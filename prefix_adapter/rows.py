@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +21,18 @@ class Adapter:
     Attributes:
         length: virtual tokens.
         dropout: probability.
-        shift: by how much it moves the positions of the input.
+        shifts: whether it moves the positions of the input behind itself.
         columns: of its table, by the slots that it fills.
     """
 
     length: int
     dropout: float
-    shift: int
+    shifts: bool
     columns: dict[Slot, slice]
+
+    def shift(self, kind: str) -> int:
+        """By how much it moves the positions in the encoder or the decoder: its length, if it has a prefix there."""
+        return self.length if self.shifts and any(slot.kind == kind for slot in self.columns) else 0
 
     def fills(self, target: AttentionTarget) -> bool:
         """Whether it has a prefix for the target."""
@@ -90,6 +95,17 @@ def _pieces(row: Row, adapters: dict[str, Adapter], target: AttentionTarget) -> 
 def _fill(row: list[Piece], length: int) -> tuple[Piece, ...]:
     missing = length - sum(piece.length for piece in row)
     return (Piece(None, missing), *row) if missing else tuple(row)
+
+
+def pick_outputs(outputs: list[Any], batch: int) -> Any:
+    """Row by row out of what a module has returned for each: `[batch or 1, ...]`, or tuples of such."""
+    first = outputs[0]
+    if isinstance(first, tuple):
+        return tuple(pick_outputs(list(parts), batch) for parts in zip(*outputs, strict=True))
+    batch = max(batch, first.shape[0])
+    stacked = torch.stack([output.expand(batch, *output.shape[1:]) for output in outputs])
+    rows = pick_rows(len(outputs), stacked[0])
+    return stacked[rows, torch.arange(batch, device=stacked.device)]
 
 
 def pick_rows(count: int, states: Tensor) -> Tensor | None:

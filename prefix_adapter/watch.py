@@ -85,11 +85,19 @@ class Watch:
                 f"{type(model).__name__} hands keys and values on from layer to layer, and reentrant gradient "
                 'checkpointing loses their gradients. Use `gradient_checkpointing_kwargs={"use_reentrant": False}`.'
             )
-        # Reentrant checkpointing drops the gradient of everything inside a layer whose input needs none.
+        # Reentrant checkpointing drops the gradient of everything inside a layer whose input needs none. PEFT sees to
+        # that only if checkpointing is on before wrapping. A second call would lose the handles of the first, which
+        # transformers keeps under a private name.
         enable: Any = getattr(model, "enable_input_require_grads", None)
-        if enable is not None and not self._input_gradients:
+        if reentrant and enable is not None and not getattr(model, "_require_grads_hooks", None):
             enable()
             self._input_gradients = True
+
+    def release(self, model: Any) -> None:
+        """Undo what was done to the model."""
+        if self._input_gradients:
+            model.disable_input_require_grads()
+            self._input_gradients = False
 
 
 def check_fits(model: nn.Module, tokens: int, limit: int | None, shift: int) -> None:
@@ -106,10 +114,16 @@ def check_fits(model: nn.Module, tokens: int, limit: int | None, shift: int) -> 
         )
 
 
-def input_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Tokens in each sequence that a model is given, 0 if it is given none."""
-    ids, embeddings = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
-    return ids.shape[-1] if ids is not None else embeddings.shape[-2] if embeddings is not None else 0
+def input_shape(args: tuple[Any, ...], kwargs: dict[str, Any], side: str = "") -> tuple[int, ...]:
+    """Of the sequences that a model is given: batch, choices if it is for multiple choice, tokens; empty if none.
+
+    `side` is `"decoder_"` for those of an encoder-decoder's decoder.
+    """
+    ids = kwargs.get(f"{side}input_ids", args[0] if args else None)
+    embeddings = kwargs.get(f"{side}inputs_embeds")
+    if ids is not None:
+        return tuple(ids.shape)
+    return tuple(embeddings.shape[:-1]) if embeddings is not None else ()
 
 
 def position_limit(model: nn.Module, positions: list[PositionTarget]) -> int | None:
