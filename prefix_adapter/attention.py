@@ -49,6 +49,7 @@ class AttentionTarget:
         bias: the argument with ALiBi's biases where the model hands them to each layer; else `None`.
         slopes: `[heads]`, ALiBi's slopes.
         follows: whether it attends to the keys and values of another module instead of its own (Gemma 3n).
+        own_mask: the buffer with which the module hides keys by itself (GPT-Neo's local attention); else `None`.
         true_hides: whether True in its bool masks hides a key (MPT) instead of showing it.
     """
 
@@ -64,6 +65,7 @@ class AttentionTarget:
     slopes: Tensor | None = None
     true_hides: bool = False
     follows: bool = False
+    own_mask: str | None = None
 
     @property
     def kind(self) -> str:
@@ -164,6 +166,15 @@ def make_room(call: Call, target: AttentionTarget, model: nn.Module, length: int
             call.set(names[-1] if target.kind == "cross" else names[0], mask)
     if target.bias is not None and target.slopes is not None:
         call.set(target.bias, _widen_bias(call.get(target.bias), target.slopes, length))
+
+
+def widen_own_mask(target: AttentionTarget, length: int) -> Tensor | None:
+    """Put a wider mask in the place of a module's own `[1, 1, tokens, keys]`, and return that for later."""
+    if target.own_mask is None:
+        return None
+    own = getattr(target.module, target.own_mask)
+    setattr(target.module, target.own_mask, F.pad(own, (length, 0, length, 0), value=True))
+    return own
 
 
 def widen_mask(mask: Tensor, length: int, visible: Tensor | None, true_hides: bool = False) -> Tensor:

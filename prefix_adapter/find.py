@@ -214,7 +214,16 @@ def _as_target(model: nn.Module, recorder: _Recorder) -> AttentionTarget:
         kind = "cross" if side == "cross" else "decoder" if record.cached else "encoder"
         target.slots[layer_idx] = Slot(kind, -1 if layer_idx is None else layer_idx, shape)
         target.dtype = keys.dtype
+    target.own_mask = _own_mask(target.module)
     return target
+
+
+def _own_mask(module: nn.Module) -> str | None:
+    """The name of a module's buffer `[1, 1, tokens, tokens]` that says which keys a token sees, if it has one."""
+    for name, buffer in module.named_buffers(recurse=False):
+        if buffer.dtype == torch.bool and buffer.dim() == 4 and buffer.shape[2] == buffer.shape[3] > 1:
+            return name
+    return None
 
 
 def _number_layers(model: nn.Module, targets: list[AttentionTarget]) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .attention import Call, Slot, make_room, put_in_front
+from .attention import Call, Slot, make_room, put_in_front, widen_own_mask
 from .config import PrefixTuningV2Config
 from .encoder import PrefixEncoder
 from .find import find_targets
@@ -63,6 +63,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self.count_rows = False
         self._batch: int | None = None
         self._ready: dict[tuple[str, Slot], tuple[Any, Tensor]] = {}
+        self._own_masks: dict[int, Tensor] = {}
         self._watch = Watch()
         # In a tuple, or the model would become a child of its own child.
         self._model = (model,)
@@ -248,16 +249,20 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     def _hook(self, model: nn.Module) -> list[Any]:
         before, after = "register_forward_pre_hook", "register_forward_hook"
+        always: list[Any] = []
         hooks = [(model, before, _Hook(self, "_before_model")), (model, after, _Hook(self, "_after_model"))]
         for index, target in enumerate(self.targets):
             hooks.append((target.module, before, _Hook(self, "_before_attention", index)))
             hooks.append((target.module, after, _Hook(self, "_after_attention", index)))
+            if target.own_mask is not None:
+                restore = _Hook(self, "_restore_own_mask", index)
+                always.append(target.module.register_forward_hook(restore, always_call=True))
         for index, (follower, _) in enumerate(self.followers):
             hooks.append((follower.module, before, _Hook(self, "_before_follower", index)))
         for index, position in enumerate(self.positions):
             hooks.append((position.module, before, _Hook(self, "_before_positions", index)))
             hooks.append((position.module, after, _Hook(self, "_after_positions", index)))
-        return [getattr(module, register)(hook, with_kwargs=True) for module, register, hook in hooks]
+        return always + [getattr(module, register)(hook, with_kwargs=True) for module, register, hook in hooks]
 
     def remove_hooks(self) -> None:
         """Take the hooks off the model, which then is what it was."""
@@ -287,7 +292,12 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         active = [self.adapters[name] for row in self._rows() for name in row]
         if not active:
             return
-        expected = [(i, t) for i, t in enumerate(self.targets) if any(adapter.fills(t) for adapter in active)]
+        given = kwargs.get("encoder_outputs") is not None
+        expected = [
+            (index, target)
+            for index, target in enumerate(self.targets)
+            if any(adapter.fills(target) for adapter in active) and not (given and target.kind == "encoder")
+        ]
         config = getattr(self.model, "config", None)
         rates = (getattr(config, name, 0) for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"))
         self._watch.end(expected, drops_layers=self.training and any(rates))
@@ -304,7 +314,15 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             return slot.shape.join(self._prefix(slot, plan, keys), keys, values)
 
         put_in_front(call, target, self.model, plan.length, plan.visible, join)
+        own_mask = widen_own_mask(target, plan.length)
+        if own_mask is not None:
+            self._own_masks[index] = own_mask
         return tuple(call.args), call.kwargs
+
+    def _restore_own_mask(self, index: int, *_: Any) -> None:
+        if index in self._own_masks:
+            target: Any = self.targets[index]
+            setattr(target.module, target.own_mask, self._own_masks.pop(index))
 
     def _after_attention(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         target = self.targets[index]

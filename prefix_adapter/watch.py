@@ -48,8 +48,8 @@ class Watch:
             drops_layers: whether the model leaves out layers at random (LayerDrop).
 
         Raises:
-            PrefixNotUsedError: if one of them was not reached. A whole stack may rest: an encoder whose states are
-                given, or cross-attention without an encoder.
+            PrefixNotUsedError: if one of them was not reached. A whole stack may rest, such as cross-attention without
+                an encoder, but not all of them.
         """
         served, self._served = self._served, None
         if served is None:

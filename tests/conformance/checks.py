@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zoo import tiny_inputs, tiny_model
+from zoo import NotBuilt, tiny_inputs, tiny_model
 
 import prefix_adapter
 from prefix_adapter import PrefixTuningV2Config, get_peft_model
@@ -89,7 +89,8 @@ def close(ours: Tensor, reference: Tensor, what: str, tolerance: float = TOLERAN
 
 
 def differs(one: Tensor, other: Tensor, what: str) -> None:
-    assert (one - other).abs().max().item() > 1e-5 * max(1.0, other.abs().max().item()), f"{what}: no difference"
+    # Against the usual size: some heads put -1e6 on what cannot be an answer.
+    assert (one - other).abs().max().item() > 1e-4 * other.abs().median().item(), f"{what}: no difference"
 
 
 # ---- The checks
@@ -119,7 +120,8 @@ def effect_and_gradients(case: Case) -> None:
 
 def disabling(case: Case) -> None:
     """Disabling restores the base bit for bit, and so does unloading."""
-    base = case.base().eval()
+    # Frozen as PEFT does: torch takes other kernels for weights that need no gradient.
+    base = case.base().eval().requires_grad_(False)
     inputs = case.inputs(base)
     with torch.no_grad():
         want = outputs(base, inputs)
@@ -155,6 +157,10 @@ def eager_and_sdpa(case: Case) -> None:
         raise Skip("no sdpa")
     results: dict[str, list[Tensor]] = {}
     for attn in ("eager", "sdpa"):
+        try:
+            Case(case.model_type, case.task, attn, case.seed).base()
+        except NotBuilt as error:
+            raise Skip(str(error)) from error
         model = Case(case.model_type, case.task, attn, case.seed, case.config).wrapped()
         inputs = case.inputs(model)
         padded = dict(inputs)
@@ -286,14 +292,15 @@ def one_pass(case: Case) -> None:
                 raise Skip("has no positions to shift") from error
             raise
         layer = layer_of(model)
-        if any(hasattr(stored, "conv_states") for stored in cache.layers):
+        cache = getattr(cache, "self_attention_cache", cache)
+        if layer.layers_without or any(hasattr(stored, "conv_states") for stored in cache.layers):
             raise Skip("hybrid: it has a state too")
         windows = [getattr(target.module, "sliding_window", None) for target in layer.targets]
         if any(window and window < inputs["input_ids"].shape[1] for window in windows):
             raise Skip("its window hides p from the end of x")
         table = layer.prefix_tuning_v2_embedding["default"].weight
         for slot, columns in layer.adapters["default"].columns.items():
-            stored = getattr(cache, "self_attention_cache", cache).layers[slot.layer]
+            stored = cache.layers[slot.layer]
             parts = [t[0].transpose(0, 1).flatten(1) for t in (stored.keys, stored.values)]
             table[:, columns] = torch.cat(parts, dim=1)
         ours = token_logits(model, {"input_ids": x})
@@ -310,13 +317,15 @@ def _can_generate(case: Case) -> nn.Module:
     return model
 
 
-def _generate(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
+def _generate(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """The sequences, and the logits of every step."""
     kwargs = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **kwargs}
     inputs = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
     torch.manual_seed(0)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return model.generate(**inputs, **kwargs)
+        result = model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **kwargs)
+        return result.sequences, torch.stack(result.logits).float()
 
 
 def _agrees(case: Case, padded: bool, one: dict[str, Any], other: dict[str, Any], what: str) -> None:
@@ -330,10 +339,12 @@ def _agrees(case: Case, padded: bool, one: dict[str, Any], other: dict[str, Any]
             base = [_generate(model, inputs, **kwargs) for kwargs in (one, other)]
         except Exception as error:
             raise Skip(f"the base model cannot: {type(error).__name__}") from error
-    if not torch.equal(*base):
+    (sequences, logits), (others, other_logits) = base
+    if not torch.equal(sequences, others) or (logits - other_logits).abs().max() > TOLERANCE * logits.abs().max():
         raise Skip("the base model's own differ")
-    ours = [_generate(model, inputs, **kwargs) for kwargs in (one, other)]
-    assert torch.equal(*ours), f"{what}: {ours[0].tolist()} is not {ours[1].tolist()}"
+    (sequences, logits), (others, other_logits) = (_generate(model, inputs, **kwargs) for kwargs in (one, other))
+    assert torch.equal(sequences, others), f"{what}: {sequences.tolist()} is not {others.tolist()}"
+    close(logits, other_logits, what)
 
 
 def generate_greedy(case: Case) -> None:
