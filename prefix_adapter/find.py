@@ -13,6 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from .attention import (
     KINDS,
@@ -43,9 +47,10 @@ class UnsupportedBackboneError(ValueError):
 
     def __init__(self, model: nn.Module, why: str):
         config = getattr(model, "config", None)
+        model_type = getattr(config, "model_type", None)
         if getattr(config, "is_encoder_decoder", False):
             family = "encoder-decoder"
-        elif hasattr(model, "prepare_inputs_for_generation") and getattr(model, "can_generate", bool)():
+        elif model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             family = "decoder"
         else:
             family = "encoder"

@@ -304,42 +304,76 @@ def test_decoder_prefix_is_tokens(kind: str, shift: bool, target: str, attn: str
     assert_differ(expected, base(**given(states), attention_mask=mask, decoder_input_ids=x).logits)
 
 
+def encoder_table(encoder: nn.Module, p: Tensor) -> Tensor:
+    """The keys and values of an encoder for the tokens p `[1, n]` as a table, from the layers that compute them."""
+    columns: list[Tensor] = []
+    handles = [
+        module.register_forward_hook(lambda module, args, output: columns.append(output[0]))
+        for name, module in encoder.named_modules()
+        if re.search(r"\.(key|k|k_proj|value|v|v_proj)$", name)
+    ]
+    encoder(p)
+    for handle in handles:
+        handle.remove()
+    return torch.cat(columns, dim=1)
+
+
+def encode_behind(encoder: nn.Module, p: Tensor, x: Tensor, **inputs) -> Tensor:
+    """An encoder's states of x in [p; x], under a mask that lets x see both, but p only itself."""
+    both = torch.cat([p.expand(len(x), -1), x], dim=1)
+    length = both.shape[1]
+    hidden = torch.zeros(length, length, dtype=torch.bool)
+    hidden[: p.shape[1], p.shape[1] :] = True
+    mask = torch.zeros(len(x), 1, length, length).masked_fill(hidden, torch.finfo(torch.float32).min)
+    return encoder(both, attention_mask=mask, **inputs)[0][:, p.shape[1] :]
+
+
 @both_attentions
 @pytest.mark.parametrize("kind, shift", [*itertools.product(["bert", "roberta", "t5"], [False, True]), ("bart", True)])
 @torch.no_grad()
 def test_encoder_prefix_is_tokens(kind: str, shift: bool, attn: str):
-    """An encoder under a mask that lets x see p and x, but p only itself."""
     base = backbone(kind, attn, head=False)
     encoder = base if TASKS[kind] == "SEQ_CLS" else base.get_encoder()
     p, x = tiny.ids(1, N, seed=3), tiny.ids(2, 7)
-    columns: list[Tensor] = []
-    for name, module in encoder.named_modules():
-        if re.search(r"\.(key|k|k_proj|value|v|v_proj)$", name):
-            module.register_forward_hook(lambda module, args, output: columns.append(output[0]))
-    encoder(p)
-    table = torch.cat(columns, dim=1)
-
-    both = torch.cat([p.expand(2, -1), x], dim=1)
-    visible = torch.ones(N + 7, N + 7, dtype=torch.bool)
-    visible[:N, N:] = False
-    mask = torch.zeros(2, 1, N + 7, N + 7).masked_fill(~visible, torch.finfo(torch.float32).min)
     inputs = {}
     if TASKS[kind] == "SEQ_CLS":
         first = 0 if kind == "bert" else base.config.pad_token_id + 1
         positions = torch.cat([torch.arange(N), torch.arange(7) + (N if shift else 0)])
         inputs["position_ids"] = (positions + first).expand(2, -1)
-    expected = encoder(both, attention_mask=mask, **inputs)[0][:, N:]
-    without = encoder(x)[0]
+    expected = encode_behind(encoder, p, x, **inputs)
 
     two_sided = TASKS[kind] == "SEQ_2_SEQ_LM"
-    model = wrap(
-        backbone(kind, attn, head=False), shift_positions=shift, target_attention=["encoder"] if two_sided else None
-    )
-    set_table(model, table)
+    target = ["encoder"] if two_sided else None
+    model = wrap(backbone(kind, attn, head=False), shift_positions=shift, target_attention=target)
+    set_table(model, encoder_table(encoder, p))
     output = model(input_ids=x, **({"decoder_input_ids": x} if two_sided else {}))
-    actual = output.encoder_last_hidden_state if two_sided else output.last_hidden_state
-    assert_equal(actual, expected)
-    assert_differ(expected, without)
+    assert_equal(output.encoder_last_hidden_state if two_sided else output.last_hidden_state, expected)
+    assert_differ(expected, encoder(x)[0])
+
+
+@both_attentions
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+@torch.no_grad()
+def test_three_prefixes_in_one_table(kind: str, attn: str):
+    """Encoder, decoder, cross-attention, in this order: each of them has tokens of its own in front."""
+    base = backbone(kind, attn)
+    encoder = base.get_encoder()
+    p_encoder, p_decoder, p_cross = (tiny.ids(1, N, seed=seed) for seed in (3, 6, 11))
+    x, y = tiny.ids(1, 7), tiny.ids(1, 6, seed=4)
+    states = torch.cat([encoder(p_cross)[0], encode_behind(encoder, p_encoder, x)], dim=1)
+    output = base(
+        encoder_outputs=BaseModelOutput(last_hidden_state=states),
+        decoder_input_ids=torch.cat([p_decoder, y], dim=1),
+        use_cache=True,
+    )
+    cache = output.past_key_values
+    tables = [table_of(side)[:N] for side in (cache.self_attention_cache, cache.cross_attention_cache)]
+
+    model = wrapped(kind, attn, shift_positions=True)
+    set_table(model, torch.cat([encoder_table(encoder, p_encoder), *tables], dim=1))
+    expected = output.logits[:, N:]
+    assert_equal(model(input_ids=x, decoder_input_ids=y).logits, expected)
+    assert_differ(expected, base(input_ids=x, decoder_input_ids=y).logits)
 
 
 # ---- Whatever the prefix is

@@ -1,0 +1,121 @@
+"""What takes a prefix is found by looking, tried out, or refused at wrap time with a word on what to do instead."""
+
+import types
+
+import pytest
+import tiny
+import torch
+import transformers as tr
+
+from prefix_adapter import PrefixTuningV2Config, UnsupportedBackboneError, get_peft_model
+
+SMALL = dict(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+REFUSED = {
+    "albert": tr.AlbertConfig(**SMALL, embedding_size=16),
+    "distilbert": tr.DistilBertConfig(vocab_size=99, dim=32, n_layers=2, n_heads=4, hidden_dim=48),
+    "deberta-v2": tr.DebertaV2Config(**SMALL),
+    "modernbert": tr.ModernBertConfig(**SMALL, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1,
+                                      sep_token_id=2),
+    "mamba": tr.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "xlnet": tr.XLNetConfig(vocab_size=99, d_model=32, n_layer=2, n_head=4, d_inner=48),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_at_wrap_time_with_reason_and_alternatives(kind):
+    model = tr.AutoModel.from_config(REFUSED[kind])
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(ValueError) as refusal:
+        get_peft_model(model, PrefixTuningV2Config())
+    said = str(refusal.value)
+    assert type(refusal.value) is UnsupportedBackboneError
+    assert type(model).__name__ in said and "past_key_values" in said and "LoRA" in said
+    assert ("Llama" if kind == "mamba" else "BERT, RoBERTa") in said
+    # Nothing of the model has changed.
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert not hasattr(model, "peft_config") and not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_alternatives_that_are_named_do_work():
+    named = (tr.BertConfig, tr.RobertaConfig, tr.XLMRobertaConfig, tr.ElectraConfig, tr.CamembertConfig)
+    for config in (*(cls(**SMALL) for cls in named), *(tiny.config(k) for k in ("llama", "gpt2", "t5", "bart"))):
+        get_peft_model(tr.AutoModel.from_config(config), PrefixTuningV2Config())
+    qwen = tr.Qwen2Config(**SMALL, num_key_value_heads=2)
+    opt = tr.OPTConfig(vocab_size=99, hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2,
+                       num_attention_heads=4, ffn_dim=48)  # fmt: skip
+    mbart = tr.MBartConfig(**{**tiny.config("bart").to_dict(), "model_type": "mbart"})
+    for config in (qwen, opt, mbart):
+        get_peft_model(tr.AutoModel.from_config(config), PrefixTuningV2Config())
+
+
+def _ignore_the_mask(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+    return type(self).forward(self, hidden_states, None, past_key_values, **kwargs)
+
+
+def _ignore_what_update_returns(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+    if past_key_values is not None:
+        past_key_values.update(*(torch.zeros(len(hidden_states), 4, hidden_states.shape[1], 8) for _ in range(2)), 0)
+    return type(self).forward(self, hidden_states, None, None, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [(_ignore_the_mask, "sees a prefix that its mask hides"), (_ignore_what_update_returns, "does not see it")],
+)
+def test_a_module_that_does_not_do_what_it_should_is_refused(broken, why):
+    """A model type that nobody has seen may treat a prefix in a way that nobody foresaw."""
+    model = tiny.model("bert")
+    attention = model.encoder.layer[1].attention.self
+    attention.forward = types.MethodType(broken, attention)
+    with pytest.raises(UnsupportedBackboneError, match=rf"encoder\.layer\.1\.attention\.self.*{why}"):
+        get_peft_model(model, PrefixTuningV2Config())
+
+
+def test_unknown_attention_implementations_are_refused():
+    model = tiny.model("llama", attn="sdpa")
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match=r"flex_attention.*'sdpa' or 'eager'"):
+        get_peft_model(model, PrefixTuningV2Config())
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "t5", "bart"])
+def test_looking_leaves_no_trace(kind):
+    """Random numbers, train mode of each module, gradients and buffers are as before."""
+    plain, wrapped = tiny.model(kind).train(), tiny.model(kind).train()
+    plain.get_input_embeddings().eval(), wrapped.get_input_embeddings().eval()
+    torch.manual_seed(3)
+    get_peft_model(wrapped, PrefixTuningV2Config(prefix_dropout=0.0))
+    drawn = torch.rand(3)
+    torch.manual_seed(3)
+    torch.nn.Embedding(
+        20, sum(c.stop - c.start for c in wrapped.prefix_tuning_v2.adapters["default"].columns.values())
+    )
+    torch.nn.init.normal_(torch.empty(wrapped.prefix_tuning_v2.prefix_tuning_v2_embedding["default"].weight.shape))
+    assert torch.equal(torch.rand(3), drawn)
+    modes = {name: module.training for name, module in plain.named_modules()}
+    assert {n: m.training for n, m in wrapped.named_modules() if "prefix_tuning" not in n} == modes
+    assert all(p.grad is None for p in wrapped.parameters())
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(wrapped.get_buffer(name), buffer)
+
+
+def test_a_hybrid_gives_its_attention_layers_the_prefix_and_says_so():
+    config = tr.JambaConfig(
+        **SMALL, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=9,
+        mamba_d_state=4, mamba_d_conv=2, num_experts=2, use_mamba_kernels=False,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match=r"Layers \[0\] of JambaModel keep no keys and values"):
+        model = get_peft_model(tr.AutoModel.from_config(config), PrefixTuningV2Config())
+    slots = model.base_model.model.prefix_tuning_v2.adapters["default"].columns
+    assert [slot.layer for slot in slots] == [1]
+
+
+def test_shapes_are_those_of_the_layers():
+    """Grouped-query attention has fewer heads; an encoder-decoder has three kinds of attention."""
+    llama = get_peft_model(tiny.model("llama"), PrefixTuningV2Config(num_virtual_tokens=5))
+    layer = llama.base_model.model.prefix_tuning_v2
+    assert layer.prefix_tuning_v2_embedding["default"].weight.shape == (5, tiny.LAYERS * 2 * 2 * 8)
+    bart = get_peft_model(tiny.model("bart"), PrefixTuningV2Config(num_virtual_tokens=5))
+    columns = bart.base_model.model.prefix_tuning_v2.adapters["default"].columns
+    assert [slot.kind for slot in columns] == ["encoder"] * 3 + ["decoder"] * 3 + ["cross"] * 3
+    assert [slot.layer for slot in columns] == [0, 1, 2] * 3

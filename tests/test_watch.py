@@ -1,0 +1,119 @@
+"""Never a silent no-op: a layer that should have received its prefix and did not is an error that names it."""
+
+import copy
+import types
+
+import pytest
+import tiny
+import torch
+import transformers as tr
+
+from prefix_adapter import PrefixNotUsedError, PrefixTuningV2Config, get_peft_model
+
+
+def wrapped(kind="bert", auto_class="AutoModel", config=None, **changes):
+    model = get_peft_model(tiny.model(kind, auto_class, **changes), PrefixTuningV2Config(**(config or {}))).eval()
+    tiny.randomize(model)
+    return model
+
+
+def test_an_attention_that_stops_using_its_cache():
+    """As a monkey patch, a kernel or a new release of a model might do it."""
+    model = wrapped()
+    attention = model.base_model.model.encoder.layer[1].attention.self
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+        return type(self).forward(self, hidden_states, None, None, **kwargs)
+
+    attention.forward = types.MethodType(forward, attention)
+    with pytest.raises(PrefixNotUsedError, match=r"encoder\.layer\.1\.attention\.self \(BertSelfAttention\)"):
+        model(input_ids=tiny.ids())
+    with model.disable_adapter():
+        model(input_ids=tiny.ids())
+    del attention.forward
+    model(input_ids=tiny.ids())
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 1, 2]])
+def test_modules_that_were_replaced_after_wrapping(layers):
+    model = wrapped()
+    for index in layers:
+        attention = model.base_model.model.encoder.layer[index].attention
+        fresh = tiny.model("bert").encoder.layer[index].attention.self
+        attention.self = fresh
+    with pytest.raises(PrefixNotUsedError, match=rf"encoder\.layer\.{layers[0]}\.attention\.self.*Wrap the model"):
+        model(input_ids=tiny.ids())
+
+
+def test_layers_without_a_prefix_are_not_missed():
+    model = wrapped(config={"layers_to_transform": [2]})
+    attention = model.base_model.model.encoder.layer[0].attention
+    attention.self = copy.deepcopy(tiny.model("bert").encoder.layer[0].attention.self)
+    model(input_ids=tiny.ids())
+
+
+def test_layer_drop_is_no_fault():
+    model = wrapped("bart", encoder_layerdrop=0.5, decoder_layerdrop=0.5).train()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model(input_ids=tiny.ids())
+
+
+@pytest.mark.parametrize("kinds", [["encoder"], ["cross"], ["encoder", "decoder"], None])
+def test_an_encoder_whose_states_are_given_may_rest(kinds):
+    """As in generate, which runs the encoder once by itself."""
+    model = wrapped("t5", "AutoModelForSeq2SeqLM", {"target_attention": kinds})
+    ids = tiny.ids()
+    whole = model(input_ids=ids, decoder_input_ids=ids)
+    states = model.get_encoder()(input_ids=ids)
+    again = model(encoder_outputs=states, decoder_input_ids=ids)
+    assert torch.equal(again.logits, whole.logits)
+    with model.disable_adapter():
+        assert not torch.allclose(model(input_ids=ids, decoder_input_ids=ids).logits, whole.logits, atol=1e-2)
+
+
+def test_a_failed_forward_does_not_blame_the_next():
+    model = wrapped()
+    with pytest.raises(ValueError, match="65 tokens.*64 positions.*Truncate the input to 64"):
+        model(input_ids=tiny.ids(length=tiny.LENGTH + 1))
+    model(input_ids=tiny.ids(length=tiny.LENGTH))
+
+
+def test_bart_counts_positions_of_both_sides():
+    model = wrapped("bart")
+    with pytest.raises(ValueError, match="65 tokens.*64 positions"):
+        model(input_ids=tiny.ids(), decoder_input_ids=tiny.ids(length=tiny.LENGTH + 1))
+
+
+def test_gradients_that_reentrant_checkpointing_would_lose_are_refused():
+    """Gemma 3n hands keys and values on to later layers, outside the tensors that the checkpoint follows."""
+    config = tr.Gemma3nTextConfig(
+        vocab_size=99, vocab_size_per_layer_input=99, hidden_size=32, hidden_size_per_layer_input=8,
+        intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=8,
+        laurel_rank=4, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match=r"Layers \[2, 3\].*shared attention"):
+        model = get_peft_model(tr.Gemma3nForCausalLM(config), PrefixTuningV2Config()).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match=r'"use_reentrant": False'):
+        model(input_ids=tiny.ids())
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model(input_ids=tiny.ids(), labels=tiny.ids()).loss.backward()
+
+
+def test_the_private_names_that_we_read_are_there():
+    """Each has its reason beside it in the code; a release that renames one fails here and not in somebody's run."""
+    model = tiny.model("llama", attn="sdpa").train()
+    assert model.config._attn_implementation == "sdpa"
+    assert model.layers[0].self_attn.config._attn_implementation == "sdpa"
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
+    assert any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
+    model.enable_input_require_grads()
+    assert len(model._require_grads_hooks) == 1
+    weight = torch.nn.Parameter(torch.zeros(2))
+    before = weight._version
+    with torch.no_grad():
+        weight.add_(1)
+    assert weight._version > before
