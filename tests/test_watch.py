@@ -74,14 +74,14 @@ def test_an_encoder_whose_states_are_given_may_rest(kinds):
 
 def test_a_failed_forward_does_not_blame_the_next():
     model = wrapped()
-    with pytest.raises(ValueError, match="65 tokens.*64 positions.*Truncate the input to 64"):
+    with pytest.raises(ValueError, match=r"65 tokens.*64 positions.*Truncate the input to 64"):
         model(input_ids=tiny.ids(length=tiny.LENGTH + 1))
     model(input_ids=tiny.ids(length=tiny.LENGTH))
 
 
 def test_bart_counts_positions_of_both_sides():
     model = wrapped("bart")
-    with pytest.raises(ValueError, match="65 tokens.*64 positions"):
+    with pytest.raises(ValueError, match=r"65 tokens.*64 positions"):
         model(input_ids=tiny.ids(), decoder_input_ids=tiny.ids(length=tiny.LENGTH + 1))
 
 
