@@ -16,7 +16,7 @@ from .config import PrefixTuningV2Config
 from .encoder import PrefixEncoder
 from .find import find_targets
 from .rows import Adapter, Piece, Plan, Row, make_plan, pick_outputs
-from .watch import Watch, check_fits, input_shape, position_limit
+from .watch import Watch, check_fits, check_input, sequences
 
 # PEFT's prefix of this method: it starts the name of every container of parameters.
 PREFIX = "prefix_tuning_v2_"
@@ -276,15 +276,15 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         if not any(rows):
             return
         self._watch.begin()
-        *batch, tokens = input_shape(args, kwargs) or (0,)
-        check_fits(
-            self.model, tokens, position_limit(self.model, self.positions), max(self._shifts(self.targets[0].kind))
-        )
-        if self.count_rows and batch and batch[0] != len(rows):
-            raise ValueError(f"`adapter_names` has {len(rows)} names for a batch of {batch[0]}.")
+        ids, shape = sequences(args, kwargs)
+        if shape:
+            shift = max(self._shifts(self.targets[0].kind))
+            check_input(self.model, ids, shape[-1], self.positions, shift)
+            if self.count_rows and shape[0] != len(rows):
+                raise ValueError(f"`adapter_names` has {len(rows)} names for a batch of {shape[0]}.")
         # An encoder-decoder's rows are those that it decodes: beams come after the encoder.
-        *batch, _ = input_shape((), kwargs, "decoder_") or (*batch, tokens)
-        self._batch = math.prod(batch) if batch else None
+        shape = sequences((), kwargs, "decoder_")[1] or shape
+        self._batch = math.prod(shape[:-1]) if shape else None
         if self.training and torch.is_grad_enabled():
             self._watch.prepare_checkpointing(self.model, shares_keys=bool(self.followers))
 
@@ -344,9 +344,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     def _before_positions(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target = self.positions[index]
         shifts = self._shifts(target.kind)
-        given: Any = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if given is not None:
-            check_fits(self.model, given.shape[1] if given.dim() > 1 else len(given), target.limit, max(shifts))
+        check_fits(self.model, target.too_many(args, kwargs, max(shifts)), target.limit, max(shifts))
         if len(set(shifts)) == 1 and shifts[0]:
             return target.shift(shifts[0], args, kwargs)
         return None

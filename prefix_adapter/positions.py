@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from .attention import Call
 from .probe import innermost, is_count, parameter_names
 
-_IDS, _PAST = "position_ids", "past_key_values_length"
+_IDS, _PAST, _TABLE = "position_ids", "past_key_values_length", "input"
 
 
 @dataclass
@@ -31,15 +33,35 @@ class PositionTarget:
     limit: int | None
     kind: str = ""
 
+    @property
+    def padding(self) -> int | None:
+        """The position of padding, where padding has no positions of its own (RoBERTa)."""
+        padding: Any = getattr(self.module, "padding_idx", None)
+        return padding if self.names == [_TABLE] else None
+
     def shift(self, by: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """The call's arguments with positions `by` higher."""
-        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        if arguments.get(self.positions) is not None:
-            arguments[self.positions] = arguments[self.positions] + by
+        call = Call(self.names, args, kwargs)
+        positions = call.get(self.positions)
+        if positions is not None:
+            moved = positions + by
+            if self.padding is not None:
+                moved = torch.where(positions == self.padding, positions, moved)
+            call.set(self.positions, moved)
         elif _PAST in self.names:
             # It counts by itself, from the length of what went before.
-            arguments[_PAST] = (arguments.get(_PAST) or 0) + by
-        return (), arguments
+            call.set(_PAST, (call.get(_PAST) or 0) + by)
+        return tuple(call.args), call.kwargs
+
+    def too_many(self, args: tuple[Any, ...], kwargs: dict[str, Any], shift: int) -> int:
+        """How many tokens the call has, if with the shift there are not enough positions for them; else 0."""
+        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if self.limit is None or given is None:
+            return 0
+        tokens = given.shape[1] if given.dim() > 1 else len(given)
+        if tokens + shift > self.limit and self.padding is not None:
+            tokens = int((given != self.padding).sum(-1).max())
+        return tokens if tokens + shift > self.limit else 0
 
 
 class PositionProbe:
@@ -74,7 +96,7 @@ class PositionProbe:
             first = is_count(args[0]) if args else None
             if first is not None and isinstance(module, nn.Embedding):
                 limit = module.num_embeddings - first
-                self._tables[name] = PositionTarget(name, module, ["input"], "input", limit)
+                self._tables[name] = PositionTarget(name, module, [_TABLE], _TABLE, limit)
 
         return hook
 

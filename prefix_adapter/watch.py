@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .attention import AttentionTarget, Call, was_used
 from .positions import PositionTarget
@@ -114,21 +114,25 @@ def check_fits(model: nn.Module, tokens: int, limit: int | None, shift: int) -> 
         )
 
 
-def input_shape(args: tuple[Any, ...], kwargs: dict[str, Any], side: str = "") -> tuple[int, ...]:
-    """Of the sequences that a model is given: batch, choices if it is for multiple choice, tokens; empty if none.
+def sequences(args: tuple[Any, ...], kwargs: dict[str, Any], side: str = "") -> tuple[Tensor | None, tuple[int, ...]]:
+    """The token ids that a model is given, and their shape or that of their embeddings: batch, any choices, tokens.
 
-    `side` is `"decoder_"` for those of an encoder-decoder's decoder.
+    `side` is `"decoder_"` for those of an encoder-decoder's decoder. The shape is empty if there are none.
     """
-    ids = kwargs.get(f"{side}input_ids", args[0] if args else None)
-    embeddings = kwargs.get(f"{side}inputs_embeds")
+    ids, embeddings = kwargs.get(f"{side}input_ids", args[0] if args else None), kwargs.get(f"{side}inputs_embeds")
     if ids is not None:
-        return tuple(ids.shape)
-    return tuple(embeddings.shape[:-1]) if embeddings is not None else ()
+        return ids, tuple(ids.shape)
+    return None, tuple(embeddings.shape[:-1]) if embeddings is not None else ()
 
 
-def position_limit(model: nn.Module, positions: list[PositionTarget]) -> int | None:
-    """The shortest table of positions of a model with one stack; an encoder-decoder has one for each input."""
-    limits = [target.limit for target in positions if target.limit is not None]
-    if not limits or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return None
-    return min(limits)
+def check_input(
+    model: nn.Module, ids: Tensor | None, tokens: int, positions: list[PositionTarget], shift: int
+) -> None:
+    """`check_fits` for the input of a model with one stack; an encoder-decoder has one for each of its inputs."""
+    tables = [target for target in positions if target.limit is not None]
+    if not tables or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return
+    shortest = min(tables, key=lambda target: target.limit or 0)
+    if tokens + shift > (shortest.limit or 0) and shortest.padding is not None and ids is not None:
+        tokens = int((ids != shortest.padding).sum(-1).max())
+    check_fits(model, tokens, shortest.limit, shift)

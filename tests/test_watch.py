@@ -85,6 +85,19 @@ def test_bart_counts_positions_of_both_sides():
         model(input_ids=tiny.ids(), decoder_input_ids=tiny.ids(length=tiny.LENGTH + 1))
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_padding_needs_no_positions_where_the_backbone_gives_it_none(shift):
+    """RoBERTa's positions count real tokens only: 64 of them, or fewer by the prefix, may stand in a longer row."""
+    model = wrapped("roberta", config={"shift_positions": shift})
+    most = tiny.LENGTH - (20 if shift else 0)
+    ids = torch.nn.functional.pad(tiny.ids(length=most), (0, 9), value=model.config.pad_token_id)
+    mask = (ids != model.config.pad_token_id).long()
+    padded = model(input_ids=ids, attention_mask=mask)[0][:, :most]
+    torch.testing.assert_close(padded, model(input_ids=ids[:, :most])[0], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=rf"{most + 1} tokens.*Truncate the input to {most}"):
+        model(input_ids=tiny.ids(length=most + 1))
+
+
 def test_gradients_that_reentrant_checkpointing_would_lose_are_refused():
     """Gemma 3n hands keys and values on to later layers, outside the tensors that the checkpoint follows."""
     config = tr.Gemma3nTextConfig(
