@@ -135,11 +135,15 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     @property
     def layers_without(self) -> list[int]:
         """Indices of a decoder's layers that take no prefix, in hybrids for instance."""
-        config = self._text_config
-        if getattr(config, "is_encoder_decoder", False) or {target.kind for target in self.targets} != {"decoder"}:
+        if getattr(self._text_config, "is_encoder_decoder", False) or self.kinds != {"decoder"}:
             return []
-        layers = range(getattr(config, "num_hidden_layers", None) or 0)
+        layers = range(getattr(self._text_config, "num_hidden_layers", None) or 0)
         return sorted(set(layers) - {slot.layer for target in self.targets for slot in target.slots.values()})
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of attention that take a prefix."""
+        return {target.kind for target in self.targets}
 
     def encoder_of(self, adapter_name: str) -> PrefixEncoder:
         """An adapter's encoder."""

@@ -58,6 +58,12 @@ class PrefixTuningV2Model(BaseTuner):
                 model.requires_grad_(False)
             model.add_module(LAYER_NAME, layer)
             layer.train(model.training)
+            if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "encoder" not in layer.kinds:
+                warnings.warn(
+                    f"The encoder's attention in {type(model).__name__} cannot take a prefix; {sorted(layer.kinds)} "
+                    "attention gets one.",
+                    stacklevel=2,
+                )
             if layer.layers_without:
                 warnings.warn(
                     f"Layers {layer.layers_without} of {type(model).__name__} keep no keys and values of their own "

@@ -33,16 +33,24 @@ def innermost(named: dict[str, nn.Module]) -> dict[str, nn.Module]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode, and leave no trace: neither modes nor random numbers."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Run in eval mode, and leave no trace: neither in modes and random numbers, nor where a model changes itself.
+
+    BigBird, for one, exchanges its attention modules for good when an input is short.
+    """
+    plain = (bool, int, float, str, type(None))
+    modules = list(model.modules())
+    states = [{k: v for k, v in vars(module).items() if isinstance(v, plain)} for module in modules]
+    children = [dict(module._modules) for module in modules]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     model.eval()
     try:
         with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, state, own in zip(modules, states, children, strict=True):
+            vars(module).update(state)
+            module._modules.clear()
+            module._modules.update(own)
 
 
 def _ordinary_token(model: nn.Module) -> int:

@@ -1,0 +1,43 @@
+"""The conformance checks on some model types; `run.py` beside this file holds the adapter against all of them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from run import run_one
+from zoo import tasks_of, text_model_types
+
+# One of each kind: encoders, decoders with grouped-query and multi-query attention, ALiBi, learned positions with an
+# offset, head sizes of their own, latent attention, sliding windows, shared keys and values, masks of their own, masks
+# that mean the opposite, hybrids, and encoder-decoders with relative, learned and sinusoidal positions.
+WORKS = [
+    ("bert", "MULTIPLE_CHOICE"), ("roberta", "CAUSAL_LM"), ("electra", "TOKEN_CLS"), ("roformer", "MASKED_LM"),
+    ("megatron-bert", "SEQ_CLS"), ("gpt2", "QUESTION_ANS"), ("llama", "CAUSAL_LM"), ("mistral", "CAUSAL_LM"),
+    ("qwen3", "CAUSAL_LM"), ("falcon", "CAUSAL_LM"), ("gpt_bigcode", "CAUSAL_LM"), ("bloom", "CAUSAL_LM"),
+    ("mpt", "CAUSAL_LM"), ("opt", "SEQ_CLS"), ("gptj", "CAUSAL_LM"), ("gpt_neo", "CAUSAL_LM"),
+    ("deepseek_v3", "CAUSAL_LM"), ("gemma3n_text", "CAUSAL_LM"), ("jamba", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM"),
+    ("bart", "SEQ_2_SEQ_LM"), ("marian", "SEQ_2_SEQ_LM"), ("t5gemma", "SEQ_2_SEQ_LM"),
+]  # fmt: skip
+REFUSED = ["albert", "distilbert", "deberta-v2", "modernbert", "mamba", "prophetnet", "deepseek_v32", "hrm_text"]
+
+
+@pytest.mark.parametrize(("model_type", "task"), WORKS, ids="-".join)
+def test_works(model_type, task):
+    result = run_one(model_type, task)
+    failed = {name: said for name, said in result["checks"].items() if said.startswith("FAIL")}
+    assert result["status"] == "works", failed or result.get("why")
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_refused(model_type):
+    result = run_one(model_type, tasks_of(model_type)[0])
+    assert result["status"] == "refused", result
+
+
+def test_all_types_are_found():
+    """A new model type of transformers is picked up without an edit; far fewer than usual means that the search broke."""
+    types = text_model_types()
+    assert len(types) > 200 and {name for name, _ in WORKS} | set(REFUSED) <= set(types)
