@@ -230,6 +230,10 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         batch = max(part.shape[0] for part in parts)
         return torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)
 
+    def forget(self) -> None:
+        """Drop what is kept of frozen MLPs; needed only after writing to their parameters through `.data`."""
+        self._ready.clear()
+
     def _columns(self, adapter_name: str, slot: Slot) -> Tensor:
         """An adapter's prefix for a slot, `[n, columns]`."""
         encoder = self.encoder_of(adapter_name)

@@ -46,6 +46,7 @@ config = prefix_adapter.PrefixTuningV2Config(num_virtual_tokens=5, prefix_projec
 model = get_peft_model(load(), config)
 tiny.randomize(model)
 model.push_to_hub("user/pushed")
+prefix_adapter.push_to_hub(model, "user/ours", commit_message="first")
 model.save_pretrained("saved")
 HfApi().create_repo("user/uploaded")
 HfApi().upload_folder(repo_id="user/uploaded", folder_path="saved")
@@ -59,7 +60,7 @@ assert type(read) is prefix_adapter.PrefixTuningV2Config, type(read)
 assert (read.num_virtual_tokens, read.prefix_projection) == (5, True), read
 assert read.base_model_name_or_path == "user/base", read
 torch.save({
-    "PeftModel": logits(PeftModel.from_pretrained(load(), "user/pushed")),
+    "PeftModel": logits(PeftModel.from_pretrained(load(), "user/ours")),
     "AutoPeftModel": logits(AutoPeftModelForSequenceClassification.from_pretrained("user/uploaded")),
     "transformers": logits(transformers.AutoModelForSequenceClassification.from_pretrained("user/pushed")),
 }, "loaded.pt")
@@ -100,7 +101,7 @@ def card_of(repository):
 
 
 def test_uploaded_files(published):
-    for name in ("user/pushed", "user/uploaded"):
+    for name in ("user/pushed", "user/ours", "user/uploaded"):
         assert published.repos[name].keys() == ADAPTER_FILES
     assert published.commits["user/pushed"] == [ADAPTER_FILES]
     # The MLP and the head, and nothing of the backbone.
@@ -126,6 +127,7 @@ def test_loading_from_the_hub_is_exact(published, way):
                 "whatever the PEFT method, unless the repository has a card",
             ),
         ),
+        "user/ours",
         "user/uploaded",
     ],
 )

@@ -21,10 +21,10 @@ This page is written by a command, from its results:
 python tests/conformance/run.py --json results.json && python tests/conformance/table.py results.json
 ```
 
-It holds the adapter against {checks} checks on a tiny random model of every text model type of transformers
-{transformers} (peft {peft}, torch {torch}, CPU), for each of its tasks: {pairs} combinations of {types} types, of
-which {works} types work, {refused} are refused at wrap time with the reason, {failed} fail a check, and {unbuilt} could not be
-built here.
+It holds the adapter against {checks} checks on a tiny random model of every text model type of
+transformers {transformers} (peft {peft}, torch {torch}, CPU), for each of its tasks: {pairs} combinations.
+Of {types} types {works} work, {refused} are refused at wrap time with the reason, {failed} fail a check, and
+{unbuilt} could not be built here.
 
 A check is skipped where it does not apply, or where the backbone itself fails it without an adapter. What each one
 does is said by its docstring in `tests/conformance/checks.py`:
@@ -74,7 +74,8 @@ def main() -> None:
         note = f"; layers {without} of the tiny model have none" if without else ""
         passed = sum(said == "pass" for row in rows for said in row["checks"].values())
         failed = {check for row in rows for check, said in row["checks"].items() if said.startswith("FAIL")}
-        table.append(f"| {name} | {tasks} | {', '.join(kinds)}{note} | {passed}{' FAILED: ' * bool(failed)}{', '.join(failed)} |")
+        said = f"{passed}; FAILED: {', '.join(sorted(failed))}" if failed else passed
+        table.append(f"| {name} | {tasks} | {', '.join(kinds)}{note} | {said} |")
     refusals = defaultdict(list)
     for name, rows in groups["refused"].items():
         reason = rows[0]["why"].split("cannot take a prefix: ")[-1].split(" P-Tuning v2 puts")[0]
@@ -90,7 +91,7 @@ def main() -> None:
         failed=len(groups["failed"]), unbuilt=len(groups["not built"]),
         descriptions="\n".join(f"- `{name}`: {' '.join(check.__doc__.split())}" for name, check in CHECKS.items()),
         table="\n".join(table), refusals="\n".join(lines),
-        unbuilt_list="\n".join(f"- {n}: {' '.join(r[0]['why'].split())}" for n, r in groups["not built"].items()) or "-",
+        unbuilt_list="\n".join(f"- {n}: {' '.join(r[0]['why'].split())}" for n, r in groups["not built"].items()),
     )  # fmt: skip
     PAGE.write_text(page)
     print(f"{PAGE}: {len(groups['works'])} work, {len(groups['refused'])} refused, {len(groups['failed'])} failed")

@@ -38,6 +38,6 @@ def test_refused(model_type):
 
 
 def test_all_types_are_found():
-    """A new model type of transformers is picked up without an edit; far fewer than usual means that the search broke."""
+    """A new model type of transformers is picked up without an edit; few mean that the search broke."""
     types = text_model_types()
     assert len(types) > 200 and {name for name, _ in WORKS} | set(REFUSED) <= set(types)
