@@ -223,8 +223,9 @@ def _missing_mask(
         keys = call.first(ENCODER_STATES).shape[1]
     elif target.follows:
         # What it follows has put the prefix in already. There is no past where there is no mask.
-        shared = call.get(SHARED_STATES)[getattr(target.module, "layer_type", None)]
-        keys = shared[0].shape[2] - length
+        shared, module = call.get(SHARED_STATES), target.module
+        sources = (getattr(module, "layer_type", None), getattr(module, "kv_shared_layer_index", None))
+        keys = next(shared[source] for source in sources if source in shared)[0].shape[2] - length
     elif inner is not None:
         # Of this layer: those before it have already stored this call's keys, as it has in earlier rounds itself.
         past, layer_idx = min((inner.get_seq_length(index or 0), index or 0) for index in target.slots)

@@ -130,9 +130,10 @@ def check_input(
 ) -> None:
     """`check_fits` for the input of a model with one stack; an encoder-decoder has one for each of its inputs."""
     tables = [target for target in positions if target.limit is not None]
-    if not tables or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return
-    shortest = min(tables, key=lambda target: target.limit or 0)
-    if tokens + shift > (shortest.limit or 0) and shortest.padding is not None and ids is not None:
-        tokens = int((ids != shortest.padding).sum(-1).max())
-    check_fits(model, tokens, shortest.limit, shift)
+    for table in tables:
+        needed = tokens
+        if tokens + shift > (table.limit or 0) and table.padding is not None and ids is not None:
+            needed = int((ids != table.padding).sum(-1).max())
+        check_fits(model, needed, table.limit, shift)

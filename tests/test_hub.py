@@ -11,8 +11,10 @@ import peft
 import pytest
 import tiny
 import torch
+import transformers
 from hub_server import TOKEN, serve
 from huggingface_hub import ModelCard
+from packaging import version
 from peft import LoraConfig, get_peft_model
 
 from prefix_adapter import PrefixTuningV2Config
@@ -112,6 +114,8 @@ def test_uploaded_files(published):
 
 @pytest.mark.parametrize("way", ["PeftModel", "AutoPeftModel", "transformers"])
 def test_loading_from_the_hub_is_exact(published, way):
+    if way == "transformers" and version.parse(transformers.__version__) < version.parse("5.18"):
+        pytest.skip("transformers' own load_adapter reads no task heads before 5.18")
     assert (published.published["adapter"] - published.published["base"]).abs().max() > 0.1
     assert torch.equal(published.loaded[way], published.published["adapter"])
 

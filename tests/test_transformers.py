@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import transformers as tr
+from packaging import version
 from peft import PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
@@ -81,6 +82,12 @@ def layer_changes(before, after, container):
     return difference.movedim(0 if container == "output" else 1, 0).reshape(2 * tiny.LAYERS, -1).amax(dim=1)
 
 
+def needs_heads_in_transformers():
+    """transformers' own loader, with any PEFT method, reads the heads of `modules_to_save` from 5.18 on."""
+    if version.parse(tr.__version__) < version.parse("5.18"):
+        pytest.skip("transformers' own load_adapter reads no task heads before 5.18")
+
+
 # ---- transformers' own add_adapter, load_adapter, ...
 
 
@@ -88,6 +95,8 @@ def layer_changes(before, after, container):
 def saved(request, tmp_path):
     """Two adapters "a" and "b" that PEFT trained and saved, their base model, and what they answer."""
     kind, encoder = request.param
+    if kind == "bert":
+        needs_heads_in_transformers()
     auto_class = getattr(tr, TASKS[kind][0])
     base = tmp_path / "base"
     base_model(kind).save_pretrained(base)
@@ -419,7 +428,7 @@ def test_trainer_gradient_checkpointing(kind, encoder, container, use_reentrant,
 
     checkpointing = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
     model, before = train(gradient_checkpointing=True, **checkpointing)
-    assert model.base_model.model.is_activation_checkpointing
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     changes = layer_changes(before, trainable(model), container)
     assert (changes > 1e-3).all(), changes
     plain, _ = train()
