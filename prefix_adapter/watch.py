@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -16,15 +17,21 @@ class PrefixNotUsedError(RuntimeError):
 
 
 class Watch:
-    """Sees to it that every layer that should receive a prefix in a forward does."""
+    """Sees to it that every layer that should receive a prefix in a forward does.
+
+    A compiled model, or part of one, runs without us; what is traced is checked when it is traced.
+    """
 
     def __init__(self) -> None:
-        self._served: set[int] | None = None
+        # By thread: `nn.DataParallel` runs copies of a model side by side, with the same hooks.
+        self._served: dict[int, set[int]] = {}
+        self._traced: set[int] = set()
         self._input_gradients = False
 
     def begin(self) -> None:
-        """A forward of the whole model begins. What is compiled runs without us and is not watched."""
-        self._served = None if torch.compiler.is_compiling() else set()
+        """A forward of the whole model begins."""
+        if not torch.compiler.is_compiling():
+            self._served[threading.get_ident()] = set()
 
     def served(self, index: int, target: AttentionTarget, call: Call) -> None:
         """A target was called with a prefix.
@@ -37,8 +44,10 @@ class Watch:
                 f"{target.name} ({type(target.module).__name__}) was called with a prefix and did not use it: it no "
                 "longer asks its cache for keys and values. Its outputs would silently be the base model's."
             )
-        if self._served is not None:
-            self._served.add(index)
+        if torch.compiler.is_compiling():
+            self._traced.add(index)
+        elif threading.get_ident() in self._served:
+            self._served[threading.get_ident()].add(index)
 
     def end(self, expected: list[tuple[int, AttentionTarget]], drops_layers: bool) -> None:
         """The forward is over.
@@ -51,9 +60,9 @@ class Watch:
             PrefixNotUsedError: if one of them was not reached. A whole stack may rest, such as cross-attention without
                 an encoder, but not all of them.
         """
-        served, self._served = self._served, None
-        if served is None:
+        if torch.compiler.is_compiling() or threading.get_ident() not in self._served:
             return
+        served = self._served.pop(threading.get_ident()) | self._traced
         active = {target.stack for index, target in expected if index in served}
         missed = [
             target for index, target in expected if index not in served and (target.stack in active or not active)
