@@ -278,7 +278,7 @@ def _source(model: nn.Module, follower: AttentionTarget, targets: list[Attention
     return before[-1]
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def _try_out(model: nn.Module, target: AttentionTarget, recorded: Call) -> None:
     """Repeat a recorded call with a prefix: a hidden one must change nothing, a visible one something.
 
@@ -303,7 +303,7 @@ def _try_out(model: nn.Module, target: AttentionTarget, recorded: Call) -> None:
 
         put_in_front(call, target, model, length, visible, join)
         output = target.module(*call.args, **call.kwargs)
-        return (output[0] if isinstance(output, tuple) else output).float()
+        return (output[0] if isinstance(output, tuple) else output).detach().float()
 
     def gap(one: Tensor, other: Tensor) -> float:
         return (one - other).abs().max().item() / max(other.abs().max().item(), 1e-6)

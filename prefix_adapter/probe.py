@@ -87,7 +87,8 @@ def _inputs(model: nn.Module, backbone: nn.Module) -> dict[str, Any]:
 def probe(model: nn.Module) -> Any:
     """Run the backbone under `model` once on four tokens, with a cache of its own, for the hooks that the caller set.
 
-    To be called in `untouched`, and with gradients, so that the hooks see where the backbone turns them off.
+    To be called in `untouched`. Gradients are on, and hidden states need one, as in training: the hooks see where the
+    backbone turns them off, and bitsandbytes does not repack its weights for inference, after which there are none.
 
     Returns:
         The backbone's output.
@@ -96,8 +97,19 @@ def probe(model: nn.Module) -> Any:
         whatever the backbone raises.
     """
     backbone: Any = getattr(model, "base_model", model)
-    with torch.enable_grad():
-        return backbone(**_inputs(model, backbone))
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    handles = [module.register_forward_hook(_need_gradient) for module in embeddings]
+    try:
+        with torch.enable_grad():
+            return backbone(**_inputs(model, backbone))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _need_gradient(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if isinstance(output, Tensor) and output.is_floating_point() and not output.is_inference():
+        output.requires_grad_()
 
 
 def is_count(tensor: Any) -> int | None:

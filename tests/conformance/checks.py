@@ -328,9 +328,9 @@ def _generate(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> tup
         return result.sequences, torch.stack(result.logits).float()
 
 
-def _agrees(case: Case, padded: bool, one: dict[str, Any], other: dict[str, Any], what: str) -> None:
+def _agrees(case: Case, padded: bool, one: dict[str, Any], other: dict[str, Any], what: str, batch: int = 2) -> None:
     model = _can_generate(case)
-    inputs = case.inputs(model)
+    inputs = case.inputs(model, batch=batch)
     if padded and case.task == "CAUSAL_LM":
         inputs = {k: v.clone() for k, v in inputs.items()}
         inputs["attention_mask"][0, :2] = 0
@@ -370,6 +370,50 @@ def generate_sampling(case: Case) -> None:
 def generate_static(case: Case) -> None:
     """A static cache gives what a dynamic one gives."""
     _agrees(case, True, {"cache_implementation": "static", "disable_compile": True}, {}, "static cache")
+
+
+def generate_prompt_lookup(case: Case) -> None:
+    """Prompt-lookup decoding, which crops the cache after each guess, gives what greedy search gives."""
+    _agrees(case, False, {"prompt_lookup_num_tokens": 2}, {}, "prompt lookup", batch=1)
+
+
+def embeddings(case: Case) -> None:
+    """`inputs_embeds` in place of `input_ids` gives the same."""
+    model = case.wrapped()
+    inputs = case.inputs(model)
+    try:
+        embedded = {**inputs, "inputs_embeds": base_of(model).get_input_embeddings()(inputs["input_ids"])}
+        del embedded["input_ids"]
+        with torch.no_grad(), model.disable_adapter():
+            gap = (outputs(model, embedded) - outputs(model, inputs)).abs().max().item()
+    except Exception as error:
+        raise Skip(f"the base model cannot: {type(error).__name__}") from error
+    if gap > TOLERANCE:
+        raise Skip("the base model's own differ")
+    with torch.no_grad():
+        ours = outputs(model, inputs)
+        close(outputs(model, embedded), ours, "embeddings")
+        with model.disable_adapter():
+            differs(ours, outputs(model, inputs), "effect")
+
+
+def compiled(case: Case) -> None:
+    """`torch.compile` finds one graph where it finds one in the base model, and it computes the same."""
+    base = case.base().eval().requires_grad_(False)
+    inputs = case.inputs(base)
+    try:
+        with torch.no_grad():
+            torch._dynamo.reset()
+            outputs(torch.compile(base, backend="eager", fullgraph=True), inputs)
+    except Exception as error:
+        raise Skip(f"the base model cannot: {type(error).__name__}") from error
+    model = case.wrapped()
+    with torch.no_grad():
+        want = outputs(model, inputs)
+        torch._dynamo.reset()
+        ours = outputs(torch.compile(base_of(model), backend="eager", fullgraph=True), inputs)
+        torch._dynamo.reset()
+    close(ours, want, "compiled")
 
 
 def two_turns(case: Case) -> None:
@@ -418,7 +462,8 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     check.__name__: check
     for check in (
         effect_and_gradients, disabling, masked_prefix, eager_and_sdpa, padding, reload, checkpointing, one_pass,
-        generate_greedy, generate_left_padded, generate_beams, generate_sampling, generate_static, two_turns,
+        generate_greedy, generate_left_padded, generate_beams, generate_sampling, generate_static,
+        generate_prompt_lookup, two_turns, embeddings, compiled,
         far_window,
     )
 }  # fmt: skip
