@@ -107,9 +107,11 @@ def probe(model: nn.Module) -> Any:
             handle.remove()
 
 
-def _need_gradient(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if isinstance(output, Tensor) and output.is_floating_point() and not output.is_inference():
-        output.requires_grad_()
+def _need_gradient(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    if not isinstance(output, Tensor) or output.requires_grad or output.is_inference():
+        return output
+    # A copy, since some backbones (CTRL) go on in place, which a leaf would not allow.
+    return output.detach().requires_grad_().clone()
 
 
 def is_count(tensor: Any) -> int | None:
