@@ -150,7 +150,7 @@ def make_room(call: Call, target: AttentionTarget, model: nn.Module, length: int
     implementation = implementation_of(target.module, model)
     check_implementation(implementation)
     flash = implementation.startswith("flash_attention")
-    if flash and getattr(target.module, "sliding_window", None):
+    if flash and _window_of(target.module):
         raise ValueError(
             f"{target.name}: flash attention with a sliding window would hide the prefix behind the window. Use "
             "attn_implementation='sdpa' or 'eager'."
@@ -166,6 +166,13 @@ def make_room(call: Call, target: AttentionTarget, model: nn.Module, length: int
             call.set(names[-1] if target.kind == "cross" else names[0], mask)
     if target.bias is not None and target.slopes is not None:
         call.set(target.bias, _widen_bias(call.get(target.bias), target.slopes, length))
+
+
+def _window_of(module: nn.Module) -> Any:
+    """A module's sliding window: its own, or the config's where it looks there (Mistral)."""
+    config = getattr(module, "config", None)
+    shared = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return getattr(module, "sliding_window", shared)
 
 
 def widen_own_mask(target: AttentionTarget, length: int) -> Tensor | None:

@@ -450,7 +450,9 @@ def far_window(case: Case) -> None:
         raise Skip("no decoder")
     model = case.wrapped()
     layer = layer_of(model)
-    if not any(getattr(target.module, "sliding_window", None) for target in layer.targets):
+    modules = [target.module for target in layer.targets]
+    configs = [getattr(module, "config", None) for module in modules]
+    if not any(getattr(part, "sliding_window", None) for part in (*modules, *configs)):
         raise Skip("no sliding window")
     inputs = case.inputs(model, batch=1, length=40)
     with torch.no_grad():
