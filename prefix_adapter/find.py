@@ -309,7 +309,8 @@ def _try_out(model: nn.Module, target: AttentionTarget, recorded: Call) -> None:
         return (one - other).abs().max().item() / max(other.abs().max().item(), 1e-6)
 
     shown = torch.ones(1, PROBE_LENGTH, dtype=torch.bool, device=states.device)
-    tolerance = 1e-3 if target.dtype in (torch.float32, torch.float64) else 5e-2
+    # Wide enough for half precision and TF32: a mask that is misread is off by the size of the outputs.
+    tolerance = 5e-2
     why = ""
     for target.true_hides in (False, True):
         try:
@@ -322,7 +323,7 @@ def _try_out(model: nn.Module, target: AttentionTarget, recorded: Call) -> None:
             why = "sees a prefix that its mask hides"
         elif not gap(visible, plain) <= tolerance:
             why = "computes something else where a mask shows the prefix than where there is no mask"
-        elif gap(plain, without) == 0:
+        elif gap(plain, without) == 0 and without.any():
             why = "does not see it"
         else:
             return

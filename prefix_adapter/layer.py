@@ -134,8 +134,8 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     @property
     def layers_without(self) -> list[int]:
-        """Indices of a decoder's layers that take no prefix, in hybrids for instance."""
-        if getattr(self._text_config, "is_encoder_decoder", False) or self.kinds != {"decoder"}:
+        """Indices of layers that take no prefix, in hybrids for instance, of a model with one stack."""
+        if getattr(self._text_config, "is_encoder_decoder", False) or len(self.kinds - {"cross"}) > 1:
             return []
         layers = range(getattr(self._text_config, "num_hidden_layers", None) or 0)
         return sorted(set(layers) - {slot.layer for target in self.targets for slot in target.slots.values()})
