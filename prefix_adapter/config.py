@@ -76,6 +76,9 @@ class PrefixTuningV2Config(PeftConfig):
             tuning. The default leaves the backbone's own positions, so that all of its input length stays usable.
         modules_to_save (`list[str]`, *optional*):
             Modules besides the prefix that are trained and saved, a task head for instance.
+        prefix_layout (`str`, *optional*):
+            Layers, heads and head sizes that the prefix was made for. Written when an adapter is saved, and compared
+            when it is loaded onto a model: 6 layers of 768 have as many columns as 12 of 384.
 
     Raises:
         ValueError: if a field has a value that it cannot have; the message names the field.
@@ -100,9 +103,13 @@ class PrefixTuningV2Config(PeftConfig):
     modules_to_save: Optional[list[str]] = field(
         default=None, metadata={"help": "Modules besides the prefix that are trained and saved."}
     )
+    prefix_layout: Optional[str] = field(
+        default=None, metadata={"help": "The layers that the prefix was made for; written when it is saved."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._layouts: set[str] = set()
         self.peft_type = PrefixTuningV2Type.PREFIX_TUNING_V2
         _check_int("num_virtual_tokens", self.num_virtual_tokens, 1)
         _check_bool("prefix_projection", self.prefix_projection)
@@ -123,6 +130,8 @@ class PrefixTuningV2Config(PeftConfig):
         self._check_layers()
         self._check_names("target_attention", KINDS)
         self._check_names("modules_to_save", None)
+        if self.prefix_layout is not None and not isinstance(self.prefix_layout, str):
+            raise ValueError(f"`prefix_layout` must be a string, got {self.prefix_layout!r}.")
 
     def _check_layers(self) -> None:
         if self.layers_to_transform is None:
@@ -147,6 +156,24 @@ class PrefixTuningV2Config(PeftConfig):
         if allowed and (not value or set(value) - set(allowed)):
             raise ValueError(f"`{name}` must be a non-empty list out of {list(allowed)}, got {value!r}.")
         setattr(self, name, [item for item in allowed if item in value] if allowed else list(value))
+
+    def wraps(self, model_name: str, layout: str) -> None:
+        """Compare `prefix_layout` with that of a model that is to be wrapped, and remember that for saving.
+
+        Raises:
+            ValueError: if the adapter was made for another layout.
+        """
+        if self.prefix_layout not in (None, layout):
+            raise ValueError(
+                f"The adapter was made for attention layers of another shape: {self.prefix_layout}, while "
+                f"{model_name} has {layout}. Load it onto the base model that it was trained on."
+            )
+        self._layouts.add(layout)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, with the layout of the model that was wrapped (if one object served several: none)."""
+        layout = next(iter(self._layouts)) if len(self._layouts) == 1 else None
+        return {**super().to_dict(), "prefix_layout": self.prefix_layout or layout}
 
     @property
     def target_modules(self) -> str:

@@ -15,7 +15,7 @@ from .attention import Call, Slot, make_room, put_in_front, widen_own_mask
 from .config import PrefixTuningV2Config
 from .encoder import PrefixEncoder
 from .find import find_targets
-from .rows import Adapter, Piece, Plan, Row, make_plan, pick_outputs
+from .rows import Adapter, Piece, Plan, Row, describe, make_plan, pick_outputs
 from .watch import Watch, check_fits, check_input, sequences
 
 # PEFT's prefix of this method: it starts the name of every container of parameters.
@@ -80,9 +80,11 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         """Add the parameters of a new adapter, where the first layer that it fills is.
 
         Raises:
-            ValueError: if `config` names a layer or a kind of attention that the model does not have.
+            ValueError: if `config` names a layer or a kind of attention that the model does not have, or was made for
+                a model with other layers.
         """
         slots = self._slots_of(config)
+        config.wraps(type(self.model).__name__, describe(slots))
         columns, end = {}, 0
         for slot in slots:
             columns[slot] = slice(end, end + slot.shape.columns)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -62,6 +64,16 @@ class Plan:
     rows: list[tuple[Piece, ...]]
     picked: Tensor | None
     visible: Tensor | None
+
+
+def describe(slots: Iterable[Slot]) -> str:
+    """Slots in words: kind, layers, and heads x size of their keys + values."""
+    parts = []
+    for (kind, shape), group in groupby(slots, key=lambda slot: (slot.kind, slot.shape)):
+        layers = ",".join(str(slot.layer) for slot in group)
+        keys, values = f"{shape.key_heads}x{shape.key_size}", f"{shape.value_heads}x{shape.value_size}"
+        parts.append(f"{kind} {layers}: {keys}+{values}")
+    return "; ".join(parts)
 
 
 def make_plan(rows: list[Row], adapters: dict[str, Adapter], target: AttentionTarget, states: Tensor) -> Plan | None:

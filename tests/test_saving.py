@@ -255,6 +255,7 @@ EVERY_FIELD = {
     "target_attention": ["encoder", "cross"],
     "shift_positions": True,
     "modules_to_save": ["lm_head"],
+    "prefix_layout": "encoder 0,2: 4x8+4x8; cross 0,2: 4x8+4x8",
     "task_type": "SEQ_2_SEQ_LM",
     "revision": "main",
 }
@@ -285,15 +286,25 @@ def test_config_round_trip(settings, tmp_path):
 @pytest.mark.parametrize("change", [{"hidden_size": 64}, {"num_hidden_layers": 2}])
 def test_base_model_of_another_shape(change, low_cpu_mem_usage, projection, tmp_path):
     case("bert", projection).save_pretrained(tmp_path)
-    columns = 2 * 64 if "num_hidden_layers" in change else 3 * 2 * 64
-    with pytest.raises(RuntimeError) as error:
+    layout = "encoder 0,1: 4x8+4x8" if "num_hidden_layers" in change else "encoder 0,1,2: 4x16+4x16"
+    with pytest.raises(ValueError) as error:
         PeftModel.from_pretrained(fresh("bert", **change), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage)
-    message = str(error.value)
-    key, saved, wanted = "embedding", [N, 192], [N, columns]
+    assert "encoder 0,1,2: 4x8+4x8, while" in str(error.value) and f"has {layout}." in str(error.value)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_weights_that_do_not_fit_their_own_config(projection, tmp_path):
+    case("bert", projection).save_pretrained(tmp_path)
+    path = tmp_path / CONFIG
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps({**written, "prefix_layout": None, "layers_to_transform": [0, 1]}))
+    with pytest.raises(RuntimeError) as error:
+        PeftModel.from_pretrained(fresh("bert"), str(tmp_path))
+    key, saved, wanted = "embedding", [N, 192], [N, 128]
     if projection:
-        key, saved, wanted = "output", [192, WIDTH], [columns, WIDTH]
-    assert f"size mismatch for {KEY}{key}.default.weight" in message
-    assert f"torch.Size({saved})" in message and f"torch.Size({wanted})" in message
+        key, saved, wanted = "output", [192, WIDTH], [128, WIDTH]
+    assert f"size mismatch for {KEY}{key}.default.weight" in str(error.value)
+    assert f"torch.Size({saved})" in str(error.value) and f"torch.Size({wanted})" in str(error.value)
 
 
 def test_base_model_with_too_few_layers(tmp_path):
@@ -451,3 +462,22 @@ def test_sizes_for_bert_base(tmp_path):
     assert torch.allclose(answers(loaded, "bert"), expected, rtol=1e-5, atol=1e-5)
     with loaded.disable_adapter():
         assert differ(answers(loaded, "bert"), expected)
+
+
+def test_base_model_with_as_many_columns_in_other_layers(tmp_path):
+    """6 layers of 768 have as many columns as 12 of 384: nothing but the layout tells them apart."""
+    model = get_peft_model(tiny.model("bert", num_hidden_layers=2), PrefixTuningV2Config())
+    model.save_pretrained(tmp_path)
+    other = tiny.model("bert", num_hidden_layers=4, hidden_size=16)
+    columns = model.base_model.model.prefix_tuning_v2.prefix_tuning_v2_embedding["default"].weight.shape[1]
+    assert columns == 4 * 2 * 16
+    with pytest.raises(ValueError, match=r"encoder 0,1: 4x8\+4x8, while BertModel has encoder 0,1,2,3: 4x4\+4x4"):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_one_config_for_several_models():
+    config = PrefixTuningV2Config()
+    for layers in (2, 3):
+        model = get_peft_model(tiny.model("bert", num_hidden_layers=layers), config)
+        assert model.peft_config["default"] is config and config.prefix_layout is None
+    assert config.to_dict()["prefix_layout"] is None
