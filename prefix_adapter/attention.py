@@ -155,6 +155,9 @@ def make_room(call: Call, target: AttentionTarget, model: nn.Module, length: int
             f"{target.name}: flash attention with a sliding window would hide the prefix behind the window. Use "
             "attn_implementation='sdpa' or 'eager'."
         )
+    if target.bias is not None and target.slopes is not None:
+        mask = call.first(MASK_ARGUMENTS)
+        call.set(target.bias, _widen_bias(call.get(target.bias), target.slopes, length, mask, target.true_hides))
     given = [name for name in MASK_ARGUMENTS if call.get(name) is not None]
     for name in given:
         call.set(name, widen_mask(call.get(name), length, visible, target.true_hides))
@@ -164,8 +167,6 @@ def make_room(call: Call, target: AttentionTarget, model: nn.Module, length: int
             names = [name for name in MASK_ARGUMENTS if name in call.names]
             # A module that names both (GPT-2) takes the encoder's for cross-attention.
             call.set(names[-1] if target.kind == "cross" else names[0], mask)
-    if target.bias is not None and target.slopes is not None:
-        call.set(target.bias, _widen_bias(call.get(target.bias), target.slopes, length))
 
 
 def _window_of(module: nn.Module) -> Any:
@@ -250,11 +251,30 @@ def _missing_mask(
     return mask
 
 
-def _widen_bias(bias: Tensor, slopes: Tensor, length: int) -> Tensor:
-    """ALiBi (Press et al. 2022) with the prefix right in front of the first key: its biases go on to the left."""
-    distance = torch.arange(-length, 0, device=bias.device)
-    steps = slopes.to(bias).repeat(bias.numel() // bias.shape[-1] // slopes.numel())
-    columns = bias[..., :1] + steps.view(*bias.shape[:-1], 1) * distance
+def _widen_bias(bias: Tensor, slopes: Tensor, length: int, mask: Any, true_hides: bool) -> Tensor:
+    """ALiBi (Press et al. 2022) with the prefix right in front of the first key that is seen: it goes on to the left.
+
+    Raises:
+        ValueError: if that key differs between rows and the bias does not (MPT): there is no one place for a prefix.
+    """
+    heads = slopes.numel()
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        # MPT hands over biases for the longest input, and takes the last of them.
+        bias = bias[..., -mask.shape[-1] :]
+    start = bias[..., :1]
+    if bias.numel() == heads * bias.shape[-1] and isinstance(mask, Tensor) and mask.dim() == 4:
+        # The same for all rows, it counts padding too. (Bloom's starts anew at the first token of each row.)
+        last = mask[:, 0, -1]
+        first = (last == 0 if last.is_floating_point() or true_hides else last).int().argmax(-1)
+        if len(first) > 1 and not torch.compiler.is_compiling() and (first != first[0]).any():
+            raise ValueError(
+                "The rows of the batch are padded on the left by different lengths, and this model's ALiBi biases, "
+                "the same for all rows, would put the prefix at different distances. Pad on the right, or batch "
+                "inputs of one length."
+            )
+        start = bias.index_select(-1, first[:1])
+    steps = slopes.to(bias).repeat(bias.numel() // bias.shape[-1] // heads).view(*bias.shape[:-1], 1)
+    columns = start + steps * torch.arange(-length, 0, device=bias.device)
     return torch.cat([columns.to(bias.dtype), bias], dim=-1)
 
 

@@ -15,6 +15,8 @@ from .attention import Call, Slot, make_room, put_in_front, widen_own_mask
 from .config import PrefixTuningV2Config
 from .encoder import PrefixEncoder
 from .find import find_targets
+from .positions import positions_behind_padding
+from .probe import parameter_names
 from .rows import Adapter, Piece, Plan, Row, describe, make_plan, pick_outputs
 from .watch import Watch, check_fits, check_input, sequences
 
@@ -261,6 +263,10 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         before, after = "register_forward_pre_hook", "register_forward_hook"
         always: list[Any] = []
         hooks = [(model, before, _Hook(self, "_before_model")), (model, after, _Hook(self, "_after_model"))]
+        backbone: Any = getattr(model, "base_model", model)
+        self._backbone_names = parameter_names(backbone)
+        if "position_ids" in self._backbone_names:
+            hooks.append((backbone, before, _Hook(self, "_before_backbone")))
         for index, target in enumerate(self.targets):
             hooks.append((target.module, before, _Hook(self, "_before_attention", index)))
             hooks.append((target.module, after, _Hook(self, "_after_attention", index)))
@@ -297,6 +303,17 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self._batch = math.prod(shape[:-1]) if shape else None
         if self.training and torch.is_grad_enabled():
             self._watch.prepare_checkpointing(self.model, shares_keys=bool(self.followers))
+
+    def _before_backbone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        active = [self.adapters[name] for row in self._rows() for name in row]
+        call = Call(self._backbone_names, args, kwargs)
+        # With `shift_positions` padding is counted as PEFT counts it.
+        counted = not active or any(adapter.shifts for adapter in active)
+        positions = None if counted else positions_behind_padding(self.positions, call)
+        if positions is None:
+            return None
+        call.set("position_ids", positions)
+        return tuple(call.args), call.kwargs
 
     def _after_model(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         active = [self.adapters[name] for row in self._rows() for name in row]

@@ -39,6 +39,11 @@ class PositionTarget:
         padding: Any = getattr(self.module, "padding_idx", None)
         return padding if self.names == [_TABLE] else None
 
+    @property
+    def relative(self) -> bool:
+        """Whether only differences of positions count, as with rotary embeddings: there is no table."""
+        return self.limit is None and self.positions in self.names
+
     def shift(self, by: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """The call's arguments with positions `by` higher."""
         call = Call(self.names, args, kwargs)
@@ -122,3 +127,22 @@ class PositionProbe:
                     limit = module.num_embeddings - offset
                 targets.append(PositionTarget(name, module, parameter_names(module), _IDS, limit))
         return targets
+
+
+def positions_behind_padding(targets: list[PositionTarget], call: Call) -> Tensor | None:
+    """Positions `[batch, tokens]` that start at each row's first token instead of its padding on the left.
+
+    Only for rotary embeddings, to which that is all the same; not so to a prefix, which stands before the first token.
+    transformers' generate passes such positions; where a caller does, or gives no mask, there is nothing to do.
+    """
+    mask, past = call.get("attention_mask"), call.get("past_key_values")
+    inputs = call.first(("input_ids", "inputs_embeds"))
+    if not targets or not all(target.relative for target in targets) or call.get(_IDS) is not None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or inputs is None or mask.shape[1] < inputs.shape[1]:
+        return None
+    if past is not None and mask.shape[1] == inputs.shape[1]:
+        # It may or may not cover what is in the cache.
+        return None
+    padding = (mask != 0).int().argmax(-1, keepdim=True)
+    return (torch.arange(mask.shape[1], device=mask.device) - padding).clamp(min=0)[:, -inputs.shape[1] :]

@@ -130,3 +130,24 @@ def test_the_private_names_that_we_read_are_there():
     with torch.no_grad():
         weight.add_(1)
     assert weight._version > before
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_a_prefix_stands_before_the_first_token_and_not_before_its_padding(positions):
+    """Rotary embeddings do not care where a row starts, so left padding needs no `position_ids`; a prefix would."""
+    model = wrapped("llama", "AutoModelForCausalLM")
+    ids, padding = tiny.ids(), torch.tensor([0, 3])
+    rows = [torch.nn.functional.pad(row, (int(p), 3 - int(p)), value=7) for row, p in zip(ids, padding, strict=True)]
+    mask = torch.stack([(torch.arange(10) >= p) & (torch.arange(10) < p + 7) for p in padding]).long()
+    inputs = {"input_ids": torch.stack(rows), "attention_mask": mask}
+    if positions:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        together, alone = model(**inputs).logits, model(input_ids=ids).logits
+        for row, p in enumerate(padding):
+            torch.testing.assert_close(together[row, p : p + 7], alone[row], atol=1e-5, rtol=1e-4)
+        # A cache that the mask covers, and the tokens that follow.
+        first = model(input_ids=inputs["input_ids"][:, :5], attention_mask=mask[:, :5], use_cache=True)
+        rest = {"input_ids": inputs["input_ids"][:, 5:], "past_key_values": first.past_key_values}
+        again = model(**rest, attention_mask=mask).logits
+    torch.testing.assert_close(again[1, 0:5], alone[1, 2:], atol=1e-5, rtol=1e-4)

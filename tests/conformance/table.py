@@ -39,6 +39,11 @@ does is said by its docstring in `tests/conformance/checks.py`:
 - Models that hand keys and values on from layer to layer cannot be trained with *reentrant* gradient checkpointing,
   which would lose gradients: that is an error which says so.
 - `attn_implementation="flex_attention"` is refused, and so is flash attention with a sliding window.
+- MPT's ALiBi biases are the same for all rows of a batch, so rows that are padded on the left by different lengths are
+  refused in the forward; Bloom's and Falcon's are not.
+- A left-padded row equals the row alone where `position_ids` say where its tokens are, as `generate` does, and without
+  them on backbones with rotary or ALiBi positions. RoFormer takes no `position_ids`: pad it on the right. With
+  `shift_positions=True` padding counts, as in PEFT.
 - A token generated beyond the last learned position ends in PyTorch's own index error, as without an adapter.
 
 ## Types that work
