@@ -207,6 +207,10 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             return self._row_adapters
         return [tuple(name for name in self.active_adapters if name in self.adapters)]
 
+    def _active(self) -> list[Adapter]:
+        """What is known of the adapters that act on any row."""
+        return [self.adapters[name] for row in self._rows() for name in row]
+
     def _prefix(self, slot: Slot, plan: Plan, keys: Tensor) -> Tensor:
         """The prefix `[1 or batch, length, columns]` in front of an attention layer's keys."""
         if plan.picked is None:
@@ -305,7 +309,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             self._watch.prepare_checkpointing(self.model, shares_keys=bool(self.followers))
 
     def _before_backbone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        active = [self.adapters[name] for row in self._rows() for name in row]
+        active = self._active()
         call = Call(self._backbone_names, args, kwargs)
         # With `shift_positions` padding is counted as PEFT counts it.
         counted = not active or any(adapter.shifts for adapter in active)
@@ -316,7 +320,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         return tuple(call.args), call.kwargs
 
     def _after_model(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        active = [self.adapters[name] for row in self._rows() for name in row]
+        active = self._active()
         if not active:
             return
         given = kwargs.get("encoder_outputs") is not None
