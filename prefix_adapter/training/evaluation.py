@@ -1,0 +1,147 @@
+"""From rows to answers and metrics, on one process or many."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from datasets import Dataset
+    from torch import nn
+
+    from .tasks import Task
+    from .tasks.task import Columns, Row
+
+
+def make_features(task: Task, rows: Dataset, solved: bool, num_proc: int | None = None) -> Dataset:
+    """Tokenize a data set."""
+    return rows.map(
+        task.features,
+        batched=True,
+        with_indices=True,
+        fn_kwargs={"solved": solved},
+        remove_columns=rows.column_names,
+        num_proc=num_proc,
+        load_from_cache_file=False,
+        desc="Tokenizing",
+    )
+
+
+@torch.no_grad()
+def answer_rows(
+    task: Task, model: nn.Module, rows: Columns, batch_size: int, device: torch.device, progress: bool = False
+) -> list[Row]:
+    """Answer some rows in this process.
+
+    Args:
+        task: the task.
+        model: the model, in eval mode.
+        rows: the rows' columns; they must have been checked.
+        batch_size: features of a forward pass.
+        device: where the model is.
+        progress: whether to show a bar.
+
+    Returns:
+        An answer for each row.
+    """
+    return _run(task, model, rows, batch_size, device, solved=False, progress=progress)[0]
+
+
+def _run(
+    task: Task,
+    model: Any,
+    rows: Columns,
+    batch_size: int,
+    device: torch.device,
+    solved: bool,
+    progress: bool = False,
+    rounds: int | None = None,
+) -> tuple[list[Row], float, int]:
+    """Answers, the sum of the losses of all items, and their number."""
+    count = len(next(iter(rows.values())))
+    columns = task.features(rows, list(range(count)), solved)
+    features = _rows_of(columns)
+    # Features of similar length share a batch.
+    order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    records: list[Any] = [None] * len(features)
+    loss, items = 0.0, 0
+    for number in tqdm(range(rounds or len(batches)), desc="Evaluating", disable=not progress, leave=False):
+        # A sharded model computes in step with the other processes, so one that is done repeats its last batch.
+        indices = batches[min(number, len(batches) - 1)]
+        chosen = [features[i] for i in indices]
+        batch = {key: value.to(device) for key, value in task.collate(chosen).items()}
+        output = None
+        if solved:
+            mean, output = task.loss(model, batch)
+            if number < len(batches):
+                own = sum(task.num_items(each["labels"]) for each in chosen)
+                loss, items = loss + float(mean) * own, items + own
+            if not task.answers_with_labels:
+                output = None
+        batch.pop("labels", None)
+        for i, record in zip(indices, task.outputs(model, batch, output), strict=True):
+            records[i] = record
+    grouped: list[tuple[list[Row], list[Any]]] = [([], []) for _ in range(count)]
+    for feature, record in zip(features, records, strict=True):
+        grouped[feature["row"]][0].append(feature)
+        grouped[feature["row"]][1].append(record)
+    return [task.answer(row, *own) for row, own in zip(_rows_of(rows), grouped, strict=True)], loss, items
+
+
+def _rows_of(columns: Columns) -> list[Row]:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task, model: nn.Module, rows: Dataset, batch_size: int, accelerator: Accelerator
+) -> tuple[dict[str, float], list[Row]]:
+    """Measure a model on rows with solutions, every process on its share of them.
+
+    Args:
+        task: the task.
+        model: the model as Accelerate has prepared it; its mode is left as it was.
+        rows: the rows; they must have been checked.
+        batch_size: features of a forward pass of one process.
+        accelerator: the accelerator.
+
+    Returns:
+        The metrics, `loss` among them, and an answer for each row; the same in every process.
+    """
+    model = accelerator.unwrap_model(model)
+    processes, process = accelerator.num_processes, accelerator.process_index
+    per_process = -(-len(rows) // processes)
+    start = min(process * per_process, len(rows) - 1)
+    mine = rows.select(range(start, min(start + per_process, len(rows))))[:]
+    own = len(range(process * per_process, min((process + 1) * per_process, len(rows))))  # 0 where there are too few
+    rounds = None
+    if processes > 1:
+        count = len(task.features(mine, list(range(len(next(iter(mine.values()))))), True)["row"])
+        rounds = max(gather_object([-(-count // batch_size)]))
+    training = model.training
+    model.eval()
+    try:
+        answers, loss, items = _run(
+            task, model, mine, batch_size, accelerator.device, True, accelerator.is_main_process, rounds
+        )
+    finally:
+        model.train(training)
+    if own == 0:
+        answers, loss, items = [], 0.0, 0
+    answers = gather_object(answers)
+    sums = gather_object([(loss, items)])
+    total = sum(each[1] for each in sums)
+    metrics = task.metrics(answers, rows[task.target])
+    return {"loss": sum(each[0] for each in sums) / max(total, 1), **metrics}, answers
+
+
+def is_better(task: Task, name: str, value: float, best: float | None) -> bool:
+    """Whether a metric's value is better than the best one so far."""
+    if best is None:
+        return True
+    return value < best if name in task.lower_is_better else value > best

@@ -1,0 +1,283 @@
+"""The training loop: Accelerate's, for any number of processes, that can stop anywhere and go on exactly there."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import ProjectConfiguration, set_seed
+from tqdm.auto import tqdm
+
+from . import checkpoint
+from .batches import Batches, shares
+from .data import DataError
+from .evaluation import evaluate, is_better, make_features
+from .model import new_optimizer, new_scheduler, trained
+from .recipe import RecipeError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from datasets import Dataset
+    from torch import Tensor, nn
+
+    from .outputs import Log
+    from .recipe import Recipe
+    from .tasks import Task
+
+
+class TrainingInterrupted(Exception):
+    """Training was asked to stop, and did so after writing a checkpoint; the message says how to go on."""
+
+    def __init__(self, message: str, signal_number: int | None) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class TrainingDiverged(Exception):
+    """The loss is not finite; the message says what to try."""
+
+
+def new_accelerator(recipe: Recipe) -> Accelerator:
+    """The accelerator of a run; `accelerate launch` and its configuration files decide the rest.
+
+    Raises:
+        RecipeError: if the batches cannot be shared out evenly, or FSDP is asked for where Accelerate has none.
+    """
+    parts = recipe.gradient_accumulation_steps
+    accelerator = Accelerator(
+        mixed_precision=recipe.mixed_precision,
+        gradient_accumulation_steps=parts,
+        log_with=recipe.report_to or None,
+        project_config=ProjectConfiguration(recipe.output_dir, logging_dir=f"{recipe.output_dir}/logs"),
+        # Buffers are the frozen backbone's and do not change.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    if recipe.batch_size % (accelerator.num_processes * parts):
+        raise RecipeError(
+            f"`batch_size` is the number of rows of a step in all: {recipe.batch_size} cannot be shared out evenly over "
+            f"{accelerator.num_processes} processes in {parts} parts each. Choose a multiple of "
+            f"{accelerator.num_processes * parts}."
+        )
+    return accelerator
+
+
+class Loop:
+    """One training run.
+
+    Args:
+        recipe: the recipe.
+        task: its task, with labels.
+        model: the model, with what is trained requiring gradients.
+        train_rows: rows to learn from, checked.
+        validation_rows: rows to choose the best checkpoint by, checked.
+        accelerator: the accelerator.
+        checkpoints: the folder for checkpoints.
+        log: where metrics are recorded.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        task: Task,
+        model: nn.Module,
+        train_rows: Dataset,
+        validation_rows: Dataset,
+        accelerator: Accelerator,
+        checkpoints: Path,
+        log: Log,
+    ) -> None:
+        self.recipe, self.task, self.accelerator, self.log = recipe, task, accelerator, log
+        self.checkpoints, self.validation_rows = checkpoints, validation_rows
+        features = make_features(task, train_rows, True, recipe.data.num_proc)
+        items = [task.num_items(labels) for labels in features["labels"]]
+        if not all(items):  # a completion that did not fit in, for instance: the mean of no losses is not a number
+            kept = [i for i, count in enumerate(items) if count]
+            accelerator.print(f"{len(items) - len(kept)} features have nothing to learn from and are left out.")
+            features, items = features.select(kept), [items[i] for i in kept]
+        if not items:
+            raise DataError("No training row has anything to learn from: `max_length` may be too small.")
+        self.features, self.items = features, items
+        lengths = [len(ids) for ids in features["input_ids"]] if recipe.group_by_length else None
+        self.batches = Batches(len(items), recipe.batch_size, recipe.seed, lengths)
+        self.steps = math.ceil(recipe.num_train_epochs * self.batches.steps_per_epoch)
+        self.steps = min(self.steps, recipe.max_steps or self.steps)
+        self.eval_steps = recipe.eval_steps or self.batches.steps_per_epoch
+        self.metric = recipe.metric_for_best_model or task.default_metric
+        optimizer = new_optimizer(recipe, model)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.scheduler = new_scheduler(recipe, self.optimizer.optimizer, self.steps, self.batches.steps_per_epoch)
+        self.parameters = list(trained(self.model).values())
+        self.state: dict[str, Any] = {"best_step": None, "best_value": None, "evaluations_since_best": 0}
+        self.step, self._sum, self._count = 0, 0.0, 0
+        self._pending: Tensor | None = None
+        self._pending_step, self._pending_rates = 0, self._rates()
+        self._signal: int | None = None
+
+    def resume(self) -> bool:
+        """Go back to the last checkpoint; `False` if there is none."""
+        found = checkpoint.find(self.checkpoints)
+        if not found:
+            return False
+        folder = checkpoint.folder_of(self.checkpoints, found[-1])
+        state = checkpoint.restore(folder, self.accelerator, self.model, self.optimizer)
+        self.step = state["step"]
+        self.state = {key: state[key] for key in self.state}
+        self._sum, self._count = state["loss_sum"], state["loss_count"]
+        self.scheduler.load_state_dict(state["scheduler"])
+        for group, rate in zip(self.optimizer.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        return True
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            TrainingInterrupted: on SIGINT or SIGTERM, after a checkpoint was written.
+            TrainingDiverged: if the loss is not finite.
+            OSError: if a checkpoint cannot be written.
+        """
+        recipe = self.recipe
+        if self.step == 0:
+            set_seed(recipe.seed + self.accelerator.process_index)  # dropout differs from process to process
+        self.model.train()
+        previous = self._catch_signals()
+        bar = tqdm(total=self.steps, initial=self.step, desc="Training", disable=not self._main)
+        try:
+            while self.step < self.steps:
+                rates = self._rates()
+                loss = self._train_step(self.batches[self.step])
+                self.step += 1
+                stop = self._read()
+                flags = torch.stack([loss, torch.full_like(loss, self._signal is not None)])
+                # Read in the next step only, so that this one need not be waited for.
+                self._pending, self._pending_step, self._pending_rates = (
+                    self.accelerator.reduce(flags),
+                    self.step,
+                    rates,
+                )
+                last = self.step == self.steps
+                evaluate_now = last or self.step % self.eval_steps == 0
+                save_now = evaluate_now or bool(recipe.save_steps and self.step % recipe.save_steps == 0)
+                if save_now or stop:
+                    stop = self._read() or stop
+                bar.update()
+                if evaluate_now:
+                    stop = self._evaluate() or stop
+                if save_now or stop:
+                    self._save()
+                if stop and not last:
+                    if self._patience_is_over():
+                        break
+                    raise TrainingInterrupted(
+                        f"Stopped after step {self.step} of {self.steps}; the checkpoint is in {self.checkpoints}. "
+                        f"Go on with: prefix-adapter train --resume {recipe.output_dir}",
+                        self._signal,
+                    )
+        finally:
+            bar.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @property
+    def _main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def _train_step(self, batch: list[int]) -> Tensor:
+        """One optimizer step; returns this process's share of the batch's mean loss."""
+        accelerator, parts = self.accelerator, self.recipe.gradient_accumulation_steps
+        total = sum(self.items[i] for i in batch)
+        sum_of_losses = torch.zeros((), device=accelerator.device)
+        for share in shares(batch, parts, accelerator.process_index, accelerator.num_processes):
+            features = self.features[share]
+            rows = [dict(zip(features, values, strict=True)) for values in zip(*features.values(), strict=True)]
+            inputs = {key: value.to(accelerator.device) for key, value in self.task.collate(rows).items()}
+            with accelerator.accumulate(self.model):
+                loss, _ = self.task.loss(self.model, inputs)
+                # The model gives the mean over its own items. Accelerate divides by the parts, and the processes' gradients
+                # are averaged: so weighed, their sum is that of the mean over the whole batch, however it is shared out.
+                weight = sum(self.items[i] for i in share) / total
+                accelerator.backward(loss * (weight * parts * accelerator.num_processes))
+                if accelerator.sync_gradients and self.recipe.max_grad_norm:
+                    accelerator.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            sum_of_losses += loss.detach() * weight
+        if not accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        return sum_of_losses
+
+    def _read(self) -> bool:
+        """Read what is pending of the last step; whether some process was asked to stop."""
+        if self._pending is None:
+            return False
+        (loss, stop), self._pending = self._pending.tolist(), None
+        if not math.isfinite(loss):
+            last = checkpoint.find(self.checkpoints)
+            kept = f"The checkpoint of step {last[-1]} is good. " if last else ""
+            raise TrainingDiverged(
+                f"The loss became {loss} by step {self.step}. {kept}Try a lower `learning_rate` (it was "
+                f"{self.optimizer.optimizer.param_groups[0]['lr']:g}), a longer warm-up (`warmup_ratio`), or `mixed_precision: bf16` or "
+                "`no` in place of fp16."
+            )
+        self._sum, self._count = self._sum + loss, self._count + 1
+        if self._count == self.recipe.logging_steps:
+            self._write(self._pending_step, "train", {"loss": self._sum / self._count, **self._pending_rates})
+            self._sum, self._count = 0.0, 0
+        return stop > 0
+
+    def _rates(self) -> dict[str, float]:
+        groups = self.optimizer.optimizer.param_groups
+        return {f"learning_rate/{group['name']}": group["lr"] for group in groups}
+
+    def _write(self, step: int, split: str, values: dict[str, float]) -> None:
+        self.log.write(step, step / self.batches.steps_per_epoch, split, values)
+
+    def _evaluate(self) -> bool:
+        """Measure on the validation rows; whether to stop early."""
+        metrics, _ = evaluate(
+            self.task, self.model, self.validation_rows, self.recipe.eval_batch_size, self.accelerator
+        )
+        if self.metric not in metrics:
+            raise RecipeError(f"`metric_for_best_model`: there is no {self.metric!r}; there are {sorted(metrics)}.")
+        self._write(self.step, "validation", metrics)
+        if is_better(self.task, self.metric, metrics[self.metric], self.state["best_value"]):
+            self.state |= {"best_step": self.step, "best_value": metrics[self.metric], "evaluations_since_best": 0}
+        else:
+            self.state["evaluations_since_best"] += 1
+        return self._patience_is_over()
+
+    def _patience_is_over(self) -> bool:
+        patience = self.recipe.early_stopping_patience
+        return patience is not None and self.state["evaluations_since_best"] >= patience
+
+    def _save(self) -> None:
+        state = {
+            **self.state,
+            "loss_sum": self._sum,
+            "loss_count": self._count,
+            "scheduler": self.scheduler.state_dict(),
+        }
+        checkpoint.save(self.checkpoints, self.step, self.accelerator, self.model, self.optimizer, state)
+        if self._main:
+            checkpoint.keep(self.checkpoints, {self.step, self.state["best_step"]})
+        self.accelerator.wait_for_everyone()
+
+    def _catch_signals(self) -> dict[int, Any]:
+        """From now on the first SIGINT or SIGTERM is only noted; a second one has its usual effect."""
+        previous: dict[int, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return previous
+
+        def note(number: int, frame: Any) -> None:
+            self._signal = number
+            signal.signal(number, previous[number])
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.getsignal(number)
+            signal.signal(number, note)
+        return previous

@@ -1,0 +1,168 @@
+"""The base model of a recipe, its adapter, and what is trained at which rate."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
+
+from .recipe import NO_ADAPTER, RecipeError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .recipe import Recipe
+    from .tasks import Task
+
+_RATES = {"PREFIX_TUNING_V2": 1e-2, "LORA": 5e-4, "FULL": 3e-5}
+_HEAD_RATE = 5e-3
+_REVISIONS = ("revision", "trust_remote_code")
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer."""
+    known = {key: value for key, value in recipe.model_kwargs.items() if key in _REVISIONS}
+    try:
+        return transformers.AutoTokenizer.from_pretrained(recipe.model, **known)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"`model`: no tokenizer can be loaded from {recipe.model!r}: {error}") from error
+
+
+def load_base(recipe: Recipe, task: Task) -> PreTrainedModel:
+    """The base model with the task's head.
+
+    Raises:
+        RecipeError: if there is no such model, or it has no such head.
+    """
+    auto_class = getattr(transformers, task.auto_class)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # the head is missing from the checkpoint: that is what we train
+    try:
+        return auto_class.from_pretrained(recipe.model, **task.model_kwargs(), **recipe.model_kwargs)
+    except (OSError, ValueError, TypeError) as error:
+        raise RecipeError(f"`model`: {recipe.model!r} cannot be loaded as {task.auto_class}: {error}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
+    """The PEFT configuration that a recipe describes; `None` for FULL and HEAD.
+
+    Raises:
+        RecipeError: if there is no such method, or it has no such setting, or refuses a value.
+    """
+    settings = dict(recipe.adapter)
+    kind = settings.pop("peft_type")
+    if kind in NO_ADAPTER:
+        if settings:
+            raise RecipeError(f"`adapter.{next(iter(settings))}`: {kind} has no settings.")
+        return None
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    if config_class is None:
+        known = sorted(str(getattr(name, "value", name)) for name in PEFT_TYPE_TO_CONFIG_MAPPING)
+        raise RecipeError(f"`adapter.peft_type`: there is no method {kind!r}; there are {[*known, *NO_ADAPTER]}.")
+    fields = {each.name for each in dataclasses.fields(config_class)}
+    for key in settings:
+        if key not in fields:
+            raise RecipeError(
+                f"`adapter.{key}`: {config_class.__name__} has no such setting; it has {sorted(fields)}."
+            )
+    if task.peft_task_type is not None:
+        settings.setdefault("task_type", task.peft_task_type)
+    if task.modules_to_save is not None and "modules_to_save" in fields:
+        settings.setdefault("modules_to_save", task.modules_to_save)
+    try:
+        return config_class(**settings)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"`adapter`: {error}") from error
+
+
+def wrap(recipe: Recipe, task: Task, base: PreTrainedModel) -> nn.Module:
+    """Freeze what is not trained, and put the adapter on.
+
+    Raises:
+        RecipeError: see `adapter_config`.
+        UnsupportedBackboneError: if the model cannot take a prefix.
+    """
+    # PEFT asks for it by its old name in every forward.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    config = adapter_config(recipe, task)
+    model: Any = base
+    if config is not None:
+        model = get_peft_model(base, config)
+    elif recipe.adapter["peft_type"] == "HEAD":
+        base.base_model.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RecipeError(f"`adapter.peft_type`: {recipe.model} has no head for {recipe.task} that could be trained.")
+    if recipe.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
+    return model
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def learning_rates(recipe: Recipe) -> tuple[float, float]:
+    """The rates of the adapter and of the head, with the defaults filled in."""
+    kind = recipe.adapter["peft_type"]
+    rate, head_rate = recipe.learning_rate, recipe.head_learning_rate
+    if rate is None:
+        rate = 1e-3 if recipe.adapter.get("prefix_projection") else _RATES.get(kind, 1e-2)
+    if head_rate is None:
+        head_rate = rate if kind == "FULL" else _HEAD_RATE
+    return rate, head_rate
+
+
+def new_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) with a rate for the adapter and one for the head."""
+    rate, head_rate = learning_rates(recipe)
+    groups: dict[str, list[nn.Parameter]] = {"adapter": [], "head": []}
+    for name, parameter in trained(model).items():
+        groups["head" if _in_head(model, name) else "adapter"].append(parameter)
+    settings = [
+        {"params": parameters, "lr": head_rate if part == "head" else rate, "name": part}
+        for part, parameters in groups.items()
+        if parameters
+    ]
+    return torch.optim.AdamW(settings, weight_decay=recipe.weight_decay)
+
+
+def _in_head(model: nn.Module, name: str) -> bool:
+    if isinstance(model, PeftModel):
+        return "modules_to_save" in name
+    return not name.startswith(f"{model.base_model_prefix}.")
+
+
+def new_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int, steps_per_epoch: int) -> Any:
+    """The schedule of the learning rates, in optimizer steps.
+
+    Raises:
+        RecipeError: if there is no such schedule, or it has no such setting.
+    """
+    kind, settings = recipe.lr_scheduler_type, dict(recipe.lr_scheduler_kwargs)
+    warmup = round(steps * recipe.warmup_ratio)
+    try:
+        if kind != "exponential":
+            return transformers.get_scheduler(
+                kind, optimizer, num_warmup_steps=warmup, num_training_steps=steps, scheduler_specific_kwargs=settings
+            )
+        gamma = settings.pop("gamma")
+        if settings:
+            raise TypeError(f"no settings {sorted(settings)}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise RecipeError(f"`lr_scheduler_type` {kind!r} or `lr_scheduler_kwargs`: {error}") from error
+
+    def factor(step: int) -> float:
+        return (step + 1) / (warmup + 1) if step < warmup else gamma ** (step // steps_per_epoch)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

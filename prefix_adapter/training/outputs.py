@@ -1,0 +1,273 @@
+"""What a run leaves in its folder.
+
+adapter_model.safetensors, adapter_config.json   the best adapter, folded: what is published
+README.md           its model card: data, settings, metrics, how to load it
+recipe.yaml         the exact recipe, labels included: `predict` and `evaluate` read it
+results.json        metrics, steps, versions, time
+metrics.jsonl       every loss and metric recorded on the way, a line each
+curve.png           the same as a picture
+checkpoints/        the last and the best checkpoint, with an MLP as it was trained
+logs/               the trackers' files
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftConfig
+
+from ..hub import write_model_card
+from .recipe import Recipe, RecipeError, load_recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+RECIPE, METRICS, RESULTS, CURVE, CARD = "recipe.yaml", "metrics.jsonl", "results.json", "curve.png", "README.md"
+CHECKPOINTS = "checkpoints"
+_PIPELINES = ("token-classification", "question-answering")
+_MAY_DIFFER = ("output_dir", "report_to", "eval_batch_size", "logging_steps")
+
+
+def may_claim(recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    """See whether the output folder may be used; nothing is changed.
+
+    Args:
+        recipe: the recipe.
+        resume: whether the run in it is to go on.
+        overwrite: whether an earlier run in it may be removed.
+
+    Raises:
+        RecipeError: if it is in use, and neither applies.
+    """
+    folder = Path(recipe.output_dir)
+    earlier = folder / RECIPE
+    if resume:
+        if not earlier.is_file():
+            raise RecipeError(f"`output_dir`: there is no run to resume in {folder} (it has no {RECIPE}).")
+        _compare(load_recipe(earlier), recipe)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not overwrite:
+            raise RecipeError(
+                f"`output_dir`: {folder} is not empty. Choose another folder, go on with the run in it (--resume), or "
+                "replace that run (--overwrite)."
+            )
+        if not earlier.is_file():
+            raise RecipeError(f"`output_dir`: {folder} holds no run of ours (no {RECIPE}) and is left alone.")
+
+
+def claim(recipe: Recipe, resume: bool, accelerator: Accelerator) -> None:
+    """Make the output folder ready for the run, after `may_claim`: an earlier run in it is removed unless resumed."""
+    folder = Path(recipe.output_dir)
+    if accelerator.is_main_process and not resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The recipe, by which the folder is known as ours, goes last and comes first.
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == RECIPE):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        recipe.save(folder / RECIPE)
+    accelerator.wait_for_everyone()
+
+
+def _compare(earlier: Recipe, now: Recipe) -> None:
+    old, new = earlier.to_dict(), now.to_dict()
+    for key in old:
+        if old[key] != new[key] and key not in _MAY_DIFFER:
+            raise RecipeError(
+                f"`{key}`: the run in {now.output_dir} was started with {old[key]!r}, not {new[key]!r}. Resume it with its "
+                "own recipe, or start a new run."
+            )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=".unfinished-", delete=False, encoding="utf-8"
+    ) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+class Log:
+    """The record of a run: `metrics.jsonl`, and Accelerate's trackers."""
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
+        self.path, self.accelerator = Path(recipe.output_dir) / METRICS, accelerator
+        if recipe.report_to:
+            flat = {
+                key: value if isinstance(value, (int, float, str)) else json.dumps(value)
+                for key, value in recipe.to_dict().items()
+            }
+            accelerator.init_trackers("prefix-adapter", config=flat)
+
+    def go_back(self, step: int) -> None:
+        """Forget what was recorded after a step, which is about to be computed again."""
+        if self.accelerator.is_main_process and self.path.is_file():
+            kept = [line for line in self.read() if line["step"] <= step]
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, step: int, epoch: float, split: str, values: dict[str, float]) -> None:
+        """Record values of a step."""
+        if self.accelerator.is_main_process:
+            line = {"step": step, "epoch": round(epoch, 4), "split": split, **values}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        self.accelerator.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
+
+    def read(self) -> list[dict[str, Any]]:
+        """The lines recorded so far. A last line that was cut off by the end of the process is left out."""
+        lines = []
+        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []:
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+        return lines
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    packages = (
+        "prefix-adapter",
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "datasets",
+        "safetensors",
+        "tokenizers",
+    )
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except Exception:
+            found[package] = "not installed"
+    return found
+
+
+def draw_curve(lines: list[dict[str, Any]], metric: str, best_step: int | None, path: Path) -> None:
+    """Draw the training loss and the metric of the validation rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, split, name in ((left, "train", "loss"), (left, "validation", "loss"), (right, "validation", metric)):
+        points = [(line["step"], line[name]) for line in lines if line["split"] == split and name in line]
+        marker = "o" if split == "validation" else None
+        axes.plot(
+            *zip(*points, strict=True) if points else ([], []), marker=marker, markersize=3, label=f"{split} {name}"
+        )
+        best = [value for step, value in points if step == best_step]
+        if axes is right and best:
+            axes.plot(
+                best_step, best[0], "o", markersize=10, fillstyle="none", color="tab:red", label=f"best: {best[0]:.4g}"
+            )
+    left.set_ylim(bottom=0)
+    for axes, title in ((left, "Loss"), (right, metric)):
+        axes.set(title=title, xlabel="optimizer step")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".png", prefix=".unfinished-")
+    os.close(handle)
+    figure.savefig(scratch, dpi=120)
+    pyplot.close(figure)
+    os.chmod(scratch, 0o644)
+    os.replace(scratch, path)
+
+
+_CARD = """
+## Training
+
+{description}
+
+| setting | value |
+|---|---|
+{settings}
+
+### Results
+
+The best of {steps} steps by {metric} on the validation rows: step {best_step}.
+
+| rows | {names} |
+|---|{rules}|
+{results}
+
+![Curves](curve.png)
+
+`recipe.yaml` in this repository repeats the run: `prefix-adapter train --config recipe.yaml --output_dir ...`. New rows are
+answered with `prefix-adapter predict <this repository or folder> rows.jsonl answers.jsonl`.
+
+Versions: {versions}.
+"""
+
+
+def training_section(recipe: Recipe, results: dict[str, Any]) -> str:
+    """The part of a model card that says how the adapter was trained and how good it is."""
+    data = recipe.data
+    source = data.path or "files"
+    settings = {
+        "task": recipe.task,
+        "base model": recipe.model,
+        "adapter": yaml.safe_dump(recipe.adapter, default_flow_style=True, width=2**31).strip(),
+        "trained parameters": f"{results['trained_parameters']:,}",
+        "learning rate (adapter, head)": f"{results['learning_rates'][0]:g}, {results['learning_rates'][1]:g}",
+        "schedule": f"{recipe.lr_scheduler_type}, warm-up {recipe.warmup_ratio:g}",
+        "batch size": recipe.batch_size,
+        "epochs": f"{results['epochs']:g}",
+        "maximal length": results["max_length"],
+        "seed": recipe.seed,
+        "mixed precision": results["mixed_precision"],
+    }
+    tables = {"validation": results["validation"], **({"test": results["test"]} if "test" in results else {})}
+    names = list(results["validation"])
+    rows = results["rows"]
+    return _CARD.format(
+        description=f"Trained on {rows['train']:,} rows of {source} ({os.path.basename(data.train)}), "
+        f"chosen on {rows['validation']:,}"
+        + (f", measured on {rows['test']:,} that it never saw." if "test" in rows else "."),
+        settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
+        steps=results["steps"],
+        metric=results["metric"],
+        best_step=results["best_step"],
+        names=" | ".join(names),
+        rules="---|" * (len(names) - 1) + "---",
+        results="\n".join(
+            f"| {split} | " + " | ".join(f"{values.get(name, float('nan')):.4f}" for name in names) + " |"
+            for split, values in tables.items()
+        ),
+        versions=", ".join(f"{name} {number}" for name, number in results["versions"].items()),
+    )
+
+
+def write_card(folder: Path, recipe: Recipe, results: dict[str, Any]) -> None:
+    """Write the model card of an adapter's folder, with a section on loading if it is a prefix."""
+    data: dict[str, Any] = {
+        "library_name": "peft",
+        "base_model": None if os.path.isdir(recipe.model) else recipe.model,
+        "pipeline_tag": recipe.task if recipe.task in _PIPELINES else None,
+        "datasets": recipe.data.path if recipe.data.path and not os.path.exists(recipe.data.path) else None,
+        "metrics": sorted(set(results["validation"]) - {"loss"}),
+        "tags": ["prefix-adapter"],
+    }
+    name = Path(recipe.output_dir).resolve().name
+    card = ModelCard.from_template(
+        ModelCardData(**data),
+        template_str="---\n{{ card_data }}\n---\n\n# " + name + "\n" + training_section(recipe, results),
+    )
+    card.save(folder / CARD)
+    if recipe.adapter["peft_type"] == "PREFIX_TUNING_V2":
+        config = PeftConfig.from_pretrained(str(folder))
+        write_model_card(folder, config)

@@ -1,0 +1,240 @@
+"""A recipe: everything that decides what a training run does, as YAML or on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+TASKS = (
+    "sequence-classification",
+    "token-classification",
+    "question-answering",
+    "multiple-choice",
+    "causal-lm",
+    "seq2seq-lm",
+)
+NO_ADAPTER = ("FULL", "HEAD")
+"""What `adapter.peft_type` may say besides a PEFT type: train all of the model, or its task head alone."""
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message names the key."""
+
+
+@dataclass
+class Data:
+    """Where the rows come from.
+
+    Args:
+        path: A data set of the Hub or a folder that `datasets.load_dataset` reads. Without it `train`, `validation` and
+            `test` are files: .jsonl, .json, .csv, .tsv or .parquet, the text ones also as .gz.
+        name: The configuration of a data set of the Hub.
+        revision: The revision of a data set of the Hub: a branch, tag or commit.
+        train: The split, or the file, to learn from.
+        validation: The split or file that the best checkpoint is chosen on. If it is not given, `validation_fraction` of
+            the training rows are held out.
+        test: The split or file that the finished adapter is measured on, once.
+        validation_fraction: Share of the training rows to hold out when there is no `validation`; in (0, 1).
+        columns: What the data calls the task's columns, `{ours: theirs}`, for instance `{text: premise}`.
+        max_train_rows: Use so many rows at most, drawn with the recipe's seed.
+        max_validation_rows: As `max_train_rows`, for the validation rows.
+        max_test_rows: As `max_train_rows`, for the test rows.
+        num_proc: Processes that tokenize.
+    """
+
+    path: Optional[str] = None
+    name: Optional[str] = None
+    revision: Optional[str] = None
+    train: str = "train"
+    validation: Optional[str] = None
+    test: Optional[str] = None
+    validation_fraction: float = 0.1
+    columns: dict[str, str] = field(default_factory=dict)
+    max_train_rows: Optional[int] = None
+    max_validation_rows: Optional[int] = None
+    max_test_rows: Optional[int] = None
+    num_proc: Optional[int] = None
+
+
+@dataclass
+class Recipe:
+    """All settings of a training run. Names are those of `TrainingArguments` where it has one.
+
+    Args:
+        task: What is learnt; each task has its own columns, head, loss and metrics.
+        model: The base model: a name on the Hub or a folder.
+        output_dir: The folder for the adapter, its card, curve, metrics and checkpoints.
+        data: Where the rows come from.
+        adapter: A PEFT configuration as a mapping. `peft_type` is PREFIX_TUNING_V2 unless it says otherwise; the other
+            keys are the configuration's own (`num_virtual_tokens`, `prefix_projection`, ...). For comparisons,
+            `peft_type` may be any type of PEFT's, FULL (everything is trained) or HEAD (the task head alone).
+        model_kwargs: Passed on to `from_pretrained` of the base model (`dtype`, `attn_implementation`, `revision`, ...).
+        task_kwargs: Settings of the task; `prefix-adapter train --help` lists them.
+        max_length: Tokens of an input at most; the task's own default if not given.
+        batch_size: Rows of an optimizer step, over all processes and accumulation steps together, so that a recipe means
+            the same on one GPU and on eight.
+        gradient_accumulation_steps: In how many parts each process computes its share of a batch.
+        eval_batch_size: Rows of a forward pass of one process in evaluation.
+        num_train_epochs: Passes over the training rows.
+        max_steps: Stop after so many optimizer steps, whatever `num_train_epochs` says.
+        group_by_length: Put rows of similar length into one batch, which saves padding.
+        learning_rate: Of the adapter. By default 1e-2 for a table of prefixes, 1e-3 for an MLP, 5e-4 for LoRA, 3e-5 for
+            FULL, 1e-2 for what else PEFT has.
+        head_learning_rate: Of the task head. By default 5e-3 beside an adapter or alone, `learning_rate` with FULL.
+        weight_decay: AdamW's, for the adapter and the head.
+        max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
+        lr_scheduler_type: A name that `transformers.get_scheduler` knows, or `exponential`, which multiplies the rate by
+            `lr_scheduler_kwargs: {gamma: ...}` after every epoch.
+        lr_scheduler_kwargs: Further settings of the schedule.
+        warmup_ratio: Share of the steps in which the rate rises from 0.
+        seed: Of the initial weights, the order of the rows and dropout.
+        mixed_precision: Accelerate's: no, fp16 or bf16. By default what `accelerate launch` was told.
+        gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        eval_steps: Evaluate and write a checkpoint every so many steps; by default after every epoch.
+        save_steps: Write a checkpoint every so many steps besides.
+        logging_steps: Record the loss every so many steps.
+        metric_for_best_model: The metric of the validation rows that decides which checkpoint is best; the task's own
+            by default, `loss` for the lowest loss.
+        early_stopping_patience: Stop after so many evaluations without a better one.
+        report_to: Accelerate's trackers, for instance `[tensorboard]`, written to `output_dir/logs`.
+        labels: The labels, in the order of the head's outputs; read from the training rows if not given.
+    """
+
+    task: Literal[TASKS]  # type: ignore[valid-type]
+    model: str
+    output_dir: str
+    data: Data = field(default_factory=Data)
+    adapter: dict[str, Any] = field(default_factory=dict)
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    task_kwargs: dict[str, Any] = field(default_factory=dict)
+    max_length: Optional[int] = None
+    batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    eval_batch_size: int = 32
+    num_train_epochs: float = 10
+    max_steps: Optional[int] = None
+    group_by_length: bool = False
+    learning_rate: Optional[float] = None
+    head_learning_rate: Optional[float] = None
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: str = "linear"
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    warmup_ratio: float = 0.06
+    seed: int = 42
+    mixed_precision: Optional[Literal["no", "fp16", "bf16"]] = None
+    gradient_checkpointing: bool = False
+    eval_steps: Optional[int] = None
+    save_steps: Optional[int] = None
+    logging_steps: int = 10
+    metric_for_best_model: Optional[str] = None
+    early_stopping_patience: Optional[int] = None
+    report_to: list[str] = field(default_factory=list)
+    labels: Optional[list[Union[str, int]]] = None
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            if getattr(self, each.name) is None and "Optional" not in str(each.type):
+                raise RecipeError(f"`{each.name}` needs a value.")
+        self.model, self.output_dir = os.fspath(self.model), os.fspath(self.output_dir)
+        for name in ("path", "train", "validation", "test"):
+            value = getattr(self.data, name)
+            setattr(self.data, name, value and os.fspath(value))
+        self.adapter = {"peft_type": "PREFIX_TUNING_V2", **self.adapter}
+        self.adapter["peft_type"] = str(self.adapter["peft_type"]).upper()
+        for name in ("learning_rate", "head_learning_rate"):
+            if getattr(self, name) is not None:
+                _require(name, getattr(self, name), above=0)
+        for name in ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "logging_steps"):
+            _require(name, getattr(self, name), least=1)
+        for name in ("max_length", "max_steps", "eval_steps", "save_steps", "early_stopping_patience"):
+            if getattr(self, name) is not None:
+                _require(name, getattr(self, name), least=1)
+        for name in ("max_train_rows", "max_validation_rows", "max_test_rows", "num_proc"):
+            if getattr(self.data, name) is not None:
+                _require(f"data.{name}", getattr(self.data, name), least=1)
+        _require("num_train_epochs", self.num_train_epochs, above=0)
+        for name in ("weight_decay", "max_grad_norm", "warmup_ratio"):
+            _require(name, getattr(self, name), least=0)
+        _require("warmup_ratio", self.warmup_ratio, most=1)
+        _require("data.validation_fraction", self.data.validation_fraction, above=0, below=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain values, for YAML or JSON."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the recipe as YAML."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _require(
+    key: str, value: float, *, least: float | None = None, above: float | None = None, most: float | None = None,
+    below: float | None = None,
+) -> None:  # fmt: skip
+    if least is not None and not value >= least:
+        raise RecipeError(f"`{key}` must be at least {least}, got {value}.")
+    if above is not None and not value > above:
+        raise RecipeError(f"`{key}` must be above {above}, got {value}.")
+    if most is not None and not value <= most:
+        raise RecipeError(f"`{key}` must be at most {most}, got {value}.")
+    if below is not None and not value < below:
+        raise RecipeError(f"`{key}` must be below {below}, got {value}.")
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    folder = resources.files(__package__) / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def recipe_path(name: str | os.PathLike[str]) -> str:
+    """The path of a recipe: a file of the user's, or by its name one that comes with the package.
+
+    Raises:
+        RecipeError: if there is neither.
+    """
+    if os.path.isfile(name):
+        return str(name)
+    if str(name) in recipe_names():
+        return str(resources.files(__package__) / "recipes" / f"{name}.yaml")
+    raise RecipeError(f"There is no file {str(name)!r} and no recipe of that name; there are {recipe_names()}.")
+
+
+def add_recipe_arguments(parser: ArgumentParser) -> None:
+    """Give a parser the option `--config` and one option for each field of a recipe."""
+    parser.add_argument("--config", action="config", help="A recipe (YAML); later options override it.")
+    parser.add_class_arguments(Recipe)
+
+
+def recipe_from(parsed: Namespace) -> Recipe:
+    """The recipe among the parsed arguments of `add_recipe_arguments`."""
+    return Recipe(**{each.name: parsed[each.name] for each in dataclasses.fields(Recipe)})
+
+
+def load_recipe(name: str | os.PathLike[str], **overrides: Any) -> Recipe:
+    """Read a recipe from YAML.
+
+    Args:
+        name: a file, or the name of a recipe that comes with the package.
+        **overrides: values that take the place of the file's, with dots for nested ones: `**{"data.train": "a.jsonl"}`.
+
+    Raises:
+        RecipeError: if the file is no valid recipe; the message names the key.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    add_recipe_arguments(parser)
+    arguments = [f"--{key}={json.dumps(value)}" for key, value in overrides.items()]
+    try:
+        parsed = parser.parse_args(["--config", recipe_path(name), *arguments])
+        return recipe_from(parser.instantiate(parsed))
+    except (ArgumentError, RecipeError) as error:
+        raise RecipeError(f"{name}: {error}") from error

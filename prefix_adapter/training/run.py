@@ -1,0 +1,136 @@
+"""A training run from its recipe to a published adapter's folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import set_seed
+
+from ..convert import fold
+from . import checkpoint, outputs
+from .data import hold_out, load_rows, take
+from .evaluation import evaluate
+from .loop import Loop, new_accelerator
+from .model import adapter_config, learning_rates, load_base, load_tokenizer, trained, wrap
+from .tasks import TASK_CLASSES
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .recipe import Recipe
+    from .tasks import Task
+
+
+def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Train an adapter as a recipe says, and leave it in `recipe.output_dir` with its card, metrics and checkpoints.
+
+    Run by `accelerate launch`, the processes share the work.
+
+    Args:
+        recipe: the recipe.
+        resume: go on with the run in `recipe.output_dir`, from its last checkpoint.
+        overwrite: replace the run in `recipe.output_dir`.
+
+    Returns:
+        The contents of `results.json`: metrics of the validation rows at the best step and of the test rows, and more.
+
+    Raises:
+        RecipeError: if the recipe cannot be run.
+        DataError: if there is something wrong with the rows.
+        UnsupportedBackboneError: if the base model cannot take a prefix.
+        TrainingInterrupted: on SIGINT or SIGTERM, after a checkpoint was written.
+        TrainingDiverged: if the loss is not finite.
+        OSError: if a file cannot be written.
+    """
+    started = time.perf_counter()
+    accelerator = new_accelerator(recipe)
+    outputs.may_claim(recipe, resume, overwrite)
+    tokenizer = load_tokenizer(recipe)
+    task = TASK_CLASSES[recipe.task](recipe, tokenizer)
+    adapter_config(recipe, task)
+    rows = load_splits(recipe, task)
+    set_seed(recipe.seed)  # the same first weights in every process
+    model = wrap(recipe, task, load_base(recipe, task))
+    outputs.claim(recipe, resume, accelerator)
+    folder = Path(recipe.output_dir)
+    log = outputs.Log(recipe, accelerator)
+    parameters = sum(parameter.numel() for parameter in trained(model).values())
+    loop = Loop(recipe, task, model, rows["train"], rows["validation"], accelerator, folder / outputs.CHECKPOINTS, log)
+    if resume and loop.resume():
+        accelerator.print(f"Resuming after step {loop.step} of {loop.steps}.")
+    log.go_back(loop.step)
+    loop.run()
+
+    best_step = loop.state["best_step"]
+    best = checkpoint.folder_of(loop.checkpoints, best_step)
+    checkpoint.load_weights(accelerator.unwrap_model(loop.model), best)
+    results: dict[str, Any] = {
+        "validation": next(
+            _metrics_of(line) for line in log.read() if line["step"] == best_step and line["split"] == "validation"
+        ),
+        "metric": loop.metric,
+        "best_step": best_step,
+        "steps": loop.step,
+        "epochs": loop.step / loop.batches.steps_per_epoch,
+        "trained_parameters": parameters,
+        "learning_rates": learning_rates(recipe),
+        "max_length": task.max_length,
+        "mixed_precision": accelerator.mixed_precision,
+        "processes": accelerator.num_processes,
+        "rows": {split: len(own) for split, own in rows.items()},
+        "versions": outputs.versions(),
+    }
+    if "test" in rows:
+        results["test"], _ = evaluate(task, loop.model, rows["test"], recipe.eval_batch_size, accelerator)
+        log.write(loop.step, results["epochs"], "test", results["test"])
+    results["seconds"] = round(time.perf_counter() - started, 1)
+    if accelerator.is_main_process:
+        _leave(recipe, best, log, results)
+    accelerator.end_training()
+    return results
+
+
+def load_splits(recipe: Recipe, task: Task) -> dict[str, Dataset]:
+    """The rows of a recipe, checked, and the task's labels learnt from those to train on.
+
+    Raises:
+        DataError: if there is something wrong with the rows.
+    """
+    data, seed = recipe.data, recipe.seed
+    rows = {split: load_rows(data, split) for split in ("train", "validation", "test") if getattr(data, split)}
+    task.check(rows["train"], data.train)
+    task.learn_labels(rows["train"], data.train)
+    task.check(rows["train"], data.train)  # again, for what only the labels tell
+    for split in ("validation", "test"):
+        if split in rows:
+            task.check(rows[split], getattr(data, split))
+    recipe.labels = task.labels
+    if "validation" not in rows:
+        rows["train"], rows["validation"] = hold_out(rows["train"], data.validation_fraction, seed)
+    return {split: take(own, getattr(data, f"max_{split}_rows"), seed) for split, own in rows.items()}
+
+
+def _metrics_of(line: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name not in ("step", "epoch", "split")}
+
+
+def _leave(recipe: Recipe, best: Path, log: outputs.Log, results: dict[str, Any]) -> None:
+    """Write what a run leaves; the weights come last, so that a folder that has them has everything."""
+    folder = Path(recipe.output_dir)
+    recipe.save(folder / outputs.RECIPE)
+    outputs.draw_curve(log.read(), results["metric"], results["best_step"], folder / outputs.CURVE)
+    outputs.write_text(folder / outputs.RESULTS, json.dumps(results, indent=2) + "\n")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as scratch:
+        export = Path(scratch) / "adapter"
+        if recipe.adapter["peft_type"] == "PREFIX_TUNING_V2" and recipe.adapter.get("prefix_projection"):
+            fold(best, export)
+        else:
+            shutil.copytree(best, export, ignore=shutil.ignore_patterns(*checkpoint.NOT_THE_ADAPTER))
+        outputs.write_card(export, recipe, results)
+        for path in sorted(export.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name)):
+            path.replace(folder / path.name)

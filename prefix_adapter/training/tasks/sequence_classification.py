@@ -1,0 +1,180 @@
+"""One label, several labels or a number for a text or a pair of texts."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sklearn import metrics
+
+from ..data import DataError
+from ..recipe import RecipeError
+from .task import Columns, Row, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+KINDS = ("single_label_classification", "multi_label_classification", "regression")
+
+
+class SequenceClassification(Task):
+    """Classify a text, or a pair of texts.
+
+    The solutions say which kind it is: a name or an integer is one label of several, a list of names or integers any
+    number of labels, a float a number to predict. transformers calls this the `problem_type`.
+    """
+
+    auto_class = "AutoModelForSequenceClassification"
+    peft_task_type = "SEQ_CLS"
+    columns = {"text": "the text"}
+    optional_columns = {"text_pair": "a second text"}
+    target = "label"
+    settings = {
+        "problem_type": (None, f"One of {', '.join(KINDS)}; the labels tell if it is not given."),
+        "threshold": (0.5, "Probability from which on a label is predicted, of several."),
+    }
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.problem_type: str | None = self.kwargs["problem_type"]
+        if self.problem_type not in (None, *KINDS):
+            raise RecipeError(f"`task_kwargs.problem_type` must be one of {KINDS}, got {self.problem_type!r}.")
+
+    def learn_labels(self, rows: Dataset, source: str) -> None:
+        solutions = rows[self.target]
+        if self.problem_type is None:
+            first = solutions[0]
+            self.problem_type = (
+                KINDS[1] if isinstance(first, list) else KINDS[2] if isinstance(first, float) else KINDS[0]
+            )
+            self.recipe.task_kwargs["problem_type"] = self.problem_type
+        if self.problem_type == "regression" or self.labels is not None:
+            return
+        many = self.problem_type == "multi_label_classification"
+        found = {label for each in solutions for label in (each if many and isinstance(each, list) else [each])}
+        kinds = {type(label).__name__ for label in found}
+        if kinds - {"str"} and kinds - {"int"}:
+            raise DataError(f"{source}: labels must all be strings or all be integers; there are {sorted(kinds)}.")
+        if len(found) < (1 if many else 2):
+            raise DataError(f"{source}: all rows have the same label, {found}: there is nothing to learn.")
+        self.labels = sorted(found)
+
+    def problem(self, row: Row, solved: bool) -> str | None:
+        for name in ("text", "text_pair"):
+            if name in row and not isinstance(row[name], str):
+                return f"{name!r} must be a text, it is {row[name]!r}."
+        if not row["text"].strip():
+            return "'text' is empty."
+        return self._problem_of(row[self.target]) if solved else None
+
+    def _problem_of(self, solution: Any) -> str | None:
+        if solution is None:
+            return f"{self.target!r} is missing."
+        if self.problem_type == "regression":
+            good = isinstance(solution, (int, float)) and math.isfinite(solution)
+            return None if good else f"{self.target!r} must be a finite number, it is {solution!r}."
+        many = self.problem_type == "multi_label_classification"
+        if many and not isinstance(solution, list):
+            return f"{self.target!r} must be a list of labels, it is {solution!r}."
+        if self.labels is not None:
+            for label in solution if many else [solution]:
+                if label not in self.labels:
+                    return f"the label {label!r} does not occur in the training rows, which have {self.labels}."
+        return None
+
+    def model_kwargs(self) -> dict[str, Any]:
+        if self.problem_type == "regression":
+            return {"num_labels": 1, "problem_type": self.problem_type}
+        return {"problem_type": self.problem_type, **label_names(self.labels)}
+
+    def features(self, rows: Columns, indices: list[int], solved: bool) -> Columns:
+        encoded = self.tokenizer(
+            rows["text"], rows.get("text_pair"), truncation=True, max_length=self.max_length, verbose=False
+        )
+        result = {**encoded, "row": indices}
+        if solved:
+            result["labels"] = [self._label(solution) for solution in rows[self.target]]
+        return result
+
+    def _label(self, solution: Any) -> Any:
+        if self.problem_type == "regression":
+            return float(solution)
+        assert self.labels is not None
+        if self.problem_type == "multi_label_classification":
+            return [float(label in solution) for label in self.labels]
+        return self.labels.index(solution)
+
+    def collate_labels(self, labels: list[Any], input_ids: Tensor) -> Tensor:
+        return torch.tensor(labels)
+
+    def num_items(self, labels: Any) -> int:
+        return 1
+
+    def outputs(self, model: PreTrainedModel, batch: dict[str, Tensor], output: Any | None) -> list[Any]:
+        logits = (output or model(**batch)).logits.float()
+        if self.problem_type == "regression":
+            return logits[:, 0].tolist()
+        return (logits.sigmoid() if self.problem_type == "multi_label_classification" else logits.softmax(-1)).tolist()
+
+    def answer(self, row: Row, features: list[Row], records: list[Any]) -> Row:
+        (scores,) = records
+        if self.problem_type == "regression":
+            return {"prediction": scores}
+        assert self.labels is not None
+        if self.problem_type == "multi_label_classification":
+            chosen = [
+                label for label, score in zip(self.labels, scores, strict=True) if score >= self.kwargs["threshold"]
+            ]
+            return {"prediction": chosen, "probabilities": dict(zip(map(str, self.labels), scores, strict=True))}
+        best = max(range(len(scores)), key=scores.__getitem__)
+        return {"prediction": self.labels[best], "probability": scores[best]}
+
+    @property
+    def default_metric(self) -> str:
+        defaults = {"regression": "pearson", "multi_label_classification": "f1_micro"}
+        return defaults.get(self.problem_type or "", "accuracy")
+
+    lower_is_better = ("loss", "mean_squared_error")
+
+    def metrics(self, answers: list[Row], solutions: list[Any]) -> dict[str, float]:
+        predictions = [answer["prediction"] for answer in answers]
+        if self.problem_type == "regression":
+            return {
+                "mean_squared_error": float(metrics.mean_squared_error(solutions, predictions)),
+                "pearson": _correlation("pearsonr", solutions, predictions),
+                "spearman": _correlation("spearmanr", solutions, predictions),
+            }
+        assert self.labels is not None
+        options = {"average": "macro", "zero_division": 0.0}
+        if self.problem_type == "multi_label_classification":
+            true = [[label in each for label in self.labels] for each in solutions]
+            guess = [[label in each for label in self.labels] for each in predictions]
+            return {
+                "accuracy": float(metrics.accuracy_score(true, guess)),
+                "f1_macro": float(metrics.f1_score(true, guess, **options)),
+                "f1_micro": float(metrics.f1_score(true, guess, average="micro", zero_division=0.0)),
+            }
+        return {
+            "accuracy": float(metrics.accuracy_score(solutions, predictions)),
+            "f1_macro": float(metrics.f1_score(solutions, predictions, labels=self.labels, **options)),
+            "matthews_correlation": float(metrics.matthews_corrcoef(solutions, predictions)),
+        }
+
+
+def _correlation(name: str, solutions: list[float], predictions: list[float]) -> float:
+    """A correlation of scipy's; 0 where all values are the same, where it is not defined."""
+    from scipy import stats
+
+    if len(set(solutions)) < 2 or len(set(predictions)) < 2:
+        return 0.0
+    return float(getattr(stats, name)(solutions, predictions).statistic)
+
+
+def label_names(labels: list[str | int] | None) -> dict[str, Any]:
+    """The labels, as a model's configuration wants to have them."""
+    assert labels is not None
+    names = [str(label) for label in labels]
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
