@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .config import PrefixTuningV2Config
 
 _START, _END = "<!-- prefix-adapter: loading -->", "<!-- prefix-adapter: end -->"
+_NOT_PUBLISHED = ["checkpoints/*", "logs/*", ".*"]
 _CLASSES = {
     "SEQ_CLS": "AutoPeftModelForSequenceClassification",
     "TOKEN_CLS": "AutoPeftModelForTokenClassification",
@@ -84,19 +86,20 @@ def _section(config: PrefixTuningV2Config) -> str:
 
 
 def push_to_hub(
-    model: PeftModel,
+    adapter: PeftModel | str | os.PathLike[str],
     repo_id: str,
     *,
     private: bool | None = None,
     token: str | bool | None = None,
     **kwargs: Any,
 ) -> CommitInfo:
-    """Upload a model's adapters with the card that `save_pretrained` writes.
+    """Upload a model's adapters, or a saved adapter's folder, with the card that says how to load them.
 
     `model.push_to_hub` uploads the same weights, but puts a card of transformers' in the place of PEFT's and ours.
 
     Args:
-        model: a model wrapped by PEFT.
+        adapter: a model wrapped by PEFT, or the folder of a saved adapter. A training run's checkpoints and logs stay
+            where they are.
         repo_id: the repository's name on the Hub, `user/name`; it is created if it does not exist.
         private: whether a new repository is private; the user's or organisation's default if `None`.
         token: the Hub token; the one that was logged in with if `None`.
@@ -104,11 +107,21 @@ def push_to_hub(
 
     Returns:
         The commit.
+
+    Raises:
+        ValueError: if the folder holds no adapter.
     """
+    if isinstance(adapter, (str, os.PathLike)):
+        missing = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (Path(adapter) / name).is_file()]
+        if missing:
+            raise ValueError(f"{adapter} holds no adapter: it has no {' and no '.join(missing)}.")
+    options = {"commit_message": "Upload prefix adapter", "ignore_patterns": _NOT_PUBLISHED, **kwargs}
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return api.upload_folder(
-            repo_id=repo_id, folder_path=folder, **{"commit_message": "Upload prefix adapter", **kwargs}
-        )
+    with tempfile.TemporaryDirectory() as scratch:
+        if isinstance(adapter, (str, os.PathLike)):
+            folder = str(adapter)
+        else:
+            adapter.save_pretrained(scratch)
+            folder = scratch
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)

@@ -10,8 +10,8 @@ import torch
 class Batches:
     """The batches of all epochs.
 
-    Every step's batch is full: the last one of an epoch is filled up with rows of the epoch's beginning. It is therefore
-    divided evenly, and a run gives the same on any number of processes.
+    Every step's batch is full: the last one of an epoch is filled up with rows of the epoch's beginning. It is
+    therefore divided evenly, and a run gives the same on any number of processes.
 
     Args:
         size: the number of features.
@@ -38,11 +38,13 @@ class Batches:
         order += [order[i % self.size] for i in range(-self.size % self.batch_size)]
         if self.lengths is None:
             return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        # Sort within stretches of the random order, then mix the batches: chance decides which rows meet.
+        # Sort within stretches of the random order, then mix the batches: chance decides which rows meet. There are
+        # four stretches at least: few rows, sorted as a whole, would make the same batches in every epoch.
+        stretch = self.batch_size * min(50, max(1, self.steps_per_epoch // 4))
         batches = []
-        for i in range(0, len(order), 50 * self.batch_size):
-            stretch = sorted(order[i : i + 50 * self.batch_size], key=self.lengths.__getitem__)
-            batches += [stretch[j : j + self.batch_size] for j in range(0, len(stretch), self.batch_size)]
+        for i in range(0, len(order), stretch):
+            rows = sorted(order[i : i + stretch], key=self.lengths.__getitem__)
+            batches += [rows[j : j + self.batch_size] for j in range(0, len(rows), self.batch_size)]
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 

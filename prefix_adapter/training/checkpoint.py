@@ -94,7 +94,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 def gather_weights(model: nn.Module) -> dict[str, Tensor]:
     """The trained weights, whole and on the CPU; empty in other processes than the main one where they are sharded."""
     gathered: dict[str, Any] = get_model_state_dict(model, options=_GATHERED)
-    return {name: tensor.cpu() for name, tensor in gathered.items()}
+    # What else there is are buffers, and other names of weights that are tied.
+    return {name: gathered[name].cpu() for name in trained(model) if name in gathered}
 
 
 def save(
@@ -107,22 +108,30 @@ def save(
 
     Raises:
         OSError: if it cannot be written, with what was there before untouched.
+        FloatingPointError: if a weight is not finite; nothing is written.
     """
     unwrapped = accelerator.unwrap_model(model)
     weights = gather_weights(unwrapped)
-    moments = get_optimizer_state_dict(unwrapped, optimizer.optimizer, options=_GATHERED)["state"]
+    # In other processes than the main one it is empty, as the weights are.
+    moments = get_optimizer_state_dict(unwrapped, optimizer.optimizer, options=_GATHERED).get("state", {})
     generators = gather_object([_generators()])
-    failure = None
+    failure: Exception | None = None
     if accelerator.is_main_process:
+        broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
         try:
+            if broken:
+                raise FloatingPointError(f"some of the weights {broken[0]} are not finite")
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             contents = {**state, "step": step, "generators": generators, "scaler": scaler}
             _write(folder_of(checkpoints, step), unwrapped, weights, moments, contents)
+        except FloatingPointError as error:
+            failure = error
         except OSError as error:
-            failure = f"{error}. The checkpoint of step {step} was not written; what was there before is untouched."
+            text = f"{error}. The checkpoint of step {step} was not written; what was there before is untouched."
+            failure = OSError(text)
     failures = [each for each in gather_object([failure]) if each]
     if failures:
-        raise OSError(failures[0])
+        raise failures[0]
 
 
 def _write(target: Path, model: nn.Module, weights: Any, moments: Any, state: dict[str, Any]) -> None:
@@ -138,7 +147,7 @@ def _write(target: Path, model: nn.Module, weights: Any, moments: Any, state: di
             path.chmod(0o644)  # safetensors makes files that only their owner can read
             _to_disk(path)
         if target.exists():  # written by a run that stopped at this very step, and goes on from an earlier one
-            shutil.rmtree(target)
+            _remove(target)
         scratch.rename(target)
         _to_disk(target.parent)
     except BaseException as error:
@@ -158,10 +167,20 @@ def _to_disk(path: Path) -> None:
 
 def keep(checkpoints: Path, steps: set[int]) -> None:
     """Remove all checkpoints but those of `steps`, and what unfinished ones left."""
-    for path in checkpoints.iterdir():
+    for path in list(checkpoints.iterdir()):
         match = _NAME.match(path.name)
-        if path.name.startswith(".unfinished-") or (match and int(match[1]) not in steps):
+        if match and int(match[1]) not in steps:
+            _remove(path)
+        elif path.name.startswith(".unfinished-"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint. It loses its name first: what bears the name of a step is whole."""
+    scratch = path.with_name(f".unfinished-{path.name}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    path.rename(scratch)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -184,8 +203,8 @@ def restore(folder: Path, accelerator: Accelerator, model: nn.Module, optimizer:
         name, _, part = key.rpartition("/")
         moments.setdefault(name, {})[part] = tensor
     # Rates and settings are the recipe's and the schedule's; only the moments are the optimizer's own.
-    groups = get_optimizer_state_dict(unwrapped, optimizer.optimizer, options=_GATHERED)["param_groups"]
-    groups = gather_object([groups])[0]  # sharded models give them to the main process alone
+    groups = get_optimizer_state_dict(unwrapped, optimizer.optimizer, options=_GATHERED).get("param_groups")
+    groups = gather_object([groups])[0]  # the main process alone is given them
     set_optimizer_state_dict(
         unwrapped,
         optimizer.optimizer,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import json
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +15,8 @@ if TYPE_CHECKING:
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 FILE_TYPES = ".jsonl, .json, .csv, .tsv or .parquet (.jsonl, .json, .csv and .tsv also as .gz)"
+# pandas takes words as "None", "NA" and "null" for missing values, which texts and labels can be.
+_CSV = {"keep_default_na": False, "na_values": ["", "nan", "NaN"]}
 
 
 class DataError(ValueError):
@@ -22,7 +27,7 @@ def load_rows(data: Data, split: str) -> datasets.Dataset:
     """Read the rows of `data.train`, `data.validation` or `data.test`.
 
     Returns:
-        The rows, with the columns of `data.columns` renamed.
+        The rows, as `rename` gives them.
 
     Raises:
         DataError: if there are none, or a column is missing.
@@ -31,8 +36,11 @@ def load_rows(data: Data, split: str) -> datasets.Dataset:
     if data.path is None:
         rows = read_file(source)
     else:
+        name, files = data.path, None
+        if os.path.isfile(os.path.join(name, "state.json")):  # of Dataset.save_to_disk
+            name, files = "arrow", os.path.join(name, "*.arrow")
         try:
-            rows = datasets.load_dataset(data.path, data.name, split=source, revision=data.revision)
+            rows = datasets.load_dataset(name, data.name, data_files=files, split=source, revision=data.revision)
         except Exception as error:
             raise DataError(f"data.path {data.path!r}, split {source!r}: {type(error).__name__}: {error}") from error
     return rename(rows, data.columns, source)
@@ -52,17 +60,47 @@ def read_file(path: str) -> datasets.Dataset:
         raise DataError(f"{path}: files must be {FILE_TYPES}.")
     if not os.path.getsize(path):
         raise DataError(f"{path} is empty.")
-    options: dict[str, Any] = {"sep": "\t"} if kind == ".tsv" else {}
+    options: dict[str, Any] = {}
+    if _READERS[kind] == "csv":
+        options = {**_CSV, "sep": "\t" if kind == ".tsv" else ","}
     try:
-        rows = datasets.load_dataset(_READERS[kind], data_files=path, split="train", **options)
+        # `datasets` tells by the time of change whether it has read a file before; two versions can have the same.
+        rows = datasets.load_dataset(_READERS[kind], _digest(path), data_files=path, split="train", **options)
+        rows.data.validate(full=True)  # nothing else looks at the encoding of JSON's texts
     except Exception as error:
-        cause = error.__cause__ or error
+        if "corresponds to no data" in str(error):
+            raise DataError(f"{path} has no rows.") from error
+        cause = (_damaged_line(path) if kind == ".jsonl" else None) or error.__cause__ or error
         raise DataError(f"{path} cannot be read as {kind[1:]}: {cause}") from error
     return rows
 
 
+def _digest(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _damaged_line(path: str) -> str | None:
+    """Which line of a file of JSON lines is the first that is none, and why."""
+    try:
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    row = json.loads(line) if line.strip() else {}
+                except ValueError as error:
+                    return f"line {number}: {getattr(error, 'msg', error)}"
+                if not isinstance(row, dict):
+                    return f"line {number}: it must be an object, it is {row!r}"
+    except (OSError, EOFError) as error:
+        return str(error)
+    return None
+
+
 def rename(rows: datasets.Dataset, columns: dict[str, str], source: str) -> datasets.Dataset:
-    """Give columns the task's names.
+    """Give columns the task's names, and classes (`datasets.ClassLabel`) their own in place of their numbers.
 
     Args:
         rows: the rows.
@@ -74,21 +112,38 @@ def rename(rows: datasets.Dataset, columns: dict[str, str], source: str) -> data
     """
     if not len(rows):
         raise DataError(f"{source} has no rows.")
+    firsts: dict[str, str] = {}
     for ours, theirs in columns.items():
         if theirs not in rows.column_names:
             raise DataError(f"{source} has no column {theirs!r} (data.columns.{ours}); it has {rows.column_names}.")
-        if ours == theirs:
-            continue
-        if ours in rows.column_names:
-            rows = rows.remove_columns(ours)
-        rows = (
-            rows.add_column(ours, rows[theirs]) if _used_twice(columns, theirs) else rows.rename_column(theirs, ours)
-        )
+        firsts.setdefault(theirs, ours)
+    replaced = [name for name in rows.column_names if name in columns and name not in firsts]
+    rows = _name_classes(rows.remove_columns(replaced).rename_columns(firsts))
+    for ours, theirs in columns.items():
+        if ours != firsts[theirs]:
+            rows = rows.add_column(ours, rows[firsts[theirs]])
     return rows
 
 
-def _used_twice(columns: dict[str, str], theirs: str) -> bool:
-    return list(columns.values()).count(theirs) > 1
+def _name_classes(rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows with the names of classes for their numbers; what has no class (-1) is `None`."""
+    features, names = rows.features.copy(), {}
+    for column, feature in rows.features.items():
+        inner = getattr(feature, "feature", feature)  # of a list
+        if isinstance(inner, datasets.ClassLabel):
+            names[column] = dict(enumerate(inner.names))
+            text = datasets.Value("string")
+            features[column] = text if inner is feature else datasets.List(text)
+    if not names:
+        return rows
+
+    def name(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {
+            column: [[own.get(i) for i in each] if isinstance(each, list) else own.get(each) for each in batch[column]]
+            for column, own in names.items()
+        }
+
+    return rows.map(name, batched=True, features=features, desc="Naming classes")
 
 
 def take(rows: datasets.Dataset, most: int | None, seed: int) -> datasets.Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def make_features(task: Task, rows: Dataset, solved: bool, num_proc: int | None = None) -> Dataset:
-    """Tokenize a data set."""
+    """Tokenize a data set to learn from."""
     return rows.map(
-        task.features,
+        task.training_features,
         batched=True,
         with_indices=True,
         fn_kwargs={"solved": solved},
@@ -78,11 +79,9 @@ def _run(
         output = None
         if solved:
             mean, output = task.loss(model, batch)
-            if number < len(batches):
-                own = sum(task.num_items(each["labels"]) for each in chosen)
+            own = sum(task.num_items(each["labels"]) for each in chosen)
+            if number < len(batches) and own:  # the mean of no losses is not a number
                 loss, items = loss + float(mean) * own, items + own
-            if not task.answers_with_labels:
-                output = None
         batch.pop("labels", None)
         for i, record in zip(indices, task.outputs(model, batch, output), strict=True):
             records[i] = record
@@ -123,12 +122,15 @@ def evaluate(
     if processes > 1:
         count = len(task.features(mine, list(range(len(next(iter(mine.values()))))), True)["row"])
         rounds = max(gather_object([-(-count // batch_size)]))
+    run = partial(
+        _run, task, model, mine, batch_size, accelerator.device, progress=accelerator.is_main_process, rounds=rounds
+    )
     training = model.training
     model.eval()
     try:
-        answers, loss, items = _run(
-            task, model, mine, batch_size, accelerator.device, True, accelerator.is_main_process, rounds
-        )
+        answers, loss, items = run(solved=True)
+        if not task.answers_with_labels:
+            answers, _, _ = run(solved=False)
     finally:
         model.train(training)
     if own == 0:
@@ -136,8 +138,8 @@ def evaluate(
     answers = gather_object(answers)
     sums = gather_object([(loss, items)])
     total = sum(each[1] for each in sums)
-    metrics = task.metrics(answers, rows[task.target])
-    return {"loss": sum(each[0] for each in sums) / max(total, 1), **metrics}, answers
+    loss = sum(each[0] for each in sums) / max(total, 1)
+    return {"loss": loss, **task.loss_metrics(loss), **task.metrics(answers, rows[task.target])}, answers
 
 
 def is_better(task: Task, name: str, value: float, best: float | None) -> bool:

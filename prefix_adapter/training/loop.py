@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +17,13 @@ from tqdm.auto import tqdm
 from . import checkpoint
 from .batches import Batches, shares
 from .data import DataError
+from .distributed import check, prepare
 from .evaluation import evaluate, is_better, make_features
 from .model import new_optimizer, new_scheduler, trained
 from .recipe import RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from datasets import Dataset
@@ -48,6 +52,9 @@ def new_accelerator(recipe: Recipe) -> Accelerator:
     Raises:
         RecipeError: if the batches cannot be shared out evenly, or FSDP is asked for where Accelerate has none.
     """
+    warnings.filterwarnings(
+        "ignore", "`broadcast_buffers` is deprecated", FutureWarning
+    )  # by torch, not by Accelerate
     parts = recipe.gradient_accumulation_steps
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision,
@@ -57,6 +64,7 @@ def new_accelerator(recipe: Recipe) -> Accelerator:
         # Buffers are the frozen backbone's and do not change.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    check(accelerator)
     if recipe.batch_size % (accelerator.num_processes * parts):
         raise RecipeError(
             f"`batch_size` is the number of rows of a step in all: {recipe.batch_size} cannot be shared out evenly over "
@@ -78,6 +86,8 @@ class Loop:
         accelerator: the accelerator.
         checkpoints: the folder for checkpoints.
         log: where metrics are recorded.
+        on_evaluation: called by the main process after every evaluation, with the step and the validation rows'
+            metrics; what it raises ends the run.
     """
 
     def __init__(
@@ -90,8 +100,10 @@ class Loop:
         accelerator: Accelerator,
         checkpoints: Path,
         log: Log,
+        on_evaluation: Callable[[int, dict[str, float]], None] | None = None,
     ) -> None:
         self.recipe, self.task, self.accelerator, self.log = recipe, task, accelerator, log
+        self.on_evaluation = on_evaluation
         self.checkpoints, self.validation_rows = checkpoints, validation_rows
         features = make_features(task, train_rows, True, recipe.data.num_proc)
         items = [task.num_items(labels) for labels in features["labels"]]
@@ -108,8 +120,7 @@ class Loop:
         self.steps = min(self.steps, recipe.max_steps or self.steps)
         self.eval_steps = recipe.eval_steps or self.batches.steps_per_epoch
         self.metric = recipe.metric_for_best_model or task.default_metric
-        optimizer = new_optimizer(recipe, model)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = prepare(accelerator, model, partial(new_optimizer, recipe))
         self.scheduler = new_scheduler(recipe, self.optimizer.optimizer, self.steps, self.batches.steps_per_epoch)
         self.parameters = list(trained(self.model).values())
         self.state: dict[str, Any] = {"best_step": None, "best_value": None, "evaluations_since_best": 0}
@@ -131,6 +142,7 @@ class Loop:
         self.scheduler.load_state_dict(state["scheduler"])
         for group, rate in zip(self.optimizer.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
+        self._keep()
         return True
 
     def run(self) -> None:
@@ -148,7 +160,7 @@ class Loop:
         previous = self._catch_signals()
         bar = tqdm(total=self.steps, initial=self.step, desc="Training", disable=not self._main)
         try:
-            while self.step < self.steps:
+            while self.step < self.steps and not self._patience_is_over():
                 rates = self._rates()
                 loss = self._train_step(self.batches[self.step])
                 self.step += 1
@@ -170,9 +182,7 @@ class Loop:
                     stop = self._evaluate() or stop
                 if save_now or stop:
                     self._save()
-                if stop and not last:
-                    if self._patience_is_over():
-                        break
+                if stop and not last and not self._patience_is_over():
                     raise TrainingInterrupted(
                         f"Stopped after step {self.step} of {self.steps}; the checkpoint is in {self.checkpoints}. "
                         f"Go on with: prefix-adapter train --resume {recipe.output_dir}",
@@ -217,18 +227,21 @@ class Loop:
             return False
         (loss, stop), self._pending = self._pending.tolist(), None
         if not math.isfinite(loss):
-            last = checkpoint.find(self.checkpoints)
-            kept = f"The checkpoint of step {last[-1]} is good. " if last else ""
-            raise TrainingDiverged(
-                f"The loss became {loss} by step {self.step}. {kept}Try a lower `learning_rate` (it was "
-                f"{self.optimizer.optimizer.param_groups[0]['lr']:g}), a longer warm-up (`warmup_ratio`), or `mixed_precision: bf16` or "
-                "`no` in place of fp16."
-            )
+            raise self._diverged(f"the loss became {loss}")
         self._sum, self._count = self._sum + loss, self._count + 1
-        if self._count == self.recipe.logging_steps:
+        if self._count >= self.recipe.logging_steps:
             self._write(self._pending_step, "train", {"loss": self._sum / self._count, **self._pending_rates})
             self._sum, self._count = 0.0, 0
         return stop > 0
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        found = checkpoint.find(self.checkpoints)
+        kept = f"The checkpoint of step {found[-1]} was written before. " if found else ""
+        rates = ", ".join(f"{rate:g}" for rate in self._rates().values())
+        return TrainingDiverged(
+            f"By step {self.step} {what}. {kept}Try a lower `learning_rate` or `head_learning_rate` (they were "
+            f"{rates}), a longer warm-up (`warmup_ratio`), or `mixed_precision: bf16` or `no` in place of fp16."
+        )
 
     def _rates(self) -> dict[str, float]:
         groups = self.optimizer.optimizer.param_groups
@@ -244,11 +257,15 @@ class Loop:
         )
         if self.metric not in metrics:
             raise RecipeError(f"`metric_for_best_model`: there is no {self.metric!r}; there are {sorted(metrics)}.")
+        if not math.isfinite(metrics["loss"]):
+            raise self._diverged(f"the loss of the validation rows became {metrics['loss']}")
         self._write(self.step, "validation", metrics)
         if is_better(self.task, self.metric, metrics[self.metric], self.state["best_value"]):
             self.state |= {"best_step": self.step, "best_value": metrics[self.metric], "evaluations_since_best": 0}
         else:
             self.state["evaluations_since_best"] += 1
+        if self.on_evaluation and self._main:
+            self.on_evaluation(self.step, metrics)
         return self._patience_is_over()
 
     def _patience_is_over(self) -> bool:
@@ -262,10 +279,16 @@ class Loop:
             "loss_count": self._count,
             "scheduler": self.scheduler.state_dict(),
         }
-        checkpoint.save(self.checkpoints, self.step, self.accelerator, self.model, self.optimizer, state)
+        try:
+            checkpoint.save(self.checkpoints, self.step, self.accelerator, self.model, self.optimizer, state)
+        except FloatingPointError as error:
+            raise self._diverged(str(error)) from error
+        self._keep()
+        self.accelerator.wait_for_everyone()
+
+    def _keep(self) -> None:
         if self._main:
             checkpoint.keep(self.checkpoints, {self.step, self.state["best_step"]})
-        self.accelerator.wait_for_everyone()
 
     def _catch_signals(self) -> dict[int, Any]:
         """From now on the first SIGINT or SIGTERM is only noted; a second one has its usual effect."""
@@ -275,7 +298,9 @@ class Loop:
 
         def note(number: int, frame: Any) -> None:
             self._signal = number
-            signal.signal(number, previous[number])
+            # torchrun passes a signal on to processes that may have got it already, and kills them in the end.
+            if not torch.distributed.is_torchelastic_launched():
+                signal.signal(number, previous[number])
 
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.getsignal(number)

@@ -41,6 +41,8 @@ def load_base(recipe: Recipe, task: Task) -> PreTrainedModel:
     Raises:
         RecipeError: if there is no such model, or it has no such head.
     """
+    # PEFT asks for it by its old name in every forward.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     auto_class = getattr(transformers, task.auto_class)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # the head is missing from the checkpoint: that is what we train
@@ -91,8 +93,6 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel) -> nn.Module:
         RecipeError: see `adapter_config`.
         UnsupportedBackboneError: if the model cannot take a prefix.
     """
-    # PEFT asks for it by its old name in every forward.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     config = adapter_config(recipe, task)
     model: Any = base
     if config is not None:

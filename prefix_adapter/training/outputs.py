@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import shutil
-import tempfile
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,16 +24,24 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..hub import write_model_card
 from .recipe import Recipe, RecipeError, load_recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from accelerate import Accelerator
 
 RECIPE, METRICS, RESULTS, CURVE, CARD = "recipe.yaml", "metrics.jsonl", "results.json", "curve.png", "README.md"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, LOGS = "checkpoints", "logs"
+_WEIGHTS = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "trained.safetensors"}
+_OURS = {RECIPE, METRICS, RESULTS, CURVE, CARD, CHECKPOINTS, LOGS, *_WEIGHTS}
+_SCRATCH = ".unfinished-"
 _PIPELINES = ("token-classification", "question-answering")
+_LEARNT = ("labels", "task_kwargs")
+"""What training fills in, from the rows, where the user does not say."""
 _MAY_DIFFER = ("output_dir", "report_to", "eval_batch_size", "logging_steps")
 
 
@@ -53,8 +61,8 @@ def may_claim(recipe: Recipe, resume: bool, overwrite: bool) -> None:
     if resume:
         if not earlier.is_file():
             raise RecipeError(f"`output_dir`: there is no run to resume in {folder} (it has no {RECIPE}).")
-        _compare(load_recipe(earlier), recipe)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        _compare(load_recipe(earlier), recipe, *_LEARNT)
+    elif folder.exists() and (not folder.is_dir() or _entries(folder)):
         if not overwrite:
             raise RecipeError(
                 f"`output_dir`: {folder} is not empty. Choose another folder, go on with the run in it (--resume), or "
@@ -62,40 +70,76 @@ def may_claim(recipe: Recipe, resume: bool, overwrite: bool) -> None:
             )
         if not earlier.is_file():
             raise RecipeError(f"`output_dir`: {folder} holds no run of ours (no {RECIPE}) and is left alone.")
+        others = sorted(_entries(folder) - _OURS)
+        if others:
+            raise RecipeError(
+                f"`output_dir`: {folder} holds {others[0]!r} too, which is of no run, and is left alone. Move it, or "
+                "choose another folder."
+            )
+
+
+def _entries(folder: Path) -> set[str]:
+    """What is in a folder, but for what a process that was killed had not finished."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(_SCRATCH)}
 
 
 def claim(recipe: Recipe, resume: bool, accelerator: Accelerator) -> None:
-    """Make the output folder ready for the run, after `may_claim`: an earlier run in it is removed unless resumed."""
+    """Make the output folder ready for the run, after `may_claim`: an earlier run in it is removed unless resumed.
+
+    Raises:
+        RecipeError: if the run that is to be resumed learnt other labels.
+    """
     folder = Path(recipe.output_dir)
-    if accelerator.is_main_process and not resume:
+    if resume:
+        _compare(load_recipe(folder / RECIPE), recipe)
+    if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         # The recipe, by which the folder is known as ours, goes last and comes first.
         for path in sorted(folder.iterdir(), key=lambda path: path.name == RECIPE):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        recipe.save(folder / RECIPE)
+            if resume and not path.name.startswith(_SCRATCH):
+                continue
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if not resume:
+            save_recipe(recipe)
     accelerator.wait_for_everyone()
 
 
-def _compare(earlier: Recipe, now: Recipe) -> None:
+def _compare(earlier: Recipe, now: Recipe, *left_out: str) -> None:
     old, new = earlier.to_dict(), now.to_dict()
     for key in old:
-        if old[key] != new[key] and key not in _MAY_DIFFER:
+        if old[key] != new[key] and key not in (*_MAY_DIFFER, *left_out):
             raise RecipeError(
-                f"`{key}`: the run in {now.output_dir} was started with {old[key]!r}, not {new[key]!r}. Resume it with its "
-                "own recipe, or start a new run."
+                f"`{key}`: the run in {now.output_dir} was started with {old[key]!r}, not {new[key]!r}. Resume it "
+                "with its own recipe, or start a new run."
             )
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write a file to, which takes the place of `path` when it is written: whole or not at all."""
+    scratch = path.with_name(_SCRATCH + path.name)
+    try:
+        yield scratch
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except BaseException as error:
+        scratch.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(f"{path}: {error}") from error
+        raise
+
+
+def save_recipe(recipe: Recipe) -> None:
+    """Write the recipe into its output folder."""
+    with replacing(Path(recipe.output_dir) / RECIPE) as scratch:
+        recipe.save(scratch)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file, whole or not at all."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=".unfinished-", delete=False, encoding="utf-8"
-    ) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 class Log:
@@ -111,17 +155,22 @@ class Log:
             accelerator.init_trackers("prefix-adapter", config=flat)
 
     def go_back(self, step: int) -> None:
-        """Forget what was recorded after a step, which is about to be computed again."""
+        """Forget what was recorded after a step and of the test rows, which is about to be computed again."""
         if self.accelerator.is_main_process and self.path.is_file():
-            kept = [line for line in self.read() if line["step"] <= step]
+            kept = [line for line in self.read() if line["step"] <= step and line["split"] != "test"]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, epoch: float, split: str, values: dict[str, float]) -> None:
         """Record values of a step."""
         if self.accelerator.is_main_process:
             line = {"step": step, "epoch": round(epoch, 4), "split": split, **values}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())  # a checkpoint relies on the lines before it
+            except OSError as error:
+                raise OSError(f"{self.path}: {error}") from error
         self.accelerator.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
 
     def read(self) -> list[dict[str, Any]]:
@@ -180,12 +229,9 @@ def draw_curve(lines: list[dict[str, Any]], metric: str, best_step: int | None, 
         axes.set(title=title, xlabel="optimizer step")
         axes.grid(alpha=0.3)
         axes.legend()
-    handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".png", prefix=".unfinished-")
-    os.close(handle)
-    figure.savefig(scratch, dpi=120)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=120)
     pyplot.close(figure)
-    os.chmod(scratch, 0o644)
-    os.replace(scratch, path)
 
 
 _CARD = """
@@ -207,8 +253,8 @@ The best of {steps} steps by {metric} on the validation rows: step {best_step}.
 
 ![Curves](curve.png)
 
-`recipe.yaml` in this repository repeats the run: `prefix-adapter train --config recipe.yaml --output_dir ...`. New rows are
-answered with `prefix-adapter predict <this repository or folder> rows.jsonl answers.jsonl`.
+`recipe.yaml` in this repository repeats the run: `prefix-adapter train --config recipe.yaml --output_dir ...`. New
+rows are answered with `prefix-adapter predict <this repository or folder> rows.jsonl answers.jsonl`.
 
 Versions: {versions}.
 """

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import json
+import math
 import os
-from dataclasses import dataclass, field
+import re
+from dataclasses import MISSING, dataclass, field
 from importlib import resources
+from inspect import formatannotation
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Optional, Union, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from huggingface_hub.dataclasses import type_validator
+from jsonargparse import ArgumentParser, Namespace
 
 TASKS = (
     "sequence-classification",
@@ -34,13 +38,13 @@ class Data:
     """Where the rows come from.
 
     Args:
-        path: A data set of the Hub or a folder that `datasets.load_dataset` reads. Without it `train`, `validation` and
-            `test` are files: .jsonl, .json, .csv, .tsv or .parquet, the text ones also as .gz.
+        path: A data set of the Hub or a folder that `datasets.load_dataset` reads. Without it `train`, `validation`
+            and `test` are files: .jsonl, .json, .csv, .tsv or .parquet, the text ones also as .gz.
         name: The configuration of a data set of the Hub.
         revision: The revision of a data set of the Hub: a branch, tag or commit.
         train: The split, or the file, to learn from.
-        validation: The split or file that the best checkpoint is chosen on. If it is not given, `validation_fraction` of
-            the training rows are held out.
+        validation: The split or file that the best checkpoint is chosen on. If it is not given, `validation_fraction`
+            of the training rows are held out.
         test: The split or file that the finished adapter is measured on, once.
         validation_fraction: Share of the training rows to hold out when there is no `validation`; in (0, 1).
         columns: What the data calls the task's columns, `{ours: theirs}`, for instance `{text: premise}`.
@@ -63,6 +67,13 @@ class Data:
     max_test_rows: Optional[int] = None
     num_proc: Optional[int] = None
 
+    def __post_init__(self) -> None:
+        _check_types(self, "data.")
+        for name in ("max_train_rows", "max_validation_rows", "max_test_rows", "num_proc"):
+            if getattr(self, name) is not None:
+                _require(f"data.{name}", getattr(self, name), least=1)
+        _require("data.validation_fraction", self.validation_fraction, above=0, below=1)
+
 
 @dataclass
 class Recipe:
@@ -76,23 +87,24 @@ class Recipe:
         adapter: A PEFT configuration as a mapping. `peft_type` is PREFIX_TUNING_V2 unless it says otherwise; the other
             keys are the configuration's own (`num_virtual_tokens`, `prefix_projection`, ...). For comparisons,
             `peft_type` may be any type of PEFT's, FULL (everything is trained) or HEAD (the task head alone).
-        model_kwargs: Passed on to `from_pretrained` of the base model (`dtype`, `attn_implementation`, `revision`, ...).
+        model_kwargs: Passed on to `from_pretrained` of the base model (`dtype`, `attn_implementation`, `revision`,
+            `hidden_dropout_prob` of a BERT, ...).
         task_kwargs: Settings of the task; `prefix-adapter train --help` lists them.
         max_length: Tokens of an input at most; the task's own default if not given.
-        batch_size: Rows of an optimizer step, over all processes and accumulation steps together, so that a recipe means
-            the same on one GPU and on eight.
+        batch_size: Rows of an optimizer step, over all processes and accumulation steps together, so that a recipe
+            means the same on one GPU and on eight.
         gradient_accumulation_steps: In how many parts each process computes its share of a batch.
         eval_batch_size: Rows of a forward pass of one process in evaluation.
         num_train_epochs: Passes over the training rows.
         max_steps: Stop after so many optimizer steps, whatever `num_train_epochs` says.
         group_by_length: Put rows of similar length into one batch, which saves padding.
-        learning_rate: Of the adapter. By default 1e-2 for a table of prefixes, 1e-3 for an MLP, 5e-4 for LoRA, 3e-5 for
-            FULL, 1e-2 for what else PEFT has.
+        learning_rate: Of the adapter. By default 1e-2 for a table of prefixes, 1e-3 for an MLP, 5e-4 for LoRA, 3e-5
+            for FULL, 1e-2 for what else PEFT has.
         head_learning_rate: Of the task head. By default 5e-3 beside an adapter or alone, `learning_rate` with FULL.
         weight_decay: AdamW's, for the adapter and the head.
         max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
-        lr_scheduler_type: A name that `transformers.get_scheduler` knows, or `exponential`, which multiplies the rate by
-            `lr_scheduler_kwargs: {gamma: ...}` after every epoch.
+        lr_scheduler_type: A name that `transformers.get_scheduler` knows, or `exponential`, which multiplies the rate
+            by `lr_scheduler_kwargs: {gamma: ...}` after every epoch.
         lr_scheduler_kwargs: Further settings of the schedule.
         warmup_ratio: Share of the steps in which the rate rises from 0.
         seed: Of the initial weights, the order of the rows and dropout.
@@ -141,15 +153,11 @@ class Recipe:
     labels: Optional[list[Union[str, int]]] = None
 
     def __post_init__(self) -> None:
-        for each in dataclasses.fields(self):
-            if getattr(self, each.name) is None and "Optional" not in str(each.type):
-                raise RecipeError(f"`{each.name}` needs a value.")
-        self.model, self.output_dir = os.fspath(self.model), os.fspath(self.output_dir)
-        for name in ("path", "train", "validation", "test"):
-            value = getattr(self.data, name)
-            setattr(self.data, name, value and os.fspath(value))
-        self.adapter = {"peft_type": "PREFIX_TUNING_V2", **self.adapter}
-        self.adapter["peft_type"] = str(self.adapter["peft_type"]).upper()
+        _check_types(self)
+        kind = self.adapter.get("peft_type", "PREFIX_TUNING_V2")
+        if not isinstance(kind, str):
+            raise RecipeError(f"`adapter.peft_type` must be the name of a method, got {kind!r}.")
+        self.adapter = {**self.adapter, "peft_type": kind.upper()}
         for name in ("learning_rate", "head_learning_rate"):
             if getattr(self, name) is not None:
                 _require(name, getattr(self, name), above=0)
@@ -158,14 +166,28 @@ class Recipe:
         for name in ("max_length", "max_steps", "eval_steps", "save_steps", "early_stopping_patience"):
             if getattr(self, name) is not None:
                 _require(name, getattr(self, name), least=1)
-        for name in ("max_train_rows", "max_validation_rows", "max_test_rows", "num_proc"):
-            if getattr(self.data, name) is not None:
-                _require(f"data.{name}", getattr(self.data, name), least=1)
         _require("num_train_epochs", self.num_train_epochs, above=0)
         for name in ("weight_decay", "max_grad_norm", "warmup_ratio"):
             _require(name, getattr(self, name), least=0)
         _require("warmup_ratio", self.warmup_ratio, most=1)
-        _require("data.validation_fraction", self.data.validation_fraction, above=0, below=1)
+        _require("seed", self.seed, least=0)
+        if self.labels is not None and len(set(self.labels)) < max(len(self.labels), 1):
+            raise RecipeError(f"`labels` must be different from each other, got {self.labels}.")
+        if len({type(label) for label in self.labels or []}) > 1:
+            raise RecipeError(f"`labels` must be all strings or all integers, got {self.labels}.")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """The recipe of plain values, as `to_dict` gives them.
+
+        Raises:
+            RecipeError: if a key is unknown or missing, or has an impossible value; the message names it.
+        """
+        _check_keys(values)
+        needed = [each.name for each in dataclasses.fields(cls) if each.default is each.default_factory is MISSING]
+        if missing := [f"`{name}`" for name in needed if name not in values]:
+            raise RecipeError(f"There must be a value for {', '.join(missing)}.")
+        return cls(**{**values, "data": Data(**values.get("data", {}))})
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, for YAML or JSON."""
@@ -173,7 +195,37 @@ class Recipe:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as YAML."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        text = yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        Path(path).write_text(text, encoding="utf-8")
+
+
+def _check_types(owner: Data | Recipe, prefix: str = "") -> None:
+    for name, hint in get_type_hints(type(owner)).items():
+        value = getattr(owner, name)
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+            setattr(owner, name, value)
+        number = type(value) is int and float in (hint, *get_args(hint))
+        try:
+            type_validator(name, float(value) if number else value, hint)
+        except TypeError as error:
+            # YAML's truth values are the likeliest slip: `labels: [no, yes]`, `mixed_precision: no`.
+            quotes = " (YAML reads no, yes, off and on as truth values: put them in quotes)"
+            quotes = quotes if re.search("True|False", repr(value)) else ""
+            raise RecipeError(f"`{prefix}{name}` must be {formatannotation(hint)}, got {value!r}{quotes}.") from error
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RecipeError(f"`{prefix}{name}` must be a finite number, got {value}.")
+
+
+def _check_keys(values: dict[str, Any]) -> None:
+    data = values.get("data", {})
+    if not isinstance(data, dict):
+        raise RecipeError(f"`data` must be a mapping, got {data!r}.")
+    for prefix, given, kind in (("", values, Recipe), ("data.", data, Data)):
+        known = [each.name for each in dataclasses.fields(kind)]
+        for key in given:
+            if key not in known:
+                raise RecipeError(f"`{prefix}{key}`: there is no such key; there are {', '.join(known)}.")
 
 
 def _require(
@@ -209,15 +261,67 @@ def recipe_path(name: str | os.PathLike[str]) -> str:
     raise RecipeError(f"There is no file {str(name)!r} and no recipe of that name; there are {recipe_names()}.")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-2 is a number, a date is a text, and a key that occurs twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = []
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"`{key.value}` occurs twice", problem_mark=key.start_mark)
+            seen.append(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts in quotes what `_Loader` would not read as a text."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_str)
+
+
+def _read(name: str | os.PathLike[str]) -> dict[str, Any]:
+    path = recipe_path(name)
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.load(file, _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} is no recipe: it must be a mapping of keys to values.")
+    return values
+
+
+class _ReadRecipe(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, value: Any, option_string: str | None = None) -> None:
+        try:
+            values = _read(value)
+            _check_keys(values)
+        except RecipeError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
+        data = {f"data.{key}": each for key, each in values.pop("data", {}).items()}
+        for key, each in {self.dest: value, **values, **data}.items():
+            namespace[key] = each
+
+
 def add_recipe_arguments(parser: ArgumentParser) -> None:
     """Give a parser the option `--config` and one option for each field of a recipe."""
-    parser.add_argument("--config", action="config", help="A recipe (YAML); later options override it.")
+    parser.add_argument("--config", action=_ReadRecipe, help="A recipe (YAML, or a name); later options override it.")
     parser.add_class_arguments(Recipe)
 
 
 def recipe_from(parsed: Namespace) -> Recipe:
-    """The recipe among the parsed arguments of `add_recipe_arguments`."""
-    return Recipe(**{each.name: parsed[each.name] for each in dataclasses.fields(Recipe)})
+    """The recipe among the parsed arguments of `add_recipe_arguments`.
+
+    Raises:
+        RecipeError: if a value is impossible; the message names the key.
+    """
+    values = {each.name: parsed[each.name] for each in dataclasses.fields(Recipe)}
+    return Recipe.from_dict({**values, "data": dict(vars(values["data"]))})
 
 
 def load_recipe(name: str | os.PathLike[str], **overrides: Any) -> Recipe:
@@ -225,16 +329,22 @@ def load_recipe(name: str | os.PathLike[str], **overrides: Any) -> Recipe:
 
     Args:
         name: a file, or the name of a recipe that comes with the package.
-        **overrides: values that take the place of the file's, with dots for nested ones: `**{"data.train": "a.jsonl"}`.
+        **overrides: values that take the place of the file's, with dots for nested ones:
+            `**{"data.train": "a.jsonl"}`.
 
     Raises:
         RecipeError: if the file is no valid recipe; the message names the key.
     """
-    parser = ArgumentParser(exit_on_error=False)
-    add_recipe_arguments(parser)
-    arguments = [f"--{key}={json.dumps(value)}" for key, value in overrides.items()]
+    values = _read(name)
     try:
-        parsed = parser.parse_args(["--config", recipe_path(name), *arguments])
-        return recipe_from(parser.instantiate(parsed))
-    except (ArgumentError, RecipeError) as error:
+        for key, value in overrides.items():
+            *parents, last = key.split(".")
+            place = values
+            for parent in parents:
+                place = place.setdefault(parent, {})
+                if not isinstance(place, dict):
+                    raise RecipeError(f"`{key}`: `{parent}` is no mapping, it is {place!r}.")
+            place[last] = dataclasses.asdict(value) if isinstance(value, Data) else value
+        return Recipe.from_dict(values)
+    except RecipeError as error:
         raise RecipeError(f"{name}: {error}") from error

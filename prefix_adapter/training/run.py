@@ -14,19 +14,29 @@ from accelerate.utils import set_seed
 from ..convert import fold
 from . import checkpoint, outputs
 from .data import hold_out, load_rows, take
+from .distributed import together
 from .evaluation import evaluate
 from .loop import Loop, new_accelerator
 from .model import adapter_config, learning_rates, load_base, load_tokenizer, trained, wrap
+from .recipe import RecipeError
 from .tasks import TASK_CLASSES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from datasets import Dataset
 
     from .recipe import Recipe
     from .tasks import Task
 
 
-def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_evaluation: Callable[[int, dict[str, float]], None] | None = None,
+) -> dict[str, Any]:
     """Train an adapter as a recipe says, and leave it in `recipe.output_dir` with its card, metrics and checkpoints.
 
     Run by `accelerate launch`, the processes share the work.
@@ -35,6 +45,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
         recipe: the recipe.
         resume: go on with the run in `recipe.output_dir`, from its last checkpoint.
         overwrite: replace the run in `recipe.output_dir`.
+        on_evaluation: called by the main process after every evaluation, with the step and the validation rows'
+            metrics; what it raises ends the run.
 
     Returns:
         The contents of `results.json`: metrics of the validation rows at the best step and of the test rows, and more.
@@ -49,18 +61,23 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
     """
     started = time.perf_counter()
     accelerator = new_accelerator(recipe)
-    outputs.may_claim(recipe, resume, overwrite)
-    tokenizer = load_tokenizer(recipe)
-    task = TASK_CLASSES[recipe.task](recipe, tokenizer)
-    adapter_config(recipe, task)
-    rows = load_splits(recipe, task)
-    set_seed(recipe.seed)  # the same first weights in every process
-    model = wrap(recipe, task, load_base(recipe, task))
+    with together(accelerator):
+        outputs.may_claim(recipe, resume, overwrite)
+        tokenizer = load_tokenizer(recipe)
+        task = TASK_CLASSES[recipe.task](recipe, tokenizer)
+        adapter_config(recipe, task)
+        rows = load_splits(recipe, task)
+        set_seed(recipe.seed)  # the same first weights in every process
+        model = wrap(recipe, task, load_base(recipe, task))
     outputs.claim(recipe, resume, accelerator)
     folder = Path(recipe.output_dir)
+    with together(accelerator):
+        if not (folder / outputs.RECIPE).is_file():
+            raise RecipeError(f"`output_dir`: {folder} must be in a file system that all nodes share.")
     log = outputs.Log(recipe, accelerator)
     parameters = sum(parameter.numel() for parameter in trained(model).values())
-    loop = Loop(recipe, task, model, rows["train"], rows["validation"], accelerator, folder / outputs.CHECKPOINTS, log)
+    checkpoints = folder / outputs.CHECKPOINTS
+    loop = Loop(recipe, task, model, rows["train"], rows["validation"], accelerator, checkpoints, log, on_evaluation)
     if resume and loop.resume():
         accelerator.print(f"Resuming after step {loop.step} of {loop.steps}.")
     log.go_back(loop.step)
@@ -122,7 +139,7 @@ def _metrics_of(line: dict[str, Any]) -> dict[str, float]:
 def _leave(recipe: Recipe, best: Path, log: outputs.Log, results: dict[str, Any]) -> None:
     """Write what a run leaves; the weights come last, so that a folder that has them has everything."""
     folder = Path(recipe.output_dir)
-    recipe.save(folder / outputs.RECIPE)
+    outputs.save_recipe(recipe)
     outputs.draw_curve(log.read(), results["metric"], results["best_step"], folder / outputs.CURVE)
     outputs.write_text(folder / outputs.RESULTS, json.dumps(results, indent=2) + "\n")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as scratch:

@@ -1,5 +1,9 @@
 """The tasks, one file each."""
 
+from .causal_lm import CausalLM
+from .multiple_choice import MultipleChoice
+from .question_answering import QuestionAnswering
+from .seq2seq_lm import Seq2SeqLM
 from .sequence_classification import SequenceClassification
 from .task import Task
 from .token_classification import TokenClassification
@@ -7,6 +11,10 @@ from .token_classification import TokenClassification
 TASK_CLASSES: dict[str, type[Task]] = {
     "sequence-classification": SequenceClassification,
     "token-classification": TokenClassification,
+    "question-answering": QuestionAnswering,
+    "multiple-choice": MultipleChoice,
+    "causal-lm": CausalLM,
+    "seq2seq-lm": Seq2SeqLM,
 }
 
 __all__ = ["TASK_CLASSES", "Task"]

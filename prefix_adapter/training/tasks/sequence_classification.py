@@ -13,6 +13,8 @@ from ..recipe import RecipeError
 from .task import Columns, Row, Task
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from datasets import Dataset
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -53,13 +55,9 @@ class SequenceClassification(Task):
             self.recipe.task_kwargs["problem_type"] = self.problem_type
         if self.problem_type == "regression" or self.labels is not None:
             return
-        many = self.problem_type == "multi_label_classification"
-        found = {label for each in solutions for label in (each if many and isinstance(each, list) else [each])}
-        kinds = {type(label).__name__ for label in found}
-        if kinds - {"str"} and kinds - {"int"}:
-            raise DataError(f"{source}: labels must all be strings or all be integers; there are {sorted(kinds)}.")
-        if len(found) < (1 if many else 2):
-            raise DataError(f"{source}: all rows have the same label, {found}: there is nothing to learn.")
+        found = distinct_labels(solutions, source)
+        if len(found) < (1 if self.problem_type == "multi_label_classification" else 2):
+            raise DataError(f"{source}: all rows have the same label, {found or 'none'}: there is nothing to learn.")
         self.labels = sorted(found)
 
     def problem(self, row: Row, solved: bool) -> str | None:
@@ -76,13 +74,13 @@ class SequenceClassification(Task):
         if self.problem_type == "regression":
             good = isinstance(solution, (int, float)) and math.isfinite(solution)
             return None if good else f"{self.target!r} must be a finite number, it is {solution!r}."
-        many = self.problem_type == "multi_label_classification"
-        if many and not isinstance(solution, list):
-            return f"{self.target!r} must be a list of labels, it is {solution!r}."
-        if self.labels is not None:
-            for label in solution if many else [solution]:
-                if label not in self.labels:
-                    return f"the label {label!r} does not occur in the training rows, which have {self.labels}."
+        labels = solution if isinstance(solution, list) else [solution]
+        if self.problem_type is not None and isinstance(solution, list) != (self.problem_type == KINDS[1]):
+            wanted = "a list of labels" if self.problem_type == KINDS[1] else "one label"
+            return f"{self.target!r} must be {wanted}, it is {solution!r}."
+        for label in labels:
+            if self.labels is not None and label not in self.labels:
+                return unknown_label(label, self.labels)
         return None
 
     def model_kwargs(self) -> dict[str, Any]:
@@ -171,6 +169,33 @@ def _correlation(name: str, solutions: list[float], predictions: list[float]) ->
     if len(set(solutions)) < 2 or len(set(predictions)) < 2:
         return 0.0
     return float(getattr(stats, name)(solutions, predictions).statistic)
+
+
+def distinct_labels(solutions: Iterable[Any], source: str) -> set[Any]:
+    """The labels that occur.
+
+    Args:
+        solutions: for each row a label or a list of labels.
+        source: what the rows are called in error messages.
+
+    Raises:
+        DataError: if the labels are neither all strings nor all integers.
+    """
+    found: set[Any] = set()
+    for number, solution in enumerate(solutions, start=1):
+        for label in solution if isinstance(solution, list) else [solution]:
+            if type(label) not in (str, int) or any(type(label) is not type(other) for other in found):
+                raise DataError(
+                    f"{source}, row {number}: the label {label!r} is a {type(label).__name__}; labels must be strings "
+                    "in all rows, or integers in all rows."
+                )
+            found.add(label)
+    return found
+
+
+def unknown_label(label: Any, labels: list[str | int]) -> str:
+    """What is wrong with a label that is none of those there are, in words."""
+    return f"the label {label!r} is none of those of the training rows (or of `labels`), {labels}."
 
 
 def label_names(labels: list[str | int] | None) -> dict[str, Any]:

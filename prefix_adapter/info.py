@@ -1,0 +1,71 @@
+"""What a saved adapter holds, read from its files alone: no model is loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+
+from .layer import PREFIX
+
+
+def describe(adapter: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
+    """Read what a saved adapter is, and what is in its file.
+
+    Args:
+        adapter: its folder, or its name on the Hub.
+        revision: its revision on the Hub.
+
+    Returns:
+        Its type, base model, task and settings, the bytes of its file, and the shape and dtype of each tensor.
+
+    Raises:
+        ValueError: if there is no adapter, or its file is damaged.
+    """
+    folder = Path(adapter)
+    if folder.is_dir():
+        path = folder / SAFETENSORS_WEIGHTS_NAME
+        if not path.is_file():
+            raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: it holds no adapter.")
+    else:
+        try:
+            path = Path(hf_hub_download(str(adapter), SAFETENSORS_WEIGHTS_NAME, revision=revision))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"There is no folder {str(adapter)!r}, and on the Hub: {error}") from error
+    config = PeftConfig.from_pretrained(str(adapter), **({} if revision is None else {"revision": revision}))
+    tensors, parameters = {}, {"prefix": 0, "other": 0}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a handle, not a mapping)
+                part = file.get_slice(name)
+                shape = list(part.get_shape())
+                tensors[name] = {"shape": shape, "dtype": part.get_dtype()}
+                count = 1
+                for size in shape:
+                    count *= size
+                parameters["prefix" if f".{PREFIX}" in name else "other"] += count
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    defaults = type(config)().to_dict()
+    hidden = ("peft_type", "base_model_name_or_path", "task_type", "inference_mode", "auto_mapping", "peft_version")
+    settings = {
+        name: sorted(value) if isinstance(value, set) else value
+        for name, value in config.to_dict().items()
+        if name not in hidden and value != defaults.get(name)
+    }
+    if f"{PREFIX}".rstrip("_") in str(config.peft_type).lower():
+        settings = {"num_virtual_tokens": config.num_virtual_tokens, **settings}
+    return {
+        "peft_type": str(getattr(config.peft_type, "value", config.peft_type)),
+        "base_model": config.base_model_name_or_path,
+        "task_type": config.task_type and str(getattr(config.task_type, "value", config.task_type)),
+        "settings": settings,
+        "parameters": parameters,
+        "bytes": path.stat().st_size,
+        "tensors": tensors,
+    }

@@ -1,0 +1,62 @@
+"""A text for a text: translation, summaries, questions with written answers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from .generation import TextGeneration
+from .task import Columns, Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Seq2SeqLM(TextGeneration):
+    """Learn to write `target` for `text`, with an encoder-decoder.
+
+    The loss is on the tokens of `target`, as the tokenizer makes them of a `text_target`; the models make the
+    decoder's inputs of them by a shift. Texts longer than `max_length` lose their end, and so do targets longer than
+    `max_target_length`.
+    """
+
+    auto_class = "AutoModelForSeq2SeqLM"
+    peft_task_type = "SEQ_2_SEQ_LM"
+    columns = {"text": "the text to read"}
+    target = "target"
+    settings = {
+        "max_target_length": (128, "Tokens of a target at most."),
+        "num_beams": (1, "Beams of the search; 1 is greedy."),
+        **TextGeneration.settings,
+        "max_new_tokens": (None, "Tokens to generate at most; by default `max_target_length`."),
+    }
+    rouge = ("rouge1", "rouge2", "rougeL")
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        if self.kwargs["max_new_tokens"] is None:
+            self.kwargs["max_new_tokens"] = self.kwargs["max_target_length"]
+        for name in ("max_target_length", "max_new_tokens", "num_beams"):
+            self.at_least_one(name)
+
+    def problem(self, row: Row, solved: bool) -> str | None:
+        problem = self.problem_of(row, "text")
+        return self.problem_of(row, self.target) if solved and problem is None else problem
+
+    def features(self, rows: Columns, indices: list[int], solved: bool) -> Columns:
+        options = {"truncation": True, "verbose": False}
+        encoded = self.tokenizer(rows["text"], max_length=self.max_length, **options)
+        result = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "row": indices}
+        if solved:
+            length = self.kwargs["max_target_length"]
+            targets = self.tokenizer(text_target=rows[self.target], max_length=length, **options)
+            result["labels"] = targets["input_ids"]
+        return result
+
+    def collate_labels(self, labels: list[Any], input_ids: Tensor) -> Tensor:
+        return pad_sequence([torch.tensor(each) for each in labels], batch_first=True, padding_value=-100)
+
+    def generation(self) -> dict[str, Any]:
+        return {name: self.kwargs[name] for name in ("max_new_tokens", "num_beams")}

@@ -1,0 +1,120 @@
+"""Runs several training runs in the processes that a launcher started, to start them only once for many tests.
+
+    accelerate launch ... distributed_worker.py JOBS.json
+
+JOBS.json is a list of jobs, done one after the other. What the processes saw is in `NAME-RANK.json` beside it. A job:
+
+    name         its name
+    recipe       the arguments of `Recipe`
+    only         {rank: values of the recipe that only this process has}
+    folder       {rank: a working directory}
+    resume       go on with the run
+    interrupt    [rank, step]: this process gets a SIGTERM then
+    wait         the step before which all processes wait for a signal
+    disk_full    the main process cannot write checkpoints
+    wrap         the class name of FSDP's policy for what is gathered for itself
+"""
+
+import errno
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    # Accelerate has these on GPUs only; PyTorch and DeepSpeed have them on CPUs too.
+    from accelerate.state import DistributedType, PartialState
+
+    deepspeed = os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false")
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = deepspeed
+    del os.environ["ACCELERATE_USE_CPU"]
+
+from accelerate.state import AcceleratorState
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from prefix_adapter.training import Data, Recipe, TrainingInterrupted, checkpoint, train
+from prefix_adapter.training import run as run_module
+from prefix_adapter.training.loop import Loop
+
+torch.set_num_threads(1)
+rank = int(os.environ["RANK"])
+jobs_file = Path(sys.argv[1])
+
+
+class WatchedLoop(Loop):
+    """Notes what is sharded and what is sent."""
+
+    job: dict
+    seen: dict
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        seen = self.seen
+        seen["reduced_bytes"] = []
+        parameters = list(self.model.parameters())
+        seen["numel"] = sum(parameter.numel() for parameter in parameters)
+        seen["kept_numel"] = sum(
+            (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
+            for parameter in parameters
+        )
+        if isinstance(self.model, DistributedDataParallel):
+
+            def count(state, bucket):
+                seen["reduced_bytes"].append(bucket.buffer().nbytes)
+                return allreduce_hook(state, bucket)
+
+            self.model.register_comm_hook(None, count)
+
+    def _train_step(self, batch):
+        if self.job.get("interrupt") == [rank, self.step]:
+            signal.raise_signal(signal.SIGTERM)
+        if self.job.get("wait") == self.step:
+            jobs_file.with_name(f"waiting-{rank}").touch()
+            deadline = time.monotonic() + 60
+            while self._signal is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+        return super()._train_step(batch)
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def do(job: dict) -> dict:
+    settings = {**job["recipe"], **job.get("only", {}).get(str(rank), {})}
+    settings["data"] = Data(**settings["data"])
+    os.chdir(job.get("folder", {}).get(str(rank), jobs_file.parent))
+    WatchedLoop.job, WatchedLoop.seen = job, (seen := {})
+    if "wrap" in job:
+        plugin = AcceleratorState().fsdp_plugin
+        plugin.auto_wrap_policy, plugin.min_num_params = functools.partial(size_based_auto_wrap_policy), 1
+    with mock.patch.object(run_module, "Loop", WatchedLoop):
+        try:
+            with mock.patch.object(checkpoint, "save_file", no_space if job.get("disk_full") else checkpoint.save_file):
+                seen["results"] = train(Recipe(**settings), resume=job.get("resume", False))
+        except TrainingInterrupted as error:
+            print(error, flush=True)
+            seen["error"] = [type(error).__name__, str(error)]
+        except Exception as error:
+            seen["error"] = [type(error).__name__, str(error)]
+    return seen
+
+
+# At the end of a run the processes part; the next one needs them.
+with mock.patch.object(torch.distributed, "destroy_process_group"):
+    for each in json.loads(jobs_file.read_text()):
+        report = do(each)
+        jobs_file.with_name(f"{each['name']}-{rank}.json").write_text(json.dumps(report))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()

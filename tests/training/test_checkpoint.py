@@ -1,0 +1,359 @@
+"""Checkpoints and the output folder: whenever a run dies, what is there is whole and can be gone on with."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import yaml
+from conftest import save_base, topic_rows, write_rows
+from peft import PeftConfig
+from safetensors.torch import load_file
+from test_loop import what_counts
+from test_run import recipe
+from tqdm import tqdm
+
+from prefix_adapter.training import RecipeError, checkpoint, load_recipe, outputs, train
+from prefix_adapter.training.loop import Loop
+
+PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Makes recipes of runs of one kind, by their output folders' names."""
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    base = save_base(tmp_path / "bert", "bert", **dropout)
+    rows = {
+        "train": write_rows(tmp_path / "train.jsonl", topic_rows(16)),
+        "validation": write_rows(tmp_path / "validation.jsonl", topic_rows(5, 100)),
+        "test": write_rows(tmp_path / "test.jsonl", topic_rows(5, 200)),
+    }
+    monkeypatch.setattr(outputs, "draw_curve", lambda *args: None)  # it takes longer than all the rest
+
+    def make(name, **changes):
+        settings = {"num_train_epochs": 2, "save_steps": 1, "eval_steps": 2, "logging_steps": 1, **changes}
+        return recipe(base, rows, tmp_path / name, **settings)
+
+    return make
+
+
+def in_child(work, report: Path) -> int:
+    """Start a process that goes on from here, which is warm; returns its id. What it raises is written to a file."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    tqdm.set_lock(threading.RLock())  # its own would be locked for all if it died with it
+    try:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        work()
+        code = 0
+    except BaseException:
+        report.write_text(traceback.format_exc())
+    finally:
+        os._exit(code)
+
+
+def was_killed(child: int, report: Path) -> bool:
+    """Wait for a process; whether it was killed. If not it must have ended well."""
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.waitstatus_to_exitcode(status) == 0, report.read_text()
+    return False
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(number: int, folder: Path) -> None:
+    """Kill this process when it does something to the file system in a folder for the so-manyth time.
+
+    Python reports what it is about to do (PEP 578). Files that are opened count twice, before that and after, when
+    they are empty. So do those of safetensors, which is no Python, before they are written and when half of them is.
+    """
+    count, opening = 0, False
+
+    def step() -> bool:
+        nonlocal count
+        count += 1
+        return count == number
+
+    def hook(event: str, args: tuple) -> None:
+        nonlocal opening
+        if opening or event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"):
+            return
+        path = args[0]
+        # What is removed with its folder is named relative to that.
+        if isinstance(path, int) or not (str(path).startswith(str(folder)) or event in ("os.remove", "os.rmdir")):
+            return
+        if event == "open":
+            flags = args[2]
+            if not flags & (os.O_WRONLY | os.O_RDWR):
+                return
+            if step():
+                die()
+            if step():
+                opening = True
+                os.open(path, flags, 0o644)
+                die()
+        elif step():
+            die()
+
+    original = safetensors.torch.serialize_file
+
+    def serialize_file(tensors, path, *args, **kwargs):
+        if step():
+            die()
+        original(tensors, path, *args, **kwargs)
+        if step():
+            os.truncate(path, os.path.getsize(path) // 2)
+            die()
+
+    safetensors.torch.serialize_file = serialize_file
+    sys.addaudithook(hook)
+
+
+def assert_whole(folder: Path) -> None:
+    """Every checkpoint can be read completely."""
+    for step in checkpoint.find(folder / "checkpoints"):
+        own = checkpoint.folder_of(folder / "checkpoints", step)
+        assert json.loads((own / "state.json").read_text())["step"] == step
+        names = set(load_file(own / "adapter_model.safetensors"))
+        assert len(load_file(own / "optimizer.safetensors")) == 3 * len(names)
+        assert PeftConfig.from_pretrained(own).num_virtual_tokens == 4
+        assert (own / "README.md").exists()
+    if (folder / "recipe.yaml").exists():
+        load_recipe(folder / "recipe.yaml")
+
+
+def durable(folder: Path) -> dict[str, bytes]:
+    """What there is in a folder, but for what was not finished."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and ".unfinished-" not in str(path)]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def go_on(run) -> None:
+    """Start a run that was killed once more, as its user would."""
+    train(run, resume=(Path(run.output_dir) / "recipe.yaml").exists())
+
+
+def test_killed_at_every_step_on_the_way_to_the_disk(make, tmp_path):
+    short = {"max_steps": 2}
+    train(make("whole", **short))
+    expected = what_counts(tmp_path / "whole")
+    folder, report, states = tmp_path / "killed", tmp_path / "report", []
+    for number in range(1, 1000):
+        shutil.rmtree(folder, ignore_errors=True)
+
+        def work(number=number):
+            die_at(number, folder)
+            train(make("killed", **short))
+
+        if not was_killed(in_child(work, report), report):
+            break
+        assert_whole(folder)
+        state = durable(folder)
+        if state in states:  # from the same it goes on to the same
+            continue
+        states.append(state)
+        go_on(make("killed", **short))
+        assert what_counts(folder) == expected
+        assert not list(folder.rglob(".unfinished-*"))
+    print(number, len(states))
+    assert number > 100 and len(states) > 15
+    # And once more while it is gone on with.
+    finished = durable(folder)
+    shutil.rmtree(folder)
+    for number in range(1, 1000, 7):
+
+        def work(number=number):
+            die_at(number, folder)
+            go_on(make("killed", **short))
+
+        if not was_killed(in_child(work, report), report):
+            break
+        assert_whole(folder)
+    assert what_counts(folder) == expected and durable(folder).keys() == finished.keys()
+
+
+def test_killed_at_any_moment(make, tmp_path):
+    long = {"num_train_epochs": 15}
+    train(make("whole", **long))
+    folder, report, killed, moments = tmp_path / "killed", tmp_path / "report", 0, random.Random(0)
+    while True:
+        before = checkpoint.find(folder / "checkpoints")
+        child = in_child(lambda: go_on(make("killed", **long)), report)
+        while checkpoint.find(folder / "checkpoints") == before and not os.waitid(os.P_PID, child, PEEK):
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        if not was_killed(child, report):
+            break
+        killed += 1
+        assert_whole(folder)
+    assert killed > 5
+    assert what_counts(folder) == what_counts(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("size", ["adapter_model.safetensors", "optimizer.safetensors", "state.json", "README.md"])
+def test_a_full_disk(make, tmp_path, size):
+    """No file may grow beyond a limit from the second checkpoint on: those of weights cannot, or others cannot."""
+    train(make("whole"))
+    expected = what_counts(tmp_path / "whole")
+    first = tmp_path / "whole" / "checkpoints" / "step-000004"
+    limit, report, folder = (first / size).stat().st_size - 1, tmp_path / "report", tmp_path / "full"
+    kept = {}
+
+    def fill(step, metrics):
+        if step == 4:
+            assert checkpoint.find(folder / "checkpoints") == [2, 3]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    def work():
+        with pytest.raises(OSError) as error:
+            train(make("full"), on_evaluation=fill)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        said = str(error.value)
+        assert said.startswith(str(folder / "checkpoints" / "step-000004")) and "File too large" in said
+        assert "The checkpoint of step 4 was not written; what was there before is untouched." in said
+
+    assert not was_killed(in_child(work, report), report), kept
+    assert sorted(os.listdir(folder / "checkpoints")) == ["step-000002", "step-000003"]
+    assert_whole(folder)
+    assert not (folder / "adapter_model.safetensors").exists()
+    go_on(make("full"))
+    assert what_counts(folder) == expected
+
+
+def test_a_disk_that_is_full_at_the_end(make, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", _full_disk)
+        with pytest.raises(OSError, match=r"out/recipe.yaml: .*No space left"):
+            train(make("out"))
+    assert os.listdir(tmp_path / "out") == []
+    train(make("out"))
+
+
+def _full_disk(path, *args, **kwargs):
+    path.touch()
+    raise OSError(28, "No space left on device")
+
+
+def test_a_folder_in_use_is_left_alone(make, tmp_path):
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "chapter.tex").write_text("Years of work")
+    for overwrite, said in ((False, "is not empty.*--resume.*--overwrite"), (True, "no run of ours")):
+        with pytest.raises(RecipeError, match=rf"`output_dir`: .*thesis .*{said}"):
+            train(make("thesis"), overwrite=overwrite)
+    with pytest.raises(RecipeError, match=r"`output_dir`: there is no run to resume in .*thesis"):
+        train(make("thesis"), resume=True)
+    (folder / "recipe.yaml").write_text("task: sequence-classification\n")  # of the user's, to start the run with
+    with pytest.raises(RecipeError, match=r"holds 'chapter.tex' too"):
+        train(make("thesis"), overwrite=True)
+    assert durable(folder).keys() == {"chapter.tex", "recipe.yaml"}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match=r"`output_dir`: .*file is not empty"):
+        train(make("file"))
+
+
+def test_a_run_is_replaced_when_asked(make, tmp_path):
+    train(make("out", seed=1))
+    train(make("fresh", seed=2))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "events").write_text("")
+    (tmp_path / "out" / "logs").symlink_to(tmp_path / "elsewhere")
+    before = durable(tmp_path / "out")
+    with pytest.raises(RecipeError, match="is not empty"):
+        train(make("out", seed=2))
+    assert durable(tmp_path / "out") == before
+    train(make("out", seed=2), overwrite=True)
+    assert what_counts(tmp_path / "out") == what_counts(tmp_path / "fresh")
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(tmp_path / "fresh"))
+    assert (tmp_path / "elsewhere" / "events").exists()  # a link was removed, not what it points to
+
+
+def test_nothing_is_removed_before_the_new_run_can_start(make, tmp_path):
+    train(make("out"))
+    before = durable(tmp_path / "out")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    bad = make("out")
+    bad.data.train = str(empty)
+    with pytest.raises(ValueError, match="is empty"):
+        train(bad, overwrite=True)
+    with pytest.raises(RecipeError, match="cannot be loaded"):
+        train(make("out", model_kwargs={"dtype": "float17"}), overwrite=True)
+    assert durable(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": 0.5},
+        {"seed": 7},
+        {"adapter": {"num_virtual_tokens": 5}},
+        {"task_kwargs": {"threshold": 0.7}},
+        {"labels": ["b", "a"]},
+    ],
+)
+def test_another_recipe_is_not_resumed(make, tmp_path, changes):
+    train(make("out", max_steps=1))
+    before = durable(tmp_path / "out")
+    (key,) = changes
+    with pytest.raises(RecipeError, match=rf"`{key}`: the run in .*out was started with"):
+        train(make("out", max_steps=1, **changes), resume=True)
+    assert durable(tmp_path / "out") == before
+
+
+def test_other_rows_are_not_gone_on_with(make, tmp_path):
+    train(make("out", max_steps=1))
+    write_rows(tmp_path / "train.jsonl", [*topic_rows(16), {"text": "w7", "label": "c"}])
+    with pytest.raises(
+        RecipeError, match=r"`labels`: the run .* was started with \['a', 'b'\], not \['a', 'b', 'c'\]"
+    ):
+        train(make("out", max_steps=1), resume=True)
+
+
+def test_what_may_differ_when_resuming(make, tmp_path):
+    results = train(make("out"))
+    (tmp_path / "out").rename(tmp_path / "moved")
+    again = train(make("moved", eval_batch_size=3), resume=True)
+    assert again["best_step"] == results["best_step"]
+    assert yaml.safe_load((tmp_path / "moved" / "recipe.yaml").read_text())["output_dir"] == str(tmp_path / "moved")
+    # The recipe that a run leaves resumes it too.
+    assert train(load_recipe(tmp_path / "moved" / "recipe.yaml"), resume=True)["steps"] == results["steps"]
+
+
+@pytest.mark.parametrize("labels", [[3, 10, 2], ["yes", "no", "3"]])
+def test_resuming_with_labels_of_all_kinds(make, tmp_path, monkeypatch, labels):
+    rows = [{**row, "label": labels[i % 3]} for i, row in enumerate(topic_rows(16))]
+    write_rows(tmp_path / "train.jsonl", rows)
+    write_rows(tmp_path / "validation.jsonl", rows[:5])
+    write_rows(tmp_path / "test.jsonl", rows[5:9])
+    results = train(make("out"))
+    assert load_recipe(tmp_path / "out" / "recipe.yaml").labels == sorted(labels)
+    monkeypatch.setattr(Loop, "_train_step", None)
+    assert train(make("out"), resume=True)["validation"] == results["validation"]
+
+
+def test_files_can_be_read_by_others(make, tmp_path):
+    train(make("out"))
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.stat().st_mode & 0o044 == 0o044, path

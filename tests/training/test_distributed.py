@@ -1,0 +1,381 @@
+"""Two processes on the CPU do what one does: data parallel (DDP), sharded (FSDP2), on two machines.
+
+Every launcher is started once, in a fixture, for all tests of it; `distributed_worker.py` is what it runs.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from conftest import save_base, topic_rows, write_rows
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from prefix_adapter.training import Data, Recipe, RecipeError, train
+from prefix_adapter.training.distributed import check
+from prefix_adapter.training.loop import new_accelerator
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "accelerate"
+WORKER = str(Path(__file__).with_name("distributed_worker.py"))
+FROZEN = ("attention.self", "word_embeddings", "LayerNorm", "lm_head", "shared", "SelfAttention")
+
+
+def tag_rows(count: int, start: int = 0) -> list[dict]:
+    """Sentences of 1 to 22 tokens, so that two processes' shares of a batch weigh very different."""
+    rows = []
+    for i in range(start, start + count):
+        words = [(i * 5 + j * 3) % 80 for j in range(1 + (i * 7) % 22)]
+        tags = ["B-X" if word < 30 else "I-X" if word < 40 else "O" for word in words]
+        rows.append({"tokens": [f"w{word}" for word in words], "tags": tags})
+    return rows
+
+
+def pair_rows(count: int) -> list[dict]:
+    return [
+        {
+            "text": " ".join(f"w{(i * 3 + j) % 20}" for j in range(2 + i % 5)),
+            "target": " ".join(f"w{(i + j) % 9}" for j in range(1 + i % 3)),
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory) -> dict[str, dict]:
+    """The recipes that one and two processes follow, without `output_dir`."""
+    folder = tmp_path_factory.mktemp("data")
+    topics = {
+        "train": write_rows(folder / "train.jsonl", topic_rows(48)),
+        "validation": write_rows(folder / "validation.jsonl", topic_rows(19, 100)),
+        "test": write_rows(folder / "test.jsonl", topic_rows(1, 200)),
+    }
+    tags = {
+        "train": write_rows(folder / "tags.jsonl", tag_rows(24)),
+        "validation": write_rows(folder / "more_tags.jsonl", tag_rows(9, 24)),
+    }
+    pairs = {
+        "train": write_rows(folder / "pairs.jsonl", pair_rows(16)),
+        "validation": write_rows(folder / "more_pairs.jsonl", pair_rows(5)),
+    }
+    bert = save_base(folder / "bert", "bert")
+    adapter = {"num_virtual_tokens": 4, "prefix_dropout": 0.0}
+    rates = {"learning_rate": 0.03, "head_learning_rate": 0.02, "logging_steps": 1}
+    topic = {
+        "task": "sequence-classification",
+        "model": bert,
+        "data": topics,
+        "adapter": adapter,
+        "batch_size": 8,
+        "eval_batch_size": 3,
+        "num_train_epochs": 5,
+        "max_length": 16,
+        **rates,
+    }
+    return {
+        "topic": topic,
+        "accumulated": {**topic, "gradient_accumulation_steps": 2},
+        "tags": {
+            **topic,
+            "task": "token-classification",
+            "data": tags,
+            "adapter": {**adapter, "prefix_projection": True, "encoder_hidden_size": 8},
+            "num_train_epochs": 2,
+            "gradient_accumulation_steps": 2,
+        },
+        "generated": {
+            **topic,
+            "task": "seq2seq-lm",
+            "model": save_base(folder / "t5", "t5"),
+            "data": pairs,
+            "task_kwargs": {"max_new_tokens": 4},
+            "eval_batch_size": 1,
+            "num_train_epochs": 1,
+        },
+        "random": {
+            **topic,
+            "adapter": {"num_virtual_tokens": 4, "prefix_dropout": 0.3},
+            "num_train_epochs": 3,
+            "eval_steps": 5,
+        },
+        "bart": {**topic, "model": save_base(folder / "bart", "bart")},
+    }
+
+
+@pytest.fixture(scope="module")
+def one(recipes, tmp_path_factory) -> Path:
+    """What one process makes of the recipes: folders by their names."""
+    folder = tmp_path_factory.mktemp("one")
+    torch.set_num_threads(1)
+    for name in ("topic", "tags", "generated"):
+        own = recipes[name]
+        train(Recipe(**{**own, "data": Data(**own["data"]), "output_dir": folder / name}))
+    return folder
+
+
+def launch(config: str, *arguments: str, **options) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / config)]
+    command += ["--num_processes", "2", "--mixed_precision", "no", *arguments]
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
+    )
+
+
+def free_port() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
+
+
+def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        output, _ = process.communicate()
+        pytest.fail(f"the processes hang:\n{output}")
+    return process.returncode, output
+
+
+def work(config: str, folder: Path, jobs: list[dict]) -> dict[str, list[dict]]:
+    """Have two processes do jobs; what each of them saw, by the jobs' names."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    status, output = finish(launch(config, "--main_process_port", "0", WORKER, str(folder / "jobs.json")))
+    assert status == 0, output
+    return {
+        job["name"]: [json.loads((folder / f"{job['name']}-{rank}.json").read_text()) for rank in (0, 1)]
+        for job in jobs
+    }
+
+
+def job(name: str, recipe: dict, **options) -> dict:
+    return {"name": name, "recipe": {"output_dir": name, **recipe}, **options}
+
+
+@pytest.fixture(scope="module")
+def ddp(recipes, tmp_path_factory) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("ddp")
+    (folder / "elsewhere").mkdir()
+    topic = recipes["topic"]
+    jobs = [job(name, recipes[name]) for name in ("topic", "accumulated", "tags", "generated", "random")]
+    missing = {"data": {**topic["data"], "train": "missing.jsonl"}}
+    jobs += [
+        job("missing", topic, only={1: missing}),
+        job("apart", topic, folder={1: str(folder / "elsewhere")}),
+        job("disk_full", topic, disk_full=True),
+    ]
+    return SimpleNamespace(folder=folder, seen=work("cpu_two_processes.yaml", folder, jobs))
+
+
+@pytest.fixture(scope="module")
+def fsdp(recipes, tmp_path_factory) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("fsdp")
+    jobs = [job(name, recipes[name]) for name in ("topic", "tags", "generated", "random")]
+    jobs += [
+        job("stopped", recipes["random"], interrupt=[1, 7]),
+        {**job("resumed", recipes["random"], resume=True), "recipe": {**recipes["random"], "output_dir": "stopped"}},
+        job("bart", recipes["bart"]),
+        job("wrapped", recipes["topic"], wrap=True),
+    ]
+    return SimpleNamespace(folder=folder, seen=work("fsdp2.yaml", folder, jobs))
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    """The same losses, metrics and adapter, but for rounding."""
+    found, expected = lines(folder), lines(reference)
+    assert [line.pop("split") for line in found] == [line.pop("split") for line in expected]
+    assert found == [pytest.approx(line, rel=1e-4, abs=1e-4) for line in expected]
+    found, expected = (json.loads((each / "results.json").read_text()) for each in (folder, reference))
+    for split in {"validation", "test"} & set(expected):
+        assert found[split] == pytest.approx(expected[split], rel=1e-4, abs=1e-4)
+    assert (found["best_step"], found["trained_parameters"]) == (expected["best_step"], expected["trained_parameters"])
+    found, expected = (load_file(each / "adapter_model.safetensors") for each in (folder, reference))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [("topic", "topic"), ("accumulated", "topic"), ("tags", "tags"), ("generated", "generated")],
+)
+def test_ddp_is_the_same_run(ddp, one, name, reference):
+    assert_same_run(ddp.folder / name, one / reference)
+    assert [each["results"]["processes"] for each in ddp.seen[name]] == [2, 2]
+
+
+@pytest.mark.parametrize("name", ["topic", "tags", "generated"])
+def test_fsdp_is_the_same_run(fsdp, one, name):
+    assert_same_run(fsdp.folder / name, one / name)
+
+
+def test_the_runs_tell_right_from_wrong(one):
+    """What they must have for the tests of this file to see a mistake: a best step before the last, and errors."""
+    results = json.loads((one / "topic" / "results.json").read_text())
+    assert results["best_step"] < results["steps"]
+    assert any(0 < line["accuracy"] < 1 for line in lines(one / "topic") if "accuracy" in line)
+
+
+def test_only_what_is_trained_is_reduced(ddp):
+    saved = load_file(ddp.folder / "topic" / "adapter_model.safetensors")
+    steps = ddp.seen["topic"][0]["results"]["steps"]
+    for seen in ddp.seen["topic"]:
+        assert sum(seen["reduced_bytes"]) == steps * sum(tensor.nbytes for tensor in saved.values())
+
+
+def test_accumulation_reduces_once_a_step(ddp):
+    assert ddp.seen["accumulated"][0]["reduced_bytes"] == ddp.seen["topic"][0]["reduced_bytes"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["topic", "generated"])
+def test_only_what_is_trained_is_saved(kind, name, request):
+    run = request.getfixturevalue(kind)
+    files = list((run.folder / name / "checkpoints").rglob("*.safetensors"))
+    assert len(files) >= 2
+    for file in files:
+        with safe_open(file, "pt") as contents:
+            shapes = {key: tuple(contents.get_slice(key).get_shape()) for key in contents.keys()}  # noqa: SIM118
+        assert not [key for key in shapes if any(part in key for part in FROZEN)]
+        tables = [shape for key, shape in shapes.items() if "prefix_tuning_v2" in key and not key.endswith("/step")]
+        assert tables and all(shape[0] == 4 for shape in tables)  # rows of the prefix, whole
+
+
+def test_fsdp_keeps_a_part_in_each_process(fsdp):
+    first, second = fsdp.seen["topic"]
+    assert first["numel"] == second["numel"] == first["kept_numel"] + second["kept_numel"]
+    assert max(first["kept_numel"], second["kept_numel"]) < 0.55 * first["numel"]
+
+
+def test_fsdp_resumes_exactly(fsdp):
+    for seen in fsdp.seen["stopped"]:
+        assert seen["error"][0] == "TrainingInterrupted" and "after step" in seen["error"][1]
+    assert lines(fsdp.folder / "stopped") == lines(fsdp.folder / "random")
+    saved, expected = (
+        load_file(fsdp.folder / name / "adapter_model.safetensors") for name in ("stopped", "random")
+    )
+    assert all(torch.equal(saved[key], expected[key]) for key in expected)
+
+
+def test_fsdp_says_what_it_cannot_do(fsdp):
+    for seen in fsdp.seen["bart"]:
+        assert seen["error"][0] == "RecipeError" and "fsdp_cpu_ram_efficient_loading" in seen["error"][1]
+    for seen in fsdp.seen["wrapped"]:
+        assert seen["error"][0] == "RecipeError" and "TRANSFORMER_BASED_WRAP" in seen["error"][1]
+
+
+def test_a_signal_to_the_launcher_and_two_machines_that_go_on(ddp, recipes, tmp_path):
+    """The launcher passes SIGTERM on; the run is saved, and goes on on two machines as if nothing had happened."""
+    (tmp_path / "jobs.json").write_text(json.dumps([job("random", recipes["random"], wait=7)]))
+    process = launch(
+        "cpu_two_processes.yaml", "--main_process_port", "0", WORKER, str(tmp_path / "jobs.json"), cwd=tmp_path
+    )
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("waiting-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    status, output = finish(process)
+    assert status != 0
+    # Read in the step after that in which it came.
+    assert output.count("Stopped after step 9 of 18") == 2, output
+    folder = tmp_path / "random"
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000005", "step-000009"]
+
+    port = free_port()
+    machines = [
+        launch(
+            "multi_node.yaml",
+            *("--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", "--main_process_port", port),
+            *("-m", "prefix_adapter", "train", "--resume", "random"),
+            cwd=tmp_path,
+        )
+        for rank in (0, 1)
+    ]
+    for status, output in [finish(machine) for machine in machines]:
+        assert status == 0, output
+    assert lines(folder) == lines(ddp.folder / "random")
+    saved, expected = (load_file(each / "adapter_model.safetensors") for each in (folder, ddp.folder / "random"))
+    assert all(torch.equal(saved[key], expected[key]) for key in expected)
+
+
+def test_an_error_in_one_process_ends_all(ddp):
+    main, other = (seen["error"] for seen in ddp.seen["missing"])
+    assert other[0] == "DataError" and "missing.jsonl" in other[1]
+    assert main[0] == "RecipeError" and main[1].startswith("Process 1 of 2 has stopped. DataError: ")
+    assert not (ddp.folder / "missing").exists()
+
+
+def test_a_folder_that_one_machine_alone_sees(ddp):
+    main, other = (seen["error"] for seen in ddp.seen["apart"])
+    assert main[0] == other[0] == "RecipeError"
+    assert "must be in a file system that all nodes share" in main[1]
+
+
+def test_a_full_disk_ends_all(ddp):
+    for kind, message in (seen["error"] for seen in ddp.seen["disk_full"]):
+        assert kind == "OSError" and "No space left" in message and "was not written" in message
+
+
+def small_recipe(tmp_path) -> Recipe:
+    return Recipe(task="sequence-classification", model="none", output_dir=tmp_path / "out", batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("WORLD_SIZE", "2", "ACCELERATE_USE_CPU"),
+        ("ACCELERATE_USE_FSDP", "true", "FSDP, which Accelerate has only on GPUs"),
+    ],
+)
+def test_what_accelerate_leaves_out_is_an_error(tmp_path, monkeypatch, variable, value, message):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(RecipeError, match=message):
+        new_accelerator(small_recipe(tmp_path))
+
+
+def test_fsdp_of_the_first_version_is_refused():
+    accelerator = SimpleNamespace(num_processes=1, distributed_type=DistributedType.FSDP, is_fsdp2=False)
+    with pytest.raises(RecipeError, match="fsdp_version: 2"):
+        check(accelerator)
+
+
+def test_batches_must_be_shared_out_evenly(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 3))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(RecipeError, match="`batch_size`.*a multiple of 3"):
+        new_accelerator(small_recipe(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ddp", "MULTI_GPU"),
+        ("fsdp2", "FSDP"),
+        ("multi_node", "MULTI_GPU"),
+        ("cpu_two_processes", "MULTI_GPU"),
+        ("deepspeed_zero2", "DEEPSPEED"),
+        ("deepspeed_zero3", "DEEPSPEED"),
+    ],
+)
+def test_accelerate_reads_the_examples(name, kind):
+    assert load_config_from_file(str(EXAMPLES / f"{name}.yaml")).distributed_type == kind

@@ -1,0 +1,58 @@
+"""The examples that are no test of a task of their own, run as a user runs them, on small slices."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def example(name, *arguments):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / name, *map(str, arguments)],
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_klue_nli(shared, minilm, tmp_path):
+    data = shared / "data" / "klue-nli"
+    example(
+        *("klue_nli.py", "--data", data, "--model", minilm, "--output", tmp_path / "out"),
+        *("--max-rows", 64, "--max-steps", 3, "--learning-rate", 1e-3),
+    )
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (results["steps"], results["learning_rates"], results["rows"]["train"]) == (3, [1e-3, 1e-3], 64)
+    # An MLP of 512, whose table is what is left, and three classes.
+    assert results["trained_parameters"] == 20 * 384 + 384 * 512 + 512 + 512 * 4608 + 4608 + 384 * 3 + 3
+
+
+def test_ner(shared, minilm, tmp_path):
+    data = shared / "data" / "wnut17-ner"
+    shown = example(
+        *("ner.py", "--train", data / "train.jsonl.gz", "--validation", data / "dev.jsonl.gz", "--model", minilm),
+        *("--output", tmp_path / "out", "--max-rows", 48, "--epochs", 1),
+    )
+    assert {"precision", "recall", "f1"} < json.loads((tmp_path / "out" / "results.json").read_text())["validation"].keys()
+    assert re.search(r"^Ravi/\S+ flew/\S+ from/\S+ Lima/\S+", shown, re.MULTILINE)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hf_trainer(shared, minilm, tmp_path):
+    data = shared / "data" / "banking77"
+    shown = example(
+        *("hf_trainer.py", "--train", data / "train.jsonl.gz", "--validation", data / "test.jsonl.gz"),
+        *("--model", minilm, "--output", tmp_path / "out", "--max-rows", 64, "--epochs", 1),
+    )
+    assert "validation accuracy" in shown
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
