@@ -26,30 +26,30 @@ from prefix_adapter.training import Data, Recipe, train
 from prefix_adapter.training.data import read_file
 
 
-def split_by_context(path: str, folder: Path) -> dict[str, str]:
-    """Write the questions on nine of ten contexts to `train.jsonl`, the others to `validation.jsonl`."""
+def split_by_context(path: str, files: dict[str, str]) -> None:
+    """Write the questions on nine of ten contexts to `files["train"]`, the others to `files["validation"]`."""
     rows = read_file(path)
     contexts = sorted(set(rows["context"]))
     held_out = set(random.Random(0).sample(contexts, max(1, len(contexts) // 10)))
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {name: str(folder / f"{name}.jsonl") for name in ("train", "validation")}
-    for name, file in files.items():
-        own = held_out if name == "validation" else set(contexts) - held_out
-        rows.filter(own.__contains__, input_columns="context").to_json(file)
-    return files
+    for name, own in {"train": set(contexts) - held_out, "validation": held_out}.items():
+        rows.filter(own.__contains__, input_columns="context").to_json(files[name])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="questions in SQuAD's format")
     parser.add_argument("--model", default="google-bert/bert-base-uncased", help="a name on the Hub, or a folder")
-    parser.add_argument("--output", type=Path, default=Path("runs/question-answering"))
+    parser.add_argument("--output", type=Path, default=Path("runs/question-answering"), help="a new folder")
     parser.add_argument("--max-rows", type=int, help="learn from so many questions, and choose by so many")
     parser.add_argument("--epochs", type=float, default=5)
     args = parser.parse_args()
 
-    with PartialState().main_process_first():
-        files = split_by_context(args.data, args.output)
+    files = {name: str(args.output / f"{name}.jsonl") for name in ("train", "validation")}
+    processes = PartialState()
+    if processes.is_main_process:
+        args.output.mkdir(parents=True)
+        split_by_context(args.data, files)
+    processes.wait_for_everyone()
     recipe = Recipe(
         task="question-answering",
         model=args.model,

@@ -5,8 +5,10 @@
       optimizer.safetensors       AdamW's moments
       state.json                  step, best step so far, schedule, random number generators' states
 
-Of a model that is no PEFT model (and of PEFT's prompt methods, whose saved form is not their trained one) the weights are
-in `trained.safetensors` under the model's own names. Nothing frozen is ever written.
+Under DeepSpeed the folder `deepspeed` with the processes' own files takes the optimizer's place.
+
+Of a model that is no PEFT model (and of PEFT's prompt methods, whose saved form is not their trained one) the weights
+are in `trained.safetensors` under the model's own names. Nothing frozen is ever written.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
@@ -34,14 +36,17 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from .distributed import whole
 from .model import trained
+from .recipe import RecipeError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _NAME = re.compile(r"step-(\d{6,})$")
 _WEIGHTS, _OPTIMIZER, _STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
-NOT_THE_ADAPTER = (_OPTIMIZER, _STATE)
+_DEEPSPEED = "deepspeed"
+NOT_THE_ADAPTER = (_OPTIMIZER, _STATE, _DEEPSPEED)
 """Files of a checkpoint that are for resuming only."""
 _GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
@@ -88,12 +93,14 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     names = _names(model)
     contents = load_file(folder / (_WEIGHTS if names is None else SAFETENSORS_WEIGHTS_NAME))
     weights: Any = contents if names is None else {own: contents[saved] for own, saved in names.items()}
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+    with whole(trained(model).values(), changed=True):
+        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def gather_weights(model: nn.Module) -> dict[str, Tensor]:
     """The trained weights, whole and on the CPU; empty in other processes than the main one where they are sharded."""
-    gathered: dict[str, Any] = get_model_state_dict(model, options=_GATHERED)
+    with whole(trained(model).values()):
+        gathered: dict[str, Any] = get_model_state_dict(model, options=_GATHERED)
     # What else there is are buffers, and other names of weights that are tied.
     return {name: gathered[name].cpu() for name in trained(model) if name in gathered}
 
@@ -112,8 +119,13 @@ def save(
     """
     unwrapped = accelerator.unwrap_model(model)
     weights = gather_weights(unwrapped)
-    # In other processes than the main one it is empty, as the weights are.
-    moments = get_optimizer_state_dict(unwrapped, optimizer.optimizer, options=_GATHERED).get("state", {})
+    moments: Any = {}
+    parts: Path | None = None
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        parts = checkpoints / ".unfinished-parts" / _DEEPSPEED
+        model.save_checkpoint(parts.parent, parts.name, save_latest=False, exclude_frozen_parameters=True)  # type: ignore[operator]
+    else:  # in other processes than the main one it is empty, as the weights are
+        moments = get_optimizer_state_dict(unwrapped, optimizer.optimizer, options=_GATHERED).get("state", {})
     generators = gather_object([_generators()])
     failure: Exception | None = None
     if accelerator.is_main_process:
@@ -123,7 +135,7 @@ def save(
                 raise FloatingPointError(f"some of the weights {broken[0]} are not finite")
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             contents = {**state, "step": step, "generators": generators, "scaler": scaler}
-            _write(folder_of(checkpoints, step), unwrapped, weights, moments, contents)
+            _write(folder_of(checkpoints, step), unwrapped, weights, moments, parts, contents)
         except FloatingPointError as error:
             failure = error
         except OSError as error:
@@ -134,17 +146,23 @@ def save(
         raise failures[0]
 
 
-def _write(target: Path, model: nn.Module, weights: Any, moments: Any, state: dict[str, Any]) -> None:
+def _write(
+    target: Path, model: nn.Module, weights: Any, moments: Any, parts: Path | None, state: dict[str, Any]
+) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".unfinished-"))
     try:
         save_weights(model, weights, scratch)
-        flat = {f"{name}/{key}": value.contiguous() for name, own in moments.items() for key, value in own.items()}
-        save_file(flat, scratch / _OPTIMIZER)
+        if parts:
+            parts.rename(scratch / parts.name)
+        else:
+            flat = {f"{name}/{key}": value.contiguous() for name, own in moments.items() for key, value in own.items()}
+            save_file(flat, scratch / _OPTIMIZER)
         (scratch / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         scratch.chmod(0o755)
-        for path in scratch.iterdir():
-            path.chmod(0o644)  # safetensors makes files that only their owner can read
+        for path in scratch.rglob("*"):
+            if path.is_file():
+                path.chmod(0o644)  # safetensors makes files that only their owner can read
             _to_disk(path)
         if target.exists():  # written by a run that stopped at this very step, and goes on from an earlier one
             _remove(target)
@@ -195,26 +213,22 @@ def restore(folder: Path, accelerator: Accelerator, model: nn.Module, optimizer:
 
     Returns:
         What `save` was given as `state`, and the step.
+
+    Raises:
+        RecipeError: if it was written under DeepSpeed, and is not restored so by as many processes, or the reverse.
     """
-    unwrapped = accelerator.unwrap_model(model)
-    load_weights(unwrapped, folder)
-    moments: dict[str, Any] = {}
-    for key, tensor in load_file(folder / _OPTIMIZER).items():
-        name, _, part = key.rpartition("/")
-        moments.setdefault(name, {})[part] = tensor
-    # Rates and settings are the recipe's and the schedule's; only the moments are the optimizer's own.
-    groups = get_optimizer_state_dict(unwrapped, optimizer.optimizer, options=_GATHERED).get("param_groups")
-    groups = gather_object([groups])[0]  # the main process alone is given them
-    set_optimizer_state_dict(
-        unwrapped,
-        optimizer.optimizer,
-        {"state": moments, "param_groups": groups},
-        options=StateDictOptions(full_state_dict=True),
-    )
     state = load_state(folder)
+    generators = state["generators"]
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if (folder / _DEEPSPEED).is_dir() != deepspeed or (deepspeed and len(generators) != accelerator.num_processes):
+        kind = "under DeepSpeed" if (folder / _DEEPSPEED).is_dir() else "without DeepSpeed"
+        raise RecipeError(f"{folder} was written {kind} by {len(generators)} processes: resume it in the same way.")
+    if deepspeed:
+        model.load_checkpoint(folder, _DEEPSPEED, load_module_strict=False, load_lr_scheduler_states=False)  # type: ignore[operator]
+    else:
+        _restore_weights_and_moments(folder, accelerator.unwrap_model(model), optimizer.optimizer)
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
-    generators = state["generators"]
     if len(generators) == accelerator.num_processes:
         _set_generators(generators[accelerator.process_index])
     else:
@@ -223,6 +237,19 @@ def restore(folder: Path, accelerator: Accelerator, model: nn.Module, optimizer:
             "dropout will draw other numbers."
         )
     return state
+
+
+def _restore_weights_and_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    load_weights(model, folder)
+    moments: dict[str, Any] = {}
+    for key, tensor in load_file(folder / _OPTIMIZER).items():
+        name, _, part = key.rpartition("/")
+        moments.setdefault(name, {})[part] = tensor
+    # Rates and settings are the recipe's and the schedule's; only the moments are the optimizer's own.
+    groups = get_optimizer_state_dict(model, optimizer, options=_GATHERED).get("param_groups")
+    groups = gather_object([groups])[0]  # the main process alone is given them
+    contents: Any = {"state": moments, "param_groups": groups}
+    set_optimizer_state_dict(model, optimizer, contents, options=StateDictOptions(full_state_dict=True))
 
 
 def _generators() -> dict[str, str]:

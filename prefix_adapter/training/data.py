@@ -36,14 +36,23 @@ def load_rows(data: Data, split: str) -> datasets.Dataset:
     if data.path is None:
         rows = read_file(source)
     else:
-        name, files = data.path, None
-        if os.path.isfile(os.path.join(name, "state.json")):  # of Dataset.save_to_disk
-            name, files = "arrow", os.path.join(name, "*.arrow")
         try:
-            rows = datasets.load_dataset(name, data.name, data_files=files, split=source, revision=data.revision)
+            files = _saved(data.path)
+            path = "arrow" if files else data.path
+            rows = datasets.load_dataset(path, data.name, data_files=files, split=source, revision=data.revision)
         except Exception as error:
             raise DataError(f"data.path {data.path!r}, split {source!r}: {type(error).__name__}: {error}") from error
     return rename(rows, data.columns, source)
+
+
+def _saved(folder: str) -> dict[str, str] | None:
+    """Where the splits are that `save_to_disk` left in a folder; `datasets.load_dataset` would guess their names."""
+    splits = os.path.join(folder, "dataset_dict.json")
+    if os.path.isfile(splits):
+        with open(splits, encoding="utf-8") as file:
+            return {name: os.path.join(folder, name, "*.arrow") for name in json.load(file)["splits"]}
+    alone = os.path.isfile(os.path.join(folder, "state.json"))
+    return {"train": os.path.join(folder, "*.arrow")} if alone else None
 
 
 def read_file(path: str) -> datasets.Dataset:

@@ -59,7 +59,7 @@ def load_trained(
             raise RecipeError(f"There is no folder {str(adapter)!r}, and on the Hub: {error}") from error
     recipe = load_recipe(path, **({"model": model} if model else {}))
     task = TASK_CLASSES[recipe.task](recipe, load_tokenizer(recipe))
-    base = load_base(recipe, task)
+    base, _ = load_base(recipe, task)
     if recipe.adapter["peft_type"] in NO_ADAPTER:
         checkpoint.load_weights(base, folder)
         return recipe, task, base.eval()

@@ -6,20 +6,19 @@ import math
 import signal
 import threading
 import warnings
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from tqdm.auto import tqdm
 
 from . import checkpoint
 from .batches import Batches, shares
 from .data import DataError
-from .distributed import check, prepare
+from .distributed import check, load_whole, prepare
 from .evaluation import evaluate, is_better, make_features
-from .model import new_optimizer, new_scheduler, trained
+from .model import new_scheduler, trained
 from .recipe import RecipeError
 
 if TYPE_CHECKING:
@@ -50,27 +49,22 @@ def new_accelerator(recipe: Recipe) -> Accelerator:
     """The accelerator of a run; `accelerate launch` and its configuration files decide the rest.
 
     Raises:
-        RecipeError: if the batches cannot be shared out evenly, or FSDP is asked for where Accelerate has none.
+        RecipeError: see `distributed.check`.
     """
-    warnings.filterwarnings(
-        "ignore", "`broadcast_buffers` is deprecated", FutureWarning
-    )  # by torch, not by Accelerate
+    # By torch; Accelerate knows no other word for it.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     parts = recipe.gradient_accumulation_steps
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision,
-        gradient_accumulation_steps=parts,
+        # As a plain number an environment variable would go before it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=parts),
         log_with=recipe.report_to or None,
         project_config=ProjectConfiguration(recipe.output_dir, logging_dir=f"{recipe.output_dir}/logs"),
         # Buffers are the frozen backbone's and do not change.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    check(accelerator)
-    if recipe.batch_size % (accelerator.num_processes * parts):
-        raise RecipeError(
-            f"`batch_size` is the number of rows of a step in all: {recipe.batch_size} cannot be shared out evenly over "
-            f"{accelerator.num_processes} processes in {parts} parts each. Choose a multiple of "
-            f"{accelerator.num_processes * parts}."
-        )
+    check(accelerator, recipe)
+    load_whole(accelerator)
     return accelerator
 
 
@@ -120,8 +114,8 @@ class Loop:
         self.steps = min(self.steps, recipe.max_steps or self.steps)
         self.eval_steps = recipe.eval_steps or self.batches.steps_per_epoch
         self.metric = recipe.metric_for_best_model or task.default_metric
-        self.model, self.optimizer = prepare(accelerator, model, partial(new_optimizer, recipe))
-        self.scheduler = new_scheduler(recipe, self.optimizer.optimizer, self.steps, self.batches.steps_per_epoch)
+        self.model, self.optimizer, optimizer = prepare(accelerator, model, recipe)
+        self.scheduler = new_scheduler(recipe, optimizer, self.steps, self.batches.steps_per_epoch)
         self.parameters = list(trained(self.model).values())
         self.state: dict[str, Any] = {"best_step": None, "best_value": None, "evaluations_since_best": 0}
         self.step, self._sum, self._count = 0, 0.0, 0
@@ -208,8 +202,9 @@ class Loop:
             inputs = {key: value.to(accelerator.device) for key, value in self.task.collate(rows).items()}
             with accelerator.accumulate(self.model):
                 loss, _ = self.task.loss(self.model, inputs)
-                # The model gives the mean over its own items. Accelerate divides by the parts, and the processes' gradients
-                # are averaged: so weighed, their sum is that of the mean over the whole batch, however it is shared out.
+                # The model gives the mean over its own items. Accelerate divides by the parts, and the processes'
+                # gradients are averaged: so weighed, their sum is that of the mean over the whole batch, however it
+                # is shared out.
                 weight = sum(self.items[i] for i in share) / total
                 accelerator.backward(loss * (weight * parts * accelerator.num_processes))
                 if accelerator.sync_gradients and self.recipe.max_grad_norm:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _RATES = {"PREFIX_TUNING_V2": 1e-2, "LORA": 5e-4, "FULL": 3e-5}
 _HEAD_RATE = 5e-3
+_HEADS = ("classifier", "score", "qa_outputs")
+"""Heads that PEFT trains and saves by itself, for the task types that have one."""
 _REVISIONS = ("revision", "trust_remote_code")
 
 
@@ -35,8 +37,11 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         raise RecipeError(f"`model`: no tokenizer can be loaded from {recipe.model!r}: {error}") from error
 
 
-def load_base(recipe: Recipe, task: Task) -> PreTrainedModel:
+def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, list[str]]:
     """The base model with the task's head.
+
+    Returns:
+        The model, and the names of its modules that the checkpoint has no weights for: the head, and perhaps a pooler.
 
     Raises:
         RecipeError: if there is no such model, or it has no such head.
@@ -47,11 +52,14 @@ def load_base(recipe: Recipe, task: Task) -> PreTrainedModel:
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # the head is missing from the checkpoint: that is what we train
     try:
-        return auto_class.from_pretrained(recipe.model, **task.model_kwargs(), **recipe.model_kwargs)
+        model, found = auto_class.from_pretrained(
+            recipe.model, **{**task.model_kwargs(), **recipe.model_kwargs}, output_loading_info=True
+        )
     except (OSError, ValueError, TypeError) as error:
         raise RecipeError(f"`model`: {recipe.model!r} cannot be loaded as {task.auto_class}: {error}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
+    return model, sorted({name.rpartition(".")[0] for name in found["missing_keys"]})
 
 
 def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
@@ -79,15 +87,22 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
     if task.peft_task_type is not None:
         settings.setdefault("task_type", task.peft_task_type)
     if task.modules_to_save is not None and "modules_to_save" in fields:
-        settings.setdefault("modules_to_save", task.modules_to_save)
+        settings.setdefault("modules_to_save", list(task.modules_to_save))
     try:
         return config_class(**settings)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"`adapter`: {error}") from error
 
 
-def wrap(recipe: Recipe, task: Task, base: PreTrainedModel) -> nn.Module:
+def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> nn.Module:
     """Freeze what is not trained, and put the adapter on.
+
+    Args:
+        recipe: the recipe.
+        task: its task.
+        base: the base model.
+        new: its modules that have random weights. They are trained and saved, whatever they are: frozen and not saved,
+            they would be others when the adapter is loaded.
 
     Raises:
         RecipeError: see `adapter_config`.
@@ -96,9 +111,15 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel) -> nn.Module:
     config = adapter_config(recipe, task)
     model: Any = base
     if config is not None:
+        if hasattr(config, "modules_to_save"):
+            known = {*_HEADS, *(config.modules_to_save or ())}
+            more = [name for name in new if not known & set(name.split("."))]
+            config.modules_to_save = [*(config.modules_to_save or ()), *more] or None
         model = get_peft_model(base, config)
     elif recipe.adapter["peft_type"] == "HEAD":
         base.base_model.requires_grad_(False)
+        for name in new:
+            base.get_submodule(name).requires_grad_(True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RecipeError(f"`adapter.peft_type`: {recipe.model} has no head for {recipe.task} that could be trained.")
     if recipe.gradient_checkpointing:

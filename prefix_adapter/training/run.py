@@ -68,7 +68,7 @@ def train(
         adapter_config(recipe, task)
         rows = load_splits(recipe, task)
         set_seed(recipe.seed)  # the same first weights in every process
-        model = wrap(recipe, task, load_base(recipe, task))
+        model = wrap(recipe, task, *load_base(recipe, task))
     outputs.claim(recipe, resume, accelerator)
     folder = Path(recipe.output_dir)
     with together(accelerator):

@@ -407,11 +407,11 @@ def search(recipe: Recipe, settings: Search, *, resume: bool = False) -> dict[st
     try:
         with FileLock(job.folder / ".search.lock", timeout=0):
             study = _open(job, resume, minimize=job.metric in task.lower_is_better)
-            if grid is not None:
-                random.Random(settings.seed).shuffle(grid)
-                for point in grid:
-                    study.enqueue_trial(point, skip_if_exists=True)
             try:
+                if grid is not None:
+                    random.Random(settings.seed).shuffle(grid)
+                    for point in grid:  # some may be there from before an interruption
+                        study.enqueue_trial(point, skip_if_exists=True)
                 _work(job) if settings.n_jobs == 1 else _in_processes(job)
             except (TrainingInterrupted, KeyboardInterrupt) as error:
                 reason = str(error) if isinstance(error, _WorkerEnded) else "Stopped."

@@ -12,11 +12,9 @@ JOBS.json is a list of jobs, done one after the other. What the processes saw is
     interrupt    [rank, step]: this process gets a SIGTERM then
     wait         the step before which all processes wait for a signal
     disk_full    the main process cannot write checkpoints
-    wrap         the class name of FSDP's policy for what is gathered for itself
 """
 
 import errno
-import functools
 import json
 import os
 import signal
@@ -28,7 +26,7 @@ from unittest import mock
 import torch
 
 if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-    # Accelerate has these on GPUs only; PyTorch and DeepSpeed have them on CPUs too.
+    # Accelerate has them on GPUs only; PyTorch and DeepSpeed have them on CPUs too.
     from accelerate.state import DistributedType, PartialState
 
     deepspeed = os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false")
@@ -37,9 +35,7 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE
     os.environ["ACCELERATE_USE_DEEPSPEED"] = deepspeed
     del os.environ["ACCELERATE_USE_CPU"]
 
-from accelerate.state import AcceleratorState
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,8 +61,7 @@ class WatchedLoop(Loop):
         parameters = list(self.model.parameters())
         seen["numel"] = sum(parameter.numel() for parameter in parameters)
         seen["kept_numel"] = sum(
-            (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
-            for parameter in parameters
+            (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel() for parameter in parameters
         )
         if isinstance(self.model, DistributedDataParallel):
 
@@ -96,12 +91,11 @@ def do(job: dict) -> dict:
     settings["data"] = Data(**settings["data"])
     os.chdir(job.get("folder", {}).get(str(rank), jobs_file.parent))
     WatchedLoop.job, WatchedLoop.seen = job, (seen := {})
-    if "wrap" in job:
-        plugin = AcceleratorState().fsdp_plugin
-        plugin.auto_wrap_policy, plugin.min_num_params = functools.partial(size_based_auto_wrap_policy), 1
     with mock.patch.object(run_module, "Loop", WatchedLoop):
         try:
-            with mock.patch.object(checkpoint, "save_file", no_space if job.get("disk_full") else checkpoint.save_file):
+            with mock.patch.object(
+                checkpoint, "save_file", no_space if job.get("disk_full") else checkpoint.save_file
+            ):
                 seen["results"] = train(Recipe(**settings), resume=job.get("resume", False))
         except TrainingInterrupted as error:
             print(error, flush=True)

@@ -1,6 +1,8 @@
 """Causal language modelling: labels, blocks, the loss, and what is generated."""
 
+import json
 import math
+import re
 
 import pytest
 import torch
@@ -8,13 +10,14 @@ from accelerate import Accelerator
 from conftest import WORDS, save_base, write_rows
 from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
+from test_examples import example
 from tiny import randomize
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from prefix_adapter import PeftModel, PrefixTuningV2Config, get_peft_model
-from prefix_adapter.training import Data, DataError, Recipe, RecipeError, train
-from prefix_adapter.training.evaluation import answer_rows, evaluate, make_features
+from prefix_adapter.training import Data, DataError, Recipe, RecipeError, answer_rows, predict, train
+from prefix_adapter.training.evaluation import evaluate, make_features
 from prefix_adapter.training.tasks import TASK_CLASSES
 
 CPU = torch.device("cpu")
@@ -81,8 +84,8 @@ def shown(task, features: dict, i: int) -> tuple[str, str]:
         ("gpt2", {"prompt": words(1, 2), "text": words(3, 4)}, ("w1 w2 w3 w4 </s>", "- - w3 w4 </s>")),
         ("llama", {"prompt": words(1, 2), "text": words(3, 4)}, ("[CLS] w1 w2 w3 w4 </s>", "- - - w3 w4 </s>")),
         # Too long: the prompt's beginning goes first, then the text's end.
-        ("gpt2", {"prompt": words(*range(1, 9)), "text": words(30, 31)}, ("w6 w7 w8 w30 w31 </s>", "- - - w30 w31 </s>")),
-        ("llama", {"prompt": words(*range(9)), "text": words(30, 31)}, ("[CLS] w7 w8 w30 w31 </s>", "- - - w30 w31 </s>")),
+        ("gpt2", {"prompt": words(*range(9)), "text": words(30, 31)}, ("w6 w7 w8 w30 w31 </s>", "- - - w30 w31 </s>")),
+        ("llama", {"prompt": words(*range(9)), "text": words(30)}, ("[CLS] w6 w7 w8 w30 </s>", "- - - - w30 </s>")),
         ("gpt2", {"prompt": words(1, 2), "text": words(*range(3, 12))}, ("w2 w3 w4 w5 w6 w7", "- w3 w4 w5 w6 w7")),
         ("llama", {"prompt": words(1), "text": words(*range(3, 12))}, ("[CLS] w3 w4 w5 w6 w7", "- w3 w4 w5 w6 w7")),
     ],
@@ -214,9 +217,7 @@ def test_generation_in_evaluation(bases):
     guesses = one_by_one(model, task.tokenizer, PAIRS["prompt"], 5)
     first = guesses[0].split()
     solutions = [guesses[0] + " ", " ".join(first[:2]), words(70)]  # right, half right, wrong
-    rows = Dataset.from_dict(
-        {"prompt": [PAIRS["prompt"][0], *PAIRS["prompt"][:1], PAIRS["prompt"][2]], "text": solutions}
-    )
+    rows = Dataset.from_dict({"prompt": [PAIRS["prompt"][i] for i in (0, 0, 2)], "text": solutions})
     metrics, answers = evaluate(task, model, rows, 2, Accelerator(cpu=True))
     assert [answer["prediction"] for answer in answers] == [guesses[0], guesses[0], guesses[2]]
     scorer = RougeScorer(["rougeL"])
@@ -235,42 +236,36 @@ def test_generation_in_evaluation(bases):
 @pytest.mark.parametrize(
     ("row", "task_kwargs", "solved", "message"),
     [
-        ({"text": ""}, {}, True, "row 2: 'text' is empty"),
-        ({"text": None}, {}, True, "row 2: 'text' must be a text, it is None"),
-        ({"prompt": 3, "text": "w1"}, {}, True, "row 2: 'prompt' must be a text, it is 3"),
-        ({"prompt": "w1", "text": "w1"}, {"packing": True}, True, "row 2: it has a prompt: `task_kwargs.packing`"),
-        ({"text": "w1"}, {"generate": True}, True, "there is no 'prompt' from which to generate"),
-        ({"prompt": " "}, {}, False, "row 2: there is no 'prompt' from which to generate"),
-        ({"text": "w1"}, {}, False, "there is no 'prompt' from which to generate"),
+        ({"text": ""}, {}, True, "row 1: 'text' is empty"),
+        ({"text": None}, {}, True, "row 1: 'text' must be a text, it is None"),
+        ({"prompt": 3, "text": "w1"}, {}, True, "row 1: 'prompt' must be a text, it is 3"),
+        ({"prompt": "w1", "text": "w1"}, {"packing": True}, True, "row 1: it has a prompt: `task_kwargs.packing`"),
+        ({"text": "w1"}, {"generate": True}, True, "row 1: there is no 'prompt' from which to generate"),
+        ({"prompt": " "}, {}, False, "row 1: there is no 'prompt' from which to generate"),
+        ({"text": "w1"}, {}, False, "row 1: there is no 'prompt' from which to generate"),
         ({"completion": "w1"}, {}, True, r"has no column 'text'.*data.columns: \{text: ...\}"),
     ],
 )
 def test_bad_rows(bases, row, task_kwargs, solved, message):
     task = make_task(bases["llama"], task_kwargs=task_kwargs)
-    good = {"prompt": None if task_kwargs.get("packing") else "w1", "text": "w2"}
-    rows = [{key: good.get(key, "") for key in row}, row]
-    columns = {key: [each[key] for each in rows] for key in row}
-    if 3 in columns.get("prompt", []):
-        columns["prompt"] = [5, 3]  # a column has one type
-        message = message.replace("row 2", "row 1").replace("is 3", "is 5")
     with pytest.raises(DataError, match=message):
-        task.check(Dataset.from_dict(columns), "rows.jsonl", solved)
+        task.check(Dataset.from_list([row]), "rows.jsonl", solved)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("task_kwargs", "message"),
     [
-        ({"task_kwargs": {"max_new_tokens": 0}}, "`task_kwargs.max_new_tokens` must be an integer of at least 1, got 0"),
-        ({"task_kwargs": {"max_new_tokens": 24}}, r"more than `task_kwargs.max_new_tokens` \(24\), got 24"),
-        ({"task_kwargs": {"generation_kwargs": {"beams": 2}}}, "`task_kwargs.generation_kwargs.beams`: there is no such"),
-        ({"task_kwargs": {"generation_kwargs": {"max_new_tokens": 2}}}, "setting of its own: `task_kwargs.max_new_tokens`"),
-        ({"task_kwargs": {"generation_kwargs": {"num_return_sequences": 2}}}, "there is no such setting"),
-        ({"task_kwargs": {"pack": True}}, "`task_kwargs.pack`: causal-lm has no such setting"),
+        ({"max_new_tokens": 0}, "`task_kwargs.max_new_tokens` must be an integer of at least 1, got 0"),
+        ({"max_new_tokens": 24}, r"more than `task_kwargs.max_new_tokens` \(24\), got 24"),
+        ({"generation_kwargs": {"beams": 2}}, "`task_kwargs.generation_kwargs.beams`: there is no such setting"),
+        ({"generation_kwargs": {"max_new_tokens": 2}}, "setting of its own: `task_kwargs.max_new_tokens`"),
+        ({"generation_kwargs": {"num_return_sequences": 2}}, "there is no such setting"),
+        ({"pack": True}, "`task_kwargs.pack`: causal-lm has no such setting"),
     ],
-)  # fmt: skip
-def test_bad_recipes(bases, changes, message):
+)
+def test_bad_recipes(bases, task_kwargs, message):
     with pytest.raises(RecipeError, match=message):
-        make_task(bases["llama"], **changes)
+        make_task(bases["llama"], task_kwargs=task_kwargs)
 
 
 def test_a_tokenizer_must_have_an_end(tiny_bert):
@@ -337,6 +332,14 @@ def test_training_on_texts(bases, packing, tmp_path):
     assert results["metric"] == "loss"
     assert results["validation"]["perplexity"] < before["perplexity"] / 5
 
+    prompts = [words(0), words(0, 1, 2)]
+    source = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    assert predict(tmp_path / "out", source, tmp_path / "answers.jsonl") == 2
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases["gpt2"]), tmp_path / "out").eval()
+    expected = one_by_one(model, AutoTokenizer.from_pretrained(bases["gpt2"]), prompts, 12)
+    assert [answer["prediction"] for answer in answers] == expected
+
 
 def test_a_real_model_writes_on(shared):
     folder = str(shared / "models" / "stories260k")
@@ -346,6 +349,19 @@ def test_a_real_model_writes_on(shared):
     answers = answer_rows(task, model, {"prompt": prompts}, 3, CPU)
     write = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(folder))
     for prompt, answer in zip(prompts, answers, strict=True):
-        ((whole,),) = [write(prompt, max_new_tokens=20, do_sample=False, return_full_text=False)]
-        assert answer["prediction"].strip() == whole["generated_text"].strip()
+        (expected,) = write(prompt, max_new_tokens=20, do_sample=False, return_full_text=False)
+        assert answer["prediction"].strip() == expected["generated_text"].strip()
         assert len(answer["prediction"].split()) > 8
+
+
+def test_the_example(shared, tmp_path):
+    model = shared / "models" / "stories260k"
+    shown = example("causal_lm.py", "--model", model, "--output", tmp_path / "out", "--epochs", 1)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["validation"]
+    lines = re.findall(r"^(with\S*) the prefix +(\d+\.\d\d) +(\d) of 6$", shown, re.MULTILINE)
+    assert [line[0] for line in lines] == ["without", "with"]
+    assert lines[1][1] == f"{results['perplexity']:.2f}"
+    assert float(lines[1][1]) < float(lines[0][1])
+    _, *texts = re.findall(r"\.\.\. ?(.*)$", shown, re.MULTILINE)
+    assert len(texts) == 2
+    assert texts[0] != texts[1]

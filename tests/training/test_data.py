@@ -177,7 +177,7 @@ def test_folders(kind, tmp_path):
         case "save_to_disk":
             CLASSES.select([2, 0, 1]).select([1, 2, 0]).save_to_disk(folder)
         case "dictionary":
-            DatasetDict(train=CLASSES, test=CLASSES.select([0])).save_to_disk(folder)
+            DatasetDict(train=CLASSES, fold2=CLASSES.select([0])).save_to_disk(folder)
         case "parquet":
             CLASSES.to_parquet(folder / "train.parquet")
         case "jsonl":
@@ -186,7 +186,7 @@ def test_folders(kind, tmp_path):
     assert list(load_rows(Data(path=path), "train")) == NAMED
     assert list(load_rows(Data(path=path, train="train[1:]"), "train")) == NAMED[1:]
     if kind == "dictionary":
-        assert list(load_rows(Data(path=path, test="test"), "test")) == NAMED[:1]
+        assert list(load_rows(Data(path=path, test="fold2"), "test")) == NAMED[:1]
     with pytest.raises(DataError, match=r"split 'dev'.*[Uu]nknown split"):
         load_rows(Data(path=path, validation="dev"), "validation")
 

@@ -174,7 +174,7 @@ def test_rows_of_different_sizes_against_the_model_row_by_row(kind, tmp_path):
 
 def test_the_head_is_trained(tiny_bert):
     task = new_task(tiny_bert)
-    model = wrap(task.recipe, task, load_base(task.recipe, task))
+    model = wrap(task.recipe, task, *load_base(task.recipe, task))
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert [name for name in names if "classifier" in name]
     assert all("classifier.modules_to_save" in name or "prefix_tuning_v2" in name for name in names)
@@ -213,7 +213,7 @@ def test_a_run(tiny_bert, tmp_path):
     assert results["validation"]["accuracy"] > 0.8  # by chance 0.32
     recipe = load_recipe(tmp_path / "out" / "recipe.yaml")
     task = MultipleChoice(recipe, load_tokenizer(recipe))
-    model = PeftModel.from_pretrained(load_base(recipe, task), tmp_path / "out").eval()
+    model = PeftModel.from_pretrained(load_base(recipe, task)[0], tmp_path / "out").eval()
     questions = columns([{key: row[key] for key in ("text", "choices")} for row in rows])
     answers = answer_rows(task, model, questions, 7, CPU)
     guesses = [answer["prediction"] for answer in answers]

@@ -177,7 +177,7 @@ def test_hidden_dropout_of_the_base(bases):
     """What the recipes for SQuAD say about the base model reaches its layers."""
     recipe = load_recipe("roberta-large-squad2", model=bases["bert"], **{"adapter.num_virtual_tokens": 3})
     task = TASK_CLASSES[recipe.task](recipe, AutoTokenizer.from_pretrained(recipe.model))
-    model = wrap(recipe, task, load_base(recipe, task))
+    model = wrap(recipe, task, *load_base(recipe, task))
     rates = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
     hidden = {name: rate for name, rate in rates.items() if "attention.self" not in name}
     assert len(hidden) > 3 and set(hidden.values()) == {0.2}

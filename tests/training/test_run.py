@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
+from conftest import save_base
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from prefix_adapter import PeftModel
-from prefix_adapter.training import Data, Recipe, train
+from prefix_adapter.training import Data, Recipe, evaluate_adapter, train
 
 
 def recipe(base, topics, output, **changes) -> Recipe:
@@ -45,3 +47,17 @@ def test_what_a_run_leaves(tiny_bert, topics, tmp_path):
     unfolded = PeftModel.from_pretrained(base, best).eval()
     torch.testing.assert_close(unfolded(input_ids=ids).logits, logits)
     assert any("prefix_tuning_v2_output" in name for name in load_file(best / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING_V2", "LORA", "HEAD"])
+def test_what_the_checkpoint_lacks_is_trained_and_saved(topics, tmp_path, kind):
+    """A BERT from masked language modelling has no pooler: random and frozen, it would be another one when loaded."""
+    base = save_base(tmp_path / "base", "bert", "AutoModelForMaskedLM")
+    adapter = {"peft_type": kind} if kind != "PREFIX_TUNING_V2" else {"num_virtual_tokens": 4}
+    train(recipe(base, topics, tmp_path / "out", adapter=adapter, num_train_epochs=1))
+    weights = load_file(next((tmp_path / "out").glob("*.safetensors")))
+    assert [name for name in weights if name.endswith("pooler.dense.weight")]
+    recorded = json.loads((tmp_path / "out" / "results.json").read_text())["validation"]
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        assert evaluate_adapter(tmp_path / "out") == pytest.approx(recorded, abs=1e-6)

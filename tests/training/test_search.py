@@ -278,6 +278,23 @@ def test_grid_is_complete_also_when_interrupted(recipe, fake):
     assert (report["complete"], report["interrupted"]) == (16, 1)
 
 
+def test_grid_interrupted_while_it_is_made(recipe, fake, monkeypatch):
+    seen = fake(lambda own: 0.01)
+    count, enqueue = itertools.count(1), optuna.Study.enqueue_trial
+
+    def interrupted(*arguments, **settings):
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        enqueue(*arguments, **settings)
+
+    settings = Search({"batch_size": [2, 4, 6, 8]}, sampler="grid")
+    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted, match="0 of 4 trials"):
+        patch.setattr(optuna.Study, "enqueue_trial", interrupted)
+        search(recipe, settings)
+    search(recipe, settings, resume=True)
+    assert sorted(own.batch_size for own in seen) == [2, 4, 6, 8]
+
+
 def test_grid_takes_n_trials_at_most(recipe, fake):
     seen = fake(lambda own: 0.01)
     search(recipe, Search(GRID, n_trials=3, sampler="grid"))
@@ -292,6 +309,7 @@ def test_seed(recipe, fake, tmp_path):
     search(recipe, Search(RATES, n_trials=3))
     recipe.output_dir = str(tmp_path / "other")
     search(recipe, Search(RATES, n_trials=3, seed=1))
+    assert all(trial.distributions["learning_rate"].log for trial in trials(recipe))
     rates = [own.learning_rate for own in seen]
     assert len(set(rates[:6])) == 6  # a resumed search does not begin anew
     assert rates[6:9] == rates[:3] and not set(rates[9:]) & set(rates[:3])

@@ -1,17 +1,21 @@
 """Text to text: labels, the loss, what is generated, and the metrics of generated texts."""
 
+import json
+import re
+
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import save_base, write_rows
 from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
+from test_examples import example
 from tiny import randomize
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from prefix_adapter import PeftModel, PrefixTuningV2Config, get_peft_model
-from prefix_adapter.training import Data, DataError, Recipe, RecipeError, train
-from prefix_adapter.training.evaluation import answer_rows, evaluate
+from prefix_adapter.training import Data, DataError, Recipe, RecipeError, answer_rows, train
+from prefix_adapter.training.evaluation import evaluate
 from prefix_adapter.training.tasks import TASK_CLASSES
 
 CPU = torch.device("cpu")
@@ -206,3 +210,24 @@ def test_training(bases, kind, tmp_path):
     model = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(bases[kind]), tmp_path / "out").eval()
     answers = answer_rows(make_task(bases[kind]), model, {"text": [words(3, 10), words(4, 11)]}, 2, CPU)
     assert answers == [{"prediction": words(60, 61, 62)}] * 2
+
+
+def test_the_example(tmp_path):
+    shown = example("seq2seq.py", "--output", tmp_path, "--max-steps", 3)
+    results = json.loads((tmp_path / "backwards" / "results.json").read_text())
+    assert f"exact_match {results['validation']['exact_match']:.3f}" in shown
+    assert results["steps"] == 3
+    assert results["trained_parameters"] == 3 * 8 * 2 * 2 * 64  # parts, tokens, layers, keys and values
+    assert len(re.findall(r"^ +[a-z ]+ with the prefix .*without it", shown, re.MULTILINE)) == 3
+    for name, backwards in (("forwards", False), ("backwards", True)):
+        rows = [json.loads(line) for line in (tmp_path / f"{name}-train.jsonl").read_text().splitlines()]
+        digits = dict(
+            zip(
+                ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
+                "0123456789",
+                strict=True,
+            )
+        )
+        for row in rows:
+            expected = [digits[word] for word in row["text"].split()]
+            assert row["target"].split() == (expected[::-1] if backwards else expected)

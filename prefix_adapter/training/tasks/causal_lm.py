@@ -45,10 +45,7 @@ class CausalLM(TextGeneration):
         "packing": (False, "Join texts without prompts and train on blocks of `max_length` tokens."),
         "generate": (False, "Evaluate by what is generated after the prompts too: exact_match and rougeL."),
         **TextGeneration.settings,
-        "max_new_tokens": (
-            None,
-            "Tokens to generate at most; by default 64, or half of `max_length` if less.",
-        ),
+        "max_new_tokens": (None, "Tokens to generate at most; by default 64, or half of `max_length` if less."),
     }
     rouge = ("rougeL",)
     lower_is_better = ("loss", "perplexity")
@@ -70,7 +67,7 @@ class CausalLM(TextGeneration):
         prompt = row.get("prompt")
         if not isinstance(prompt, (str, type(None))):
             return f"'prompt' must be a text, it is {prompt!r}."
-        if prompt and self.kwargs["packing"]:
+        if prompt and solved and self.kwargs["packing"]:
             return "it has a prompt: `task_kwargs.packing` is for texts without."
         if not (prompt or "").strip() and (self.kwargs["generate"] or not solved):
             return "there is no 'prompt' from which to generate. If it is called otherwise, say so: `data.columns`."

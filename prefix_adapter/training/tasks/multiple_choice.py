@@ -25,8 +25,8 @@ class MultipleChoice(Task):
     """Choose one of several texts that may go with a text.
 
     Each choice is read together with the text, and the choice with the highest logit is taken (Devlin et al. 2019,
-    section 4.4). The choices are a list in the column `choices`, or in columns of their own, `choice0` to `choice9`, which
-    may begin with any of them. Rows may have different numbers of choices: in columns the last ones are then missing.
+    section 4.4). The choices are a list in the column `choices`, or in columns of their own, `choice0` to `choice9`;
+    the first of these may be missing. Rows may have different numbers of choices: the last columns are then empty.
 
     The solution is the number of the right choice, counted from 0, or its text.
     """
