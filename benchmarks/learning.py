@@ -105,7 +105,9 @@ def run(args, name, arm, rates, seed):
     if not finished.is_file():
         train(recipe, resume=(Path(recipe.output_dir) / "recipe.yaml").is_file())
     results = json.loads(finished.read_text(encoding="utf-8"))
-    scores = {split: results[split][recipe.metric_for_best_model] for split in ("validation", "test") if split in results}
+    scores = {
+        split: results[split][recipe.metric_for_best_model] for split in ("validation", "test") if split in results
+    }
     return {**scores, "seconds": results["seconds"], "parameters": results["trained_parameters"]}
 
 
@@ -208,7 +210,9 @@ def study(args):
         for (name, arm), futures in tried.items():
             results = {rates: future.result() for rates, future in futures.items()}
             best = chosen(results)
-            print(f"{name} {arm}:", {rates: round(each["validation"], 4) for rates, each in results.items()}, flush=True)
+            print(
+                f"{name} {arm}:", {rates: round(each["validation"], 4) for rates, each in results.items()}, flush=True
+            )
             pending += [pool.submit(run, args, name, arm, best, seed) for seed in args.seeds]
         pending += [pool.submit(logistic, args, name, seed) for name in args.data_sets for seed in args.seeds]
         for future in pending:
@@ -273,7 +277,13 @@ def report(args):
                 "",
             ]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    text = PAGE.format(machine=platform.processor() or platform.machine(), commit=commit.stdout.strip(), body="\n".join(lines), test=args.test_rows or "all", precision={"no": "fp32", "bf16": "bf16 autocast"}[args.mixed_precision])
+    text = PAGE.format(
+        machine=platform.processor() or platform.machine(),
+        commit=commit.stdout.strip(),
+        body="\n".join(lines),
+        test=args.test_rows or "all",
+        precision={"no": "fp32", "bf16": "bf16 autocast"}[args.mixed_precision],
+    )
     if args.report:
         args.report.write_text(text, encoding="utf-8")
     print(text)
@@ -304,7 +314,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
     parser.add_argument("--output", type=Path, default=Path("runs/learning"))
-    parser.add_argument("--report", type=Path, help="write the table of what is finished to this file, and train nothing")
+    parser.add_argument(
+        "--report", type=Path, help="write the table of what is finished to this file, and train nothing"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--train-rows", type=int, help="training rows to draw; 0 for all")
     parser.add_argument("--test-rows", type=int, default=1000, help="test rows to draw; 0 for all")

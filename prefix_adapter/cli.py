@@ -137,14 +137,18 @@ def _parser() -> ArgumentParser:
 
     evaluate = _command("Measure a trained adapter on rows with solutions.")
     _adapter_arguments(evaluate)
-    evaluate.add_argument("data", nargs="?", type=str, help="A file, or test, validation or train: the recipe's own rows.")
+    evaluate.add_argument(
+        "data", nargs="?", type=str, help="A file, or test, validation or train: the recipe's own rows."
+    )
     evaluate.add_argument("--predictions", type=str, help="A JSONL file for the rows with their answers.")
     commands.add_subcommand("evaluate", evaluate, help="measure a trained adapter")
 
     predict = _command("Answer the rows of a JSONL file of any size; the answers are added to the rows.")
     _adapter_arguments(predict)
     predict.add_argument("source", type=str, help="A file with a JSON object in each line; - for standard input.")
-    predict.add_argument("target", type=str, help="A file for the rows with `prediction` added; - for standard output.")
+    predict.add_argument(
+        "target", type=str, help="A file for the rows with `prediction` added; - for standard output."
+    )
     predict.add_argument("--chunk_size", type=int, default=1000, help="Rows that are in memory at a time.")
     predict.add_argument("--device", type=str, help="Where to compute; a GPU if there is one.")
     commands.add_subcommand("predict", predict, help="answer rows")
@@ -181,7 +185,9 @@ def _adapter_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("adapter", type=str, help="The folder that `train` left, or the adapter's name on the Hub.")
     parser.add_argument("--model", type=str, help="The base model, if it is not where the recipe says.")
     parser.add_argument("--revision", type=str, help="The adapter's revision on the Hub.")
-    parser.add_argument("--batch_size", type=int, help="Rows of a forward pass; the recipe's eval_batch_size by default.")
+    parser.add_argument(
+        "--batch_size", type=int, help="Rows of a forward pass; the recipe's eval_batch_size by default."
+    )
 
 
 def _with_recipe(arguments: list[str]) -> list[str]:

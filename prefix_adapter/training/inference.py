@@ -197,7 +197,9 @@ def _rows(
         if optional is None:
             optional = given
         if given != optional:
-            raise DataError(f"{source}, line {number}: it has {sorted(given)}, and the first row has {sorted(optional)}.")
+            raise DataError(
+                f"{source}, line {number}: it has {sorted(given)}, and the first row has {sorted(optional)}."
+            )
         problem = task.problem(own, False)
         if problem:
             raise DataError(f"{source}, line {number}: {problem}")

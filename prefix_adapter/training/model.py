@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .tasks import Task
 
-_RATES = {"PREFIX_TUNING_V2": 1e-2, "LORA": 5e-4, "FULL": 3e-5}
-_HEAD_RATE = 5e-3
+_RATES = {"PREFIX_TUNING_V2": 3e-2, "LORA": 2e-3, "FULL": 3e-5}
+_HEAD_RATE = 2e-2
 _HEADS = ("classifier", "score", "qa_outputs")
 """Heads that PEFT trains and saves by itself, for the task types that have one."""
 _REVISIONS = ("revision", "trust_remote_code")
@@ -41,7 +41,8 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, list[str]]:
     """The base model with the task's head.
 
     Returns:
-        The model, and the names of its modules that the checkpoint has no weights for: the head, and perhaps a pooler.
+        The model, and the names of its modules that are the task's: the head, and what else the checkpoint has no
+        weights for, perhaps a pooler.
 
     Raises:
         RecipeError: if there is no such model, or it has no such head.
@@ -59,7 +60,12 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, list[str]]:
         raise RecipeError(f"`model`: {recipe.model!r} cannot be loaded as {task.auto_class}: {error}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    return model, sorted({name.rpartition(".")[0] for name in found["missing_keys"]})
+    missing = sorted({name.rpartition(".")[0] for name in found["missing_keys"]})
+    beside = [
+        name for name, child in model.named_children() if child is not model.base_model and list(child.parameters())
+    ]
+    heads = beside if task.has_head and model.base_model is not model else []
+    return model, [*heads, *(name for name in missing if not name.startswith(tuple(f"{head}." for head in heads)))]
 
 
 def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
@@ -89,9 +95,14 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
     if task.modules_to_save is not None and "modules_to_save" in fields:
         settings.setdefault("modules_to_save", list(task.modules_to_save))
     try:
-        return config_class(**settings)
+        config = config_class(**settings)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"`adapter`: {error}") from error
+    if config.is_prompt_learning and config.task_type is None:
+        raise RecipeError(
+            f"`adapter.peft_type`: PEFT's {kind} needs an `adapter.task_type`, and has none for this task."
+        )
+    return config
 
 
 def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> nn.Module:
@@ -101,8 +112,8 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> n
         recipe: the recipe.
         task: its task.
         base: the base model.
-        new: its modules that have random weights. They are trained and saved, whatever they are: frozen and not saved,
-            they would be others when the adapter is loaded.
+        new: its modules that are the task's. They are trained and saved, whatever they are called: a random one that
+            is not would be another one when the adapter is loaded.
 
     Raises:
         RecipeError: see `adapter_config`.

@@ -98,9 +98,9 @@ class Recipe:
         num_train_epochs: Passes over the training rows.
         max_steps: Stop after so many optimizer steps, whatever `num_train_epochs` says.
         group_by_length: Put rows of similar length into one batch, which saves padding.
-        learning_rate: Of the adapter. By default 1e-2 for a table of prefixes, 1e-3 for an MLP, 5e-4 for LoRA, 3e-5
+        learning_rate: Of the adapter. By default 3e-2 for a table of prefixes, 1e-3 for an MLP, 2e-3 for LoRA, 3e-5
             for FULL, 1e-2 for what else PEFT has.
-        head_learning_rate: Of the task head. By default 5e-3 beside an adapter or alone, `learning_rate` with FULL.
+        head_learning_rate: Of the task head. By default 2e-2 beside an adapter or alone, `learning_rate` with FULL.
         weight_decay: AdamW's, for the adapter and the head.
         max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
         lr_scheduler_type: A name that `transformers.get_scheduler` knows, or `exponential`, which multiplies the rate

@@ -215,6 +215,9 @@ def _parse(key: str, entry: Any, several: bool, earlier: list[Parameter]) -> Par
         raise ValueError(f"give a list of choices or a mapping with `low` and `high`, not {entry!r}.")
     entry = {"choices": entry} if isinstance(entry, list) else dict(entry)
     when = entry.pop("when", {})
+    for name, value, kind in (("when", when, dict), ("choices", entry.get("choices", []), list)):
+        if not isinstance(value, kind):
+            raise ValueError(f"`{name}` must be a {'list' if kind is list else 'mapping'}, got {value!r}.")
     for name, value in when.items():
         condition = next((each for each in earlier if each.name == name and each.choices and not each.when), None)
         if condition is None:
@@ -347,9 +350,8 @@ class _Job:
 
         default = URL.create("sqlite", database=str((self.folder / "study.db").absolute()))
         url = self.settings.storage or default.render_as_string()
-        patience = (
-            {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-        )  # the processes share the file
+        # The processes share the file, and may have to wait for each other.
+        patience = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
         try:
             return optuna.storages.RDBStorage(url, engine_kwargs=patience)
         except (ImportError, SQLAlchemyError) as error:

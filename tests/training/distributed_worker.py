@@ -10,7 +10,7 @@ JOBS.json is a list of jobs, done one after the other. What the processes saw is
     folder       {rank: a working directory}
     resume       go on with the run
     interrupt    [rank, step]: this process gets a SIGTERM then
-    wait         the step before which all processes wait for a signal
+    wait         the step before which all processes wait for signals
     disk_full    the main process cannot write checkpoints
 """
 
@@ -75,10 +75,11 @@ class WatchedLoop(Loop):
         if self.job.get("interrupt") == [rank, self.step]:
             signal.raise_signal(signal.SIGTERM)
         if self.job.get("wait") == self.step:
-            jobs_file.with_name(f"waiting-{rank}").touch()
+            jobs_file.with_name(f"waiting-{rank}").write_text(str(os.getpid()))
             deadline = time.monotonic() + 60
             while self._signal is None and time.monotonic() < deadline:
                 time.sleep(0.05)
+            time.sleep(1)  # for the second one
         return super()._train_step(batch)
 
 

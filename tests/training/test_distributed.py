@@ -5,6 +5,7 @@ Every launcher is started once, in a fixture, for all tests of it; `distributed_
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -317,15 +318,17 @@ def test_fsdp_says_what_it_cannot_do(fsdp2):
         assert seen["error"][0] == "RecipeError" and "fsdp_cpu_ram_efficient_loading" in seen["error"][1]
 
 
-def test_a_signal_to_the_launcher_and_two_machines_that_go_on(ddp, recipes, tmp_path):
-    """The launcher passes SIGTERM on; the run is saved, and goes on on two machines as if nothing had happened."""
+def test_signals_and_two_machines_that_go_on(ddp, recipes, tmp_path):
+    """A run is told to stop, saved once, and goes on on two machines as if nothing had happened."""
     (tmp_path / "jobs.json").write_text(json.dumps([job("random", recipes["random"], wait=7)]))
-    process = launch(
-        "cpu_two_processes.yaml", "--main_process_port", "0", WORKER, str(tmp_path / "jobs.json"), cwd=tmp_path
-    )
+    process = launch("cpu_two_processes.yaml", "--main_process_port", "0", WORKER, str(tmp_path / "jobs.json"))
+    waiting = [tmp_path / "waiting-0", tmp_path / "waiting-1"]
     deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("waiting-*"))) < 2 and time.monotonic() < deadline:
+    while not all(path.exists() and path.read_text() for path in waiting) and time.monotonic() < deadline:
         time.sleep(0.1)
+    # As a cluster does that tells every process of a job; the launcher passes its own on, so each gets two.
+    for path in waiting:
+        os.kill(int(path.read_text()), signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     status, output = finish(process)
     assert status != 0
@@ -333,6 +336,13 @@ def test_a_signal_to_the_launcher_and_two_machines_that_go_on(ddp, recipes, tmp_
     assert output.count("Stopped after step 9 of 18") == 2, output
     folder = tmp_path / "random"
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000005", "step-000009"]
+
+    # One process can go on too, with other dropout.
+    alone = shutil.copytree(folder, tmp_path / "alone")
+    recipe = {**recipes["random"], "data": Data(**recipes["random"]["data"]), "output_dir": alone}
+    assert train(Recipe(**recipe), resume=True)["steps"] == 18
+    before = [line for line in lines(alone) if line["step"] <= 9]
+    assert before == lines(folder) == [line for line in lines(ddp.folder / "random") if line["step"] <= 9]
 
     port = free_port()
     machines = [

@@ -43,7 +43,9 @@ def test_ner(shared, minilm, tmp_path):
         *("ner.py", "--train", data / "train.jsonl.gz", "--validation", data / "dev.jsonl.gz", "--model", minilm),
         *("--output", tmp_path / "out", "--max-rows", 48, "--epochs", 1),
     )
-    assert {"precision", "recall", "f1"} < json.loads((tmp_path / "out" / "results.json").read_text())["validation"].keys()
+    assert {"precision", "recall", "f1"} < json.loads((tmp_path / "out" / "results.json").read_text())[
+        "validation"
+    ].keys()
     assert re.search(r"^Ravi/\S+ flew/\S+ from/\S+ Lima/\S+", shown, re.MULTILINE)
 
 

@@ -61,3 +61,16 @@ def test_what_the_checkpoint_lacks_is_trained_and_saved(topics, tmp_path, kind):
     for seed in (1, 2):
         torch.manual_seed(seed)
         assert evaluate_adapter(tmp_path / "out") == pytest.approx(recorded, abs=1e-6)
+
+
+def test_heads_that_peft_does_not_know_are_trained_and_saved(topics, tmp_path):
+    base = save_base(tmp_path / "base", "bart")
+    train(recipe(base, topics, tmp_path / "out", num_train_epochs=1))
+    heads = [
+        name for name in load_file(tmp_path / "out" / "adapter_model.safetensors") if "classification_head" in name
+    ]
+    assert len(heads) == 4  # two linear layers
+    recorded = json.loads((tmp_path / "out" / "results.json").read_text())["validation"]
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        assert evaluate_adapter(tmp_path / "out") == pytest.approx(recorded, abs=1e-6)

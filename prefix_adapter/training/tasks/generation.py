@@ -29,6 +29,7 @@ class TextGeneration(Task):
         "max_new_tokens": (None, "Tokens to generate at most."),
         "generation_kwargs": ({}, "Further settings of transformers' GenerationConfig (`no_repeat_ngram_size`, ...)."),
     }
+    has_head = False
     default_max_length = 512
     answers_with_labels = False
     rouge: ClassVar[tuple[str, ...]]

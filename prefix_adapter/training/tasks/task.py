@@ -42,6 +42,8 @@ class Task:
     """The class of transformers that loads the base model with this task's head."""
     peft_task_type: ClassVar[str | None]
     """PEFT's `task_type`; `None` where it has none."""
+    has_head: ClassVar[bool] = True
+    """Whether what the model has beside its backbone is the task's own, and not a language model's."""
     modules_to_save: ClassVar[list[str] | None] = None
     """Names of the head's modules, where PEFT does not know them by the task type."""
     columns: ClassVar[dict[str, str]]
