@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     except TrainingInterrupted as error:
         print(error, file=sys.stderr)
         raise SystemExit(128 + (error.signal_number or 0)) from None
-    except (ValueError, TrainingDiverged, OSError) as error:
+    except (ValueError, TrainingDiverged, OSError, ImportError) as error:
         # RecipeError, DataError and UnsupportedBackboneError are ValueErrors.
         raise SystemExit(f"prefix-adapter {command}: {error}") from error
 

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from .distributed import whole
+from .distributed import save_parts, whole
 from .model import trained
 from .recipe import RecipeError
 
@@ -123,7 +123,7 @@ def save(
     parts: Path | None = None
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         parts = checkpoints / ".unfinished-parts" / _DEEPSPEED
-        model.save_checkpoint(parts.parent, parts.name, save_latest=False, exclude_frozen_parameters=True)  # type: ignore[operator]
+        save_parts(model, parts)
     else:  # in other processes than the main one it is empty, as the weights are
         moments = get_optimizer_state_dict(unwrapped, optimizer.optimizer, options=_GATHERED).get("state", {})
     generators = gather_object([_generators()])

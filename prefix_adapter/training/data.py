@@ -139,7 +139,8 @@ def _name_classes(rows: datasets.Dataset) -> datasets.Dataset:
     features, names = rows.features.copy(), {}
     for column, feature in rows.features.items():
         inner = getattr(feature, "feature", feature)  # of a list
-        if isinstance(inner, datasets.ClassLabel):
+        # Classes that are called like columns (COPA's choice1 and choice2) say which of them is right: numbers will do.
+        if isinstance(inner, datasets.ClassLabel) and not set(inner.names) <= set(rows.column_names):
             names[column] = dict(enumerate(inner.names))
             text = datasets.Value("string")
             features[column] = text if inner is feature else datasets.List(text)

@@ -18,6 +18,8 @@ from .model import new_optimizer, trained
 from .recipe import RecipeError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from accelerate import Accelerator
 
     from .recipe import Recipe
@@ -130,6 +132,21 @@ def whole(parameters: Iterable[nn.Parameter], changed: bool = False) -> Iterator
 
     with deepspeed.zero.GatheredParameters(divided, modifier_rank=0 if changed else None):
         yield
+
+
+def save_parts(engine: Any, folder: Path) -> None:
+    """Have every process write its part of what is trained, and of the optimizer, as DeepSpeed does."""
+    names = set(trained(engine.module))
+
+    def drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in set(state) - names:  # DeepSpeed leaves out the first name only of a frozen weight that is tied
+            del state[name]
+
+    handle = engine.module.register_state_dict_post_hook(drop)
+    try:
+        engine.save_checkpoint(folder.parent, folder.name, save_latest=False, exclude_frozen_parameters=True)
+    finally:
+        handle.remove()
 
 
 def _make_ready_for_fsdp(accelerator: Accelerator, model: Any) -> None:

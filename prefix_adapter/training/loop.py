@@ -40,6 +40,9 @@ class TrainingInterrupted(Exception):
         super().__init__(message)
         self.signal_number = signal_number
 
+    def __reduce__(self) -> Any:
+        return type(self), (str(self), self.signal_number)
+
 
 class TrainingDiverged(Exception):
     """The loss is not finite; the message says what to try."""

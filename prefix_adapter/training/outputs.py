@@ -42,7 +42,8 @@ _SCRATCH = ".unfinished-"
 _PIPELINES = ("token-classification", "question-answering")
 _LEARNT = ("labels", "task_kwargs")
 """What training fills in, from the rows, where the user does not say."""
-_MAY_DIFFER = ("output_dir", "report_to", "eval_batch_size", "logging_steps")
+MAY_DIFFER = ("output_dir", "report_to", "eval_batch_size", "logging_steps")
+"""What a run may be resumed with another value of."""
 
 
 def may_claim(recipe: Recipe, resume: bool, overwrite: bool) -> None:
@@ -107,7 +108,7 @@ def claim(recipe: Recipe, resume: bool, accelerator: Accelerator) -> None:
 def _compare(earlier: Recipe, now: Recipe, *left_out: str) -> None:
     old, new = earlier.to_dict(), now.to_dict()
     for key in old:
-        if old[key] != new[key] and key not in (*_MAY_DIFFER, *left_out):
+        if old[key] != new[key] and key not in (*MAY_DIFFER, *left_out):
             raise RecipeError(
                 f"`{key}`: the run in {now.output_dir} was started with {old[key]!r}, not {new[key]!r}. Resume it "
                 "with its own recipe, or start a new run."

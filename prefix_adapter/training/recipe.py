@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field
 from importlib import resources
 from inspect import formatannotation
@@ -193,10 +194,40 @@ class Recipe:
         """The recipe as plain values, for YAML or JSON."""
         return dataclasses.asdict(self)
 
+    def with_values(self, values: dict[str, Any], without: Iterable[str] = ()) -> Recipe:
+        """A copy with other values.
+
+        Args:
+            values: the values, by keys with dots for nested ones: `{"adapter.num_virtual_tokens": 8}`.
+            without: such keys, which get their defaults first.
+
+        Raises:
+            RecipeError: if there is no such key, or it cannot have the value.
+        """
+        return Recipe.from_dict(_set(self.to_dict(), values, without))
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as YAML."""
         text = yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
         Path(path).write_text(text, encoding="utf-8")
+
+
+def _set(contents: dict[str, Any], values: dict[str, Any], without: Iterable[str] = ()) -> dict[str, Any]:
+    """Set values by keys with dots for nested ones."""
+
+    def holder(key: str) -> dict[str, Any]:
+        place = contents
+        for parent in key.split(".")[:-1]:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise RecipeError(f"`{key}`: `{parent}` is no mapping, it is {place!r}.")
+        return place
+
+    for key in without:
+        holder(key).pop(key.rpartition(".")[2], None)
+    for key, value in values.items():
+        holder(key)[key.rpartition(".")[2]] = dataclasses.asdict(value) if isinstance(value, Data) else value
+    return contents
 
 
 def _check_types(owner: Data | Recipe, prefix: str = "") -> None:
@@ -337,14 +368,6 @@ def load_recipe(name: str | os.PathLike[str], **overrides: Any) -> Recipe:
     """
     values = _read(name)
     try:
-        for key, value in overrides.items():
-            *parents, last = key.split(".")
-            place = values
-            for parent in parents:
-                place = place.setdefault(parent, {})
-                if not isinstance(place, dict):
-                    raise RecipeError(f"`{key}`: `{parent}` is no mapping, it is {place!r}.")
-            place[last] = dataclasses.asdict(value) if isinstance(value, Data) else value
-        return Recipe.from_dict(values)
+        return Recipe.from_dict(_set(values, overrides))
     except RecipeError as error:
         raise RecipeError(f"{name}: {error}") from error

@@ -24,6 +24,7 @@ from .tasks import TASK_CLASSES
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from accelerate import Accelerator
     from datasets import Dataset
 
     from .recipe import Recipe
@@ -59,8 +60,21 @@ def train(
         TrainingDiverged: if the loss is not finite.
         OSError: if a file cannot be written.
     """
-    started = time.perf_counter()
     accelerator = new_accelerator(recipe)
+    try:
+        return _train(recipe, accelerator, resume, overwrite, on_evaluation)
+    finally:
+        accelerator.end_training()
+
+
+def _train(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    resume: bool,
+    overwrite: bool,
+    on_evaluation: Callable[[int, dict[str, float]], None] | None,
+) -> dict[str, Any]:
+    started = time.perf_counter()
     with together(accelerator):
         outputs.may_claim(recipe, resume, overwrite)
         tokenizer = load_tokenizer(recipe)
@@ -108,7 +122,6 @@ def train(
     results["seconds"] = round(time.perf_counter() - started, 1)
     if accelerator.is_main_process:
         _leave(recipe, best, log, results)
-    accelerator.end_training()
     return results
 
 

@@ -28,7 +28,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -276,34 +276,6 @@ def _values(space: list[Parameter], point: Point) -> dict[str, Any]:
     return {parameter.key: parameter.choices.get(value, value) for parameter, value in found}
 
 
-def with_values(recipe: Recipe, values: dict[str, Any], without: Iterable[str] = ()) -> Recipe:
-    """A copy of a recipe with other values.
-
-    Args:
-        recipe: the recipe.
-        values: the values, by dotted keys.
-        without: keys that get their defaults first.
-
-    Raises:
-        RecipeError: if there is no such key, or it cannot have the value.
-    """
-    contents = recipe.to_dict()
-
-    def holder(key: str) -> dict[str, Any]:
-        inner = contents
-        for part in key.split(".")[:-1]:
-            inner = inner.setdefault(part, {})
-            if not isinstance(inner, dict):
-                raise RecipeError(f"`{key}`: a recipe has no such key.")
-        return inner
-
-    for key in without:
-        holder(key).pop(key.rpartition(".")[2], None)
-    for key, value in values.items():
-        holder(key)[key.rpartition(".")[2]] = value
-    return Recipe.from_dict(contents)
-
-
 @dataclass(frozen=True)
 class _Job:
     """What the processes of a search need to know."""
@@ -321,7 +293,7 @@ class _Job:
 
     def recipe_of(self, point: Point, **values: Any) -> Recipe:
         keys = {parameter.key for parameter in self.space}
-        return with_values(self.recipe, {**_values(self.space, point), **values}, without=keys)
+        return self.recipe.with_values({**_values(self.space, point), **values}, without=keys)
 
     def study(self, worker: int = 0) -> Study:
         """Optuna's study, which must exist."""
@@ -392,7 +364,7 @@ def search(recipe: Recipe, settings: Search, *, resume: bool = False) -> dict[st
     space = parse_space(settings.space)
     grid = _grid(space) if settings.sampler == "grid" else None
     tokenizer = load_tokenizer(recipe)
-    blind = with_values(recipe, {"data.test": None})
+    blind = recipe.with_values({"data.test": None})
     task = TASK_CLASSES[recipe.task](blind, tokenizer)
     load_splits(blind, task)
     job = _Job(
@@ -480,7 +452,7 @@ def _open(job: _Job, resume: bool, minimize: bool) -> Study:
     except KeyError as error:
         raise RecipeError(f"`study_name`: the storage has no search {settings.study_name!r} to resume.") from error
     for key in now:
-        if before.get(key) != now[key] and key not in outputs._MAY_DIFFER:
+        if before.get(key) != now[key] and key not in outputs.MAY_DIFFER:
             raise RecipeError(
                 f"`{key}`: the search in {job.folder} was begun with {before.get(key)!r}, not {now[key]!r}. Resume it "
                 "with what it was begun with, or start a new one."

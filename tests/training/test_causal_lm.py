@@ -25,7 +25,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, str]:
-    """A Llama whose tokenizer puts a token before every text, as Llama's does, and a GPT-2 without a padding token."""
+    """A Llama whose tokenizer puts a token before every text, as Llama's does, and a GPT-2 without a padding token.
+
+    And the tokenizer of `closing`, which puts the end-of-sequence token after every text itself.
+    """
     folder = tmp_path_factory.mktemp("bases")
     found = {kind: save_base(folder / kind, kind, "AutoModelForCausalLM") for kind in ("llama", "gpt2")}
     tokenizer = AutoTokenizer.from_pretrained(found["llama"])
@@ -37,7 +40,11 @@ def bases(tmp_path_factory) -> dict[str, str]:
     tokenizer = AutoTokenizer.from_pretrained(found["gpt2"])
     tokenizer.pad_token = None
     tokenizer.save_pretrained(found["gpt2"])
-    return found
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    tokenizer.save_pretrained(folder / "closing")
+    return {**found, "closing": str(folder / "closing")}
 
 
 def make_recipe(base, output="unused", data=None, **changes) -> Recipe:
@@ -82,6 +89,8 @@ def shown(task, features: dict, i: int) -> tuple[str, str]:
         ("llama", {"text": words(1, 2)}, ("[CLS] w1 w2 </s>", "- w1 w2 </s>")),
         ("llama", {"prompt": None, "text": words(1, 2)}, ("[CLS] w1 w2 </s>", "- w1 w2 </s>")),
         ("gpt2", {"prompt": words(1, 2), "text": words(3, 4)}, ("w1 w2 w3 w4 </s>", "- - w3 w4 </s>")),
+        ("closing", {"text": words(1, 2)}, ("w1 w2 </s>", "- w2 </s>")),
+        ("closing", {"prompt": words(1, 2), "text": words(3, 4)}, ("w1 w2 w3 w4 </s>", "- - w3 w4 </s>")),
         ("llama", {"prompt": words(1, 2), "text": words(3, 4)}, ("[CLS] w1 w2 w3 w4 </s>", "- - - w3 w4 </s>")),
         # Too long: the prompt's beginning goes first, then the text's end.
         ("gpt2", {"prompt": words(*range(9)), "text": words(30, 31)}, ("w6 w7 w8 w30 w31 </s>", "- - - w30 w31 </s>")),

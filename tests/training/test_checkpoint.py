@@ -214,6 +214,11 @@ def test_killed_at_any_moment(make, tmp_path):
     assert what_counts(folder) == what_counts(tmp_path / "whole")
 
 
+def limit_files(size: int) -> None:
+    """Have no file of this process grow beyond a size."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
 @pytest.mark.parametrize("size", ["adapter_model.safetensors", "optimizer.safetensors", "state.json", "README.md"])
 def test_a_full_disk(make, tmp_path, size):
     """No file may grow beyond a limit from the second checkpoint on: those of weights cannot, or others cannot."""
@@ -221,27 +226,49 @@ def test_a_full_disk(make, tmp_path, size):
     expected = what_counts(tmp_path / "whole")
     first = tmp_path / "whole" / "checkpoints" / "step-000004"
     limit, report, folder = (first / size).stat().st_size - 1, tmp_path / "report", tmp_path / "full"
-    kept = {}
 
     def fill(step, metrics):
         if step == 4:
             assert checkpoint.find(folder / "checkpoints") == [2, 3]
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            limit_files(limit)
 
     def work():
         with pytest.raises(OSError) as error:
             train(make("full"), on_evaluation=fill)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        limit_files(resource.RLIM_INFINITY)
         said = str(error.value)
         assert said.startswith(str(folder / "checkpoints" / "step-000004")) and "File too large" in said
         assert "The checkpoint of step 4 was not written; what was there before is untouched." in said
 
-    assert not was_killed(in_child(work, report), report), kept
+    assert not was_killed(in_child(work, report), report)
     assert sorted(os.listdir(folder / "checkpoints")) == ["step-000002", "step-000003"]
     assert_whole(folder)
     assert not (folder / "adapter_model.safetensors").exists()
     go_on(make("full"))
     assert what_counts(folder) == expected
+
+
+def test_a_disk_that_is_full_between_checkpoints(make, tmp_path):
+    train(make("whole"))
+    report, folder = tmp_path / "report", tmp_path / "full"
+    recorded = folder / "metrics.jsonl"
+
+    def train_step(self, batch):
+        if self.step == 3:
+            limit_files(recorded.stat().st_size + 9)
+        return original(self, batch)
+
+    def work():
+        Loop._train_step = train_step
+        with pytest.raises(OSError) as error:
+            train(make("full"))
+        limit_files(resource.RLIM_INFINITY)
+        assert str(error.value) == f"{recorded}: [Errno 27] File too large"
+
+    original = Loop._train_step
+    assert not was_killed(in_child(work, report), report)
+    go_on(make("full"))
+    assert what_counts(folder) == what_counts(tmp_path / "whole")
 
 
 def test_a_disk_that_is_full_at_the_end(make, tmp_path, monkeypatch):

@@ -452,7 +452,7 @@ def test_whose_folder(recipe, fake, tmp_path):
 def test_with_values(recipe, tmp_path, values):
     recipe.save(tmp_path / "recipe.yaml")
     unchanged = load_recipe(tmp_path / "recipe.yaml")
-    assert module.with_values(recipe, values) == load_recipe(tmp_path / "recipe.yaml", **values)
+    assert recipe.with_values(values) == load_recipe(tmp_path / "recipe.yaml", **values)
     assert recipe == unchanged
 
 
