@@ -3,13 +3,13 @@
     python benchmarks/learning.py --data FOLDER --output runs/learning
     python benchmarks/learning.py --output runs/learning --report docs/learning.md
 
-FOLDER holds `ud-ewt-pos`, `wnut17-ner` and `banking77`, each with train/dev/test.jsonl.gz (dev where there is one). Every
-arm goes through the same loop (`prefix_adapter.training`). Its learning rates are chosen on the validation rows with one
-seed; then it is trained with each of five seeds and measured on the test rows once, at the step that was best on the
-validation rows. A seed also decides which training rows are drawn, the same ones for all arms.
+FOLDER holds `ud-ewt-pos`, `wnut17-ner` and `banking77`, each with train/dev/test.jsonl.gz (dev where there is one).
+Every arm goes through the same loop (`prefix_adapter.training`). Its learning rates are chosen on the validation rows
+with one seed; then it is trained with each of five seeds and measured on the test rows once, at the step that was best
+on the validation rows. A seed also decides which rows are drawn, the same ones for all arms.
 
-The work is resumable: a run that is finished is not repeated, one that was interrupted goes on. With `--train-rows 0` all
-rows are used, which takes many hours on a CPU.
+The work is resumable: a run that is finished is not repeated, one that was interrupted goes on. With `--train-rows 0
+--test-rows 0` all rows are used, which takes many hours on a CPU.
 """
 
 import argparse
@@ -293,12 +293,12 @@ PAGE = """# Does it learn?
 
 <!-- Written by benchmarks/learning.py; the text above the tables is in that script. -->
 
-The same encoder (all-MiniLM-L6-v2, 22.7 million parameters), seven ways to use it. Mean and standard deviation over the
-seeds of the score on {test} test rows, which are looked at once, at the step that was best on 500 validation rows. Each
-method's learning rate was chosen on validation rows, with a seed of its own. A seed decides the first weights, the order,
-and which training rows are drawn: the same for all methods. Batch 16, AdamW, linear schedule; heads are
-transformers' own (a linear layer on each token; a linear layer on the pretrained pooler's output for sentences). Made on
-{machine} at commit {commit}, one thread a run, {precision}, by
+The same encoder (all-MiniLM-L6-v2, 22.7 million parameters), seven ways to use it. Mean and standard deviation over
+the seeds of the score on {test} test rows, which are looked at once, at the step that was best on 500 validation rows.
+Each method's learning rate was chosen on validation rows, with a seed of its own. A seed decides the first weights, the
+order, and which rows are drawn: the same for all methods. Batch 16, AdamW, linear schedule; heads are transformers'
+own (a linear layer on each token; a linear layer on the pretrained pooler's output for sentences). Made on {machine} at
+commit {commit}, one thread a run, {precision}, by
 
 ```bash
 python benchmarks/learning.py --data FOLDER --output runs/learning
@@ -311,6 +311,7 @@ Seconds are of busy cores that were shared with other work: an order of magnitud
 
 
 def main():
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
     parser.add_argument("--output", type=Path, default=Path("runs/learning"))

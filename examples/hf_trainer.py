@@ -3,9 +3,9 @@
     pip install "prefix-adapter[train]"
     python examples/hf_trainer.py --train train.jsonl --validation dev.jsonl --model bert-base-cased
 
-A row is `{"text": ..., "label": ...}`. Nothing here is of our training loop: `get_peft_model` puts the prefix on, `Trainer`
-trains it, and its checkpoints hold the prefix and the head alone. A prefix needs a rate about a hundred times that of
-full fine-tuning, and so does its head.
+A row is `{"text": ..., "label": ...}`. Nothing here is of our training loop: `get_peft_model` puts the prefix on,
+`Trainer` trains it, and its checkpoints hold the prefix and the head alone. A prefix needs a rate several hundred times
+that of full fine-tuning, and so does its head.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     pip install "prefix-adapter[train]"
     python examples/ner.py --train train.jsonl --validation dev.jsonl --model bert-base-cased
 
-A row is `{"tokens": ["Ravi", "flew", "to", "Lima"], "tags": ["B-person", "O", "O", "B-location"]}`. Entities are scored as
-wholes (precision, recall and F1 of seqeval), sentences longer than the model's input are read in windows that overlap.
+A row is `{"tokens": ["Ravi", "flew", "to", "Lima"], "tags": ["B-person", "O", "O", "B-location"]}`. Entities are
+scored as wholes (precision, recall and F1 of seqeval), sentences longer than the model's input are read in windows.
 The same from the command line:
 
     prefix-adapter train --config token-classification --model bert-base-cased --data.train train.jsonl \\
@@ -50,6 +50,6 @@ results = train(recipe)
 print(json.dumps({split: results[split] for split in ("validation", "test") if split in results}, indent=2))
 
 _, task, model = load_trained(args.output)
-tokens = "Ravi flew from Lima to the Nile with Acme Airways".split()
+tokens = ["Ravi", "flew", "from", "Lima", "to", "the", "Nile", "with", "Acme", "Airways"]
 (answer,) = answer_rows(task, model, {"tokens": [tokens]}, batch_size=1, device=torch.device("cpu"))
 print(" ".join(f"{token}/{tag}" for token, tag in zip(tokens, answer["prediction"], strict=True)))

@@ -1,4 +1,4 @@
-"""The command `prefix-adapter`: from a data set to a published adapter. `prefix-adapter COMMAND --help` says the rest."""
+"""The command `prefix-adapter`, from a data set to a published adapter."""
 
 from __future__ import annotations
 

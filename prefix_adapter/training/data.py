@@ -139,7 +139,7 @@ def _name_classes(rows: datasets.Dataset) -> datasets.Dataset:
     features, names = rows.features.copy(), {}
     for column, feature in rows.features.items():
         inner = getattr(feature, "feature", feature)  # of a list
-        # Classes that are called like columns (COPA's choice1 and choice2) say which of them is right: numbers will do.
+        # Classes that are called like columns, as COPA's choice1 and choice2, are the numbers of those columns.
         if isinstance(inner, datasets.ClassLabel) and not set(inner.names) <= set(rows.column_names):
             names[column] = dict(enumerate(inner.names))
             text = datasets.Value("string")

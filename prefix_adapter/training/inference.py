@@ -83,8 +83,8 @@ def evaluate_adapter(
 
     Args:
         adapter: the folder that `train` left, or the adapter's name on the Hub.
-        data: a file, or `test`, `validation` or `train` for the recipe's own rows; by default the recipe's test rows or,
-            if it has none, its validation rows.
+        data: a file, or `test`, `validation` or `train` for the recipe's own rows; by default the recipe's test rows
+            or, if it has none, its validation rows.
         model: the base model, if it is not where the recipe says.
         revision: the adapter's revision on the Hub.
         batch_size: features of a forward pass; the recipe's by default.

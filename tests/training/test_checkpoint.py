@@ -56,9 +56,7 @@ def in_child(work, report: Path) -> int:
     code = 1
     tqdm.set_lock(threading.RLock())  # its own would be locked for all if it died with it
     try:
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
+        sys.stdout = sys.stderr = open(os.devnull, "w")
         work()
         code = 0
     except BaseException:

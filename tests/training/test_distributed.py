@@ -23,7 +23,7 @@ from conftest import save_base, topic_rows, write_rows
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from prefix_adapter.training import Data, Recipe, RecipeError, train
+from prefix_adapter.training import Data, Recipe, RecipeError, checkpoint, train
 from prefix_adapter.training.distributed import check
 from prefix_adapter.training.loop import new_accelerator
 
@@ -358,6 +358,13 @@ def test_signals_and_two_machines_that_go_on(ddp, recipes, tmp_path):
         assert status == 0, output
     assert lines(folder) == lines(ddp.folder / "random")
     assert_same_bits(folder, ddp.folder / "random")
+
+
+def test_a_checkpoint_of_deepspeeds_goes_on_under_deepspeed(tmp_path):
+    (tmp_path / "deepspeed").mkdir()
+    (tmp_path / "state.json").write_text(json.dumps({"generators": [{}, {}]}))
+    with pytest.raises(RecipeError, match="written under DeepSpeed by 2 processes"):
+        checkpoint.restore(tmp_path, Accelerator(), None, None)
 
 
 def test_an_error_in_one_process_ends_all(ddp):

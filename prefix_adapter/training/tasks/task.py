@@ -26,8 +26,8 @@ Columns = dict[str, list[Any]]
 class Task:
     """One task. Subclasses give the class attributes and override what differs.
 
-    Row by row: `check` says what is wrong with the data, `features` tokenizes, `collate` makes a batch, the model's own
-    loss is minimised. In evaluation `outputs` gives a small record per feature, `answers` turns the records of one row
+    `check` says what is wrong with the data, `features` tokenizes, `collate` makes a batch, the model's own loss is
+    minimised. In evaluation `outputs` gives a small record per feature, `answers` turns the records of one row
     (one, or many where a long context is cut up) into what a user wants to read, and `metrics` compares answers.
 
     Args:
