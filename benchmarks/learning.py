@@ -124,10 +124,10 @@ def features_of(args, name, splits):
             inputs, targets = [], []
             for row in rows:
                 words = "tokens" in row
+                text = row["tokens"] if words else row["text"]
                 encoded = tokenizer(
-                    row["tokens"] if words else row["text"], is_split_into_words=words, truncation=True, max_length=128,
-                    return_tensors="pt",
-                )  # fmt: skip
+                    text, is_split_into_words=words, truncation=True, max_length=128, return_tensors="pt"
+                )
                 states = model(**encoded).last_hidden_state[0]
                 if not words:
                     inputs.append(states.mean(0))
@@ -294,10 +294,10 @@ PAGE = """# Does it learn?
 <!-- Written by benchmarks/learning.py; the text above the tables is in that script. -->
 
 The same encoder (all-MiniLM-L6-v2, 22.7 million parameters), seven ways to use it. Mean and standard deviation over
-the seeds of the score on {test} test rows, which are looked at once, at the step that was best on 500 validation rows.
-Each method's learning rate was chosen on validation rows, with a seed of its own. A seed decides the first weights, the
-order, and which rows are drawn: the same for all methods. Batch 16, AdamW, linear schedule; heads are transformers'
-own (a linear layer on each token; a linear layer on the pretrained pooler's output for sentences). Made on {machine} at
+the seeds of the score on {test} test rows, which are looked at once, at the step that was best on 500 validation
+rows. Each method's learning rate was chosen on validation rows, with a seed of its own. A seed decides the first weights, the
+order, and which rows are drawn: the same for all methods. Batch 16, AdamW, linear schedule; heads are
+transformers' own (a linear layer on each token; a linear layer on the pretrained pooler's output for sentences). Made on {machine} at
 commit {commit}, one thread a run, {precision}, by
 
 ```bash

@@ -4,8 +4,8 @@
     python examples/hf_trainer.py --train train.jsonl --validation dev.jsonl --model bert-base-cased
 
 A row is `{"text": ..., "label": ...}`. Nothing here is of our training loop: `get_peft_model` puts the prefix on,
-`Trainer` trains it, and its checkpoints hold the prefix and the head alone. A prefix needs a rate several hundred times
-that of full fine-tuning, and so does its head.
+`Trainer` trains it, and its checkpoints hold the prefix and the head alone. A prefix needs a rate several hundred
+times that of full fine-tuning, and so does its head.
 """
 
 import argparse

@@ -5,10 +5,10 @@
     python examples/klue_nli.py --recipe klue-nli-full      # full fine-tuning; 0.743 there
     python examples/klue_nli.py --recipe klue-nli-prefix-20 --learning-rate 1e-2
 
-The seed's notes (Korean, on P-Tuning v2) report 0.531 for a table of 20 tokens at the rate of 3e-5, which all of their
-rows use. That is far below what a table needs (the published settings lie between 5e-3 and 6e-2): the last line repeats
-the row at a rate that it can learn with. The data come from the Hub (`klue/klue`), or from a folder with train.jsonl.gz
-and dev.jsonl.gz that have premise, hypothesis and label.
+The seed's notes (Korean, on P-Tuning v2) report 0.531 for a table of 20 tokens at the rate of 3e-5, which all of
+their rows use. That is far below what a table needs (the published settings lie between 5e-3 and 6e-2): the last line
+repeats the row at a rate that it can learn with. The data come from the Hub (`klue/klue`), or from a folder with
+train.jsonl.gz and dev.jsonl.gz that have premise, hypothesis and label.
 """
 
 import argparse

@@ -39,7 +39,12 @@ CHECKPOINTS, LOGS = "checkpoints", "logs"
 _WEIGHTS = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "trained.safetensors"}
 _OURS = {RECIPE, METRICS, RESULTS, CURVE, CARD, CHECKPOINTS, LOGS, *_WEIGHTS}
 _SCRATCH = ".unfinished-"
-_PIPELINES = ("token-classification", "question-answering")
+_PIPELINES = {
+    "sequence-classification": "text-classification",
+    "token-classification": "token-classification",
+    "question-answering": "question-answering",
+    "causal-lm": "text-generation",
+}
 _LEARNT = ("labels", "task_kwargs")
 """What training fills in, from the rows, where the user does not say."""
 MAY_DIFFER = ("output_dir", "report_to", "eval_batch_size", "logging_steps")
@@ -304,7 +309,7 @@ def write_card(folder: Path, recipe: Recipe, results: dict[str, Any]) -> None:
     data: dict[str, Any] = {
         "library_name": "peft",
         "base_model": None if os.path.isdir(recipe.model) else recipe.model,
-        "pipeline_tag": recipe.task if recipe.task in _PIPELINES else None,
+        "pipeline_tag": _PIPELINES.get(recipe.task),
         "datasets": recipe.data.path if recipe.data.path and not os.path.exists(recipe.data.path) else None,
         "metrics": sorted(set(results["validation"]) - {"loss"}),
         "tags": ["prefix-adapter"],

@@ -1,5 +1,6 @@
 """Checkpoints and the output folder: whenever a run dies, what is there is whole and can be gone on with."""
 
+import io
 import json
 import os
 import random
@@ -56,7 +57,7 @@ def in_child(work, report: Path) -> int:
     code = 1
     tqdm.set_lock(threading.RLock())  # its own would be locked for all if it died with it
     try:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = sys.stderr = io.StringIO()
         work()
         code = 0
     except BaseException:
