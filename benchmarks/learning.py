@@ -295,10 +295,10 @@ PAGE = """# Does it learn?
 
 The same encoder (all-MiniLM-L6-v2, 22.7 million parameters), seven ways to use it. Mean and standard deviation over
 the seeds of the score on {test} test rows, which are looked at once, at the step that was best on 500 validation
-rows. Each method's learning rate was chosen on validation rows, with a seed of its own. A seed decides the first weights, the
-order, and which rows are drawn: the same for all methods. Batch 16, AdamW, linear schedule; heads are
-transformers' own (a linear layer on each token; a linear layer on the pretrained pooler's output for sentences). Made on {machine} at
-commit {commit}, one thread a run, {precision}, by
+rows. Each method's learning rate was chosen on validation rows, with a seed of its own. A seed decides the first
+weights, the order, and which rows are drawn: the same for all methods. Batch 16, AdamW, linear schedule; heads are
+transformers' own (a linear layer on each token; a linear layer on the pretrained pooler's output for sentences).
+Made on {machine} at commit {commit}, one thread a run, {precision}, by
 
 ```bash
 python benchmarks/learning.py --data FOLDER --output runs/learning
