@@ -31,7 +31,7 @@ def _train(options: Namespace) -> None:
     from .training.recipe import recipe_from
 
     results = train(recipe_from(options), resume=options.resume is not None, overwrite=options.overwrite)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if _first():
         _show({split: results[split] for split in ("validation", "test") if split in results})
         print(f"The adapter is in {options.output_dir}.")
 
@@ -54,7 +54,7 @@ def _evaluate(options: Namespace) -> None:
         batch_size=options.batch_size,
         predictions=options.predictions,
     )
-    if int(os.environ.get("RANK", 0)) == 0:
+    if _first():
         _show(metrics)
 
 
@@ -104,6 +104,11 @@ def _push(options: Namespace) -> None:
     private = True if options.private else None
     commit = push_to_hub(options.folder, options.repo_id, private=private, commit_message=options.commit_message)
     print(commit.commit_url)
+
+
+def _first() -> bool:
+    """Whether this is the process that speaks, of those that a launcher started."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def _show(values: Any) -> None:
@@ -228,11 +233,12 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         _COMMANDS[command](parser.instantiate(parsed)[command])
     except TrainingInterrupted as error:
-        print(error, file=sys.stderr)
+        if _first():
+            print(error, file=sys.stderr)
         raise SystemExit(128 + (error.signal_number or 0)) from None
     except (ValueError, TrainingDiverged, OSError, ImportError) as error:
         # RecipeError, DataError and UnsupportedBackboneError are ValueErrors.
-        raise SystemExit(f"prefix-adapter {command}: {error}") from error
+        raise SystemExit(f"prefix-adapter {command}: {error}" if _first() else 1) from error
 
 
 if __name__ == "__main__":

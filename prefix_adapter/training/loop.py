@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from tqdm.auto import tqdm
 
@@ -52,8 +53,14 @@ def new_accelerator(recipe: Recipe) -> Accelerator:
     """The accelerator of a run; `accelerate launch` and its configuration files decide the rest.
 
     Raises:
-        RecipeError: see `distributed.check`.
+        RecipeError: see `distributed.check`; or if a tracker is not there, which Accelerate may not mention.
     """
+    trackers = [str(each) for each in get_available_trackers()]
+    for name in recipe.report_to:
+        if name not in trackers:
+            raise RecipeError(
+                f"`report_to`: Accelerate knows no {name!r}, or it is not installed; there are {trackers}."
+            )
     # By torch; Accelerate knows no other word for it.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     parts = recipe.gradient_accumulation_steps
@@ -85,6 +92,10 @@ class Loop:
         log: where metrics are recorded.
         on_evaluation: called by the main process after every evaluation, with the step and the validation rows'
             metrics; what it raises ends the run.
+
+    Raises:
+        DataError: if there is nothing to learn from.
+        RecipeError: if there is no such schedule.
     """
 
     def __init__(
@@ -125,6 +136,26 @@ class Loop:
         self._pending: Tensor | None = None
         self._pending_step, self._pending_rates = 0, self._rates()
         self._signal: int | None = None
+
+    def try_out(self) -> None:
+        """Meet now what would else end the run in its middle.
+
+        Raises:
+            RecipeError: if the longest row is too long for the model, or there is no such metric.
+        """
+        lengths = [len(ids) for ids in self.features["input_ids"]]
+        longest = self.task.collate([self.features[lengths.index(max(lengths))]])
+        model = self.accelerator.unwrap_model(self.model).eval()
+        try:
+            with torch.no_grad():
+                self.task.loss(model, {key: value.to(self.accelerator.device) for key, value in longest.items()})
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise RecipeError(f"`max_length`: the model cannot take the longest row: {error}") from error
+        if self.recipe.metric_for_best_model:
+            few = self.validation_rows.select(range(min(2, len(self.validation_rows))))
+            known, _ = evaluate(self.task, self.model, few, self.recipe.eval_batch_size, self.accelerator)
+            if self.metric not in known:
+                raise RecipeError(f"`metric_for_best_model`: there is no {self.metric!r}; there are {sorted(known)}.")
 
     def resume(self) -> bool:
         """Go back to the last checkpoint; `False` if there is none."""
@@ -253,8 +284,6 @@ class Loop:
         metrics, _ = evaluate(
             self.task, self.model, self.validation_rows, self.recipe.eval_batch_size, self.accelerator
         )
-        if self.metric not in metrics:
-            raise RecipeError(f"`metric_for_best_model`: there is no {self.metric!r}; there are {sorted(metrics)}.")
         if not math.isfinite(metrics["loss"]):
             raise self._diverged(f"the loss of the validation rows became {metrics['loss']}")
         self._write(self.step, "validation", metrics)

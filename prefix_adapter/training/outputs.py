@@ -152,16 +152,16 @@ class Log:
     """The record of a run: `metrics.jsonl`, and Accelerate's trackers."""
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
-        self.path, self.accelerator = Path(recipe.output_dir) / METRICS, accelerator
-        if recipe.report_to:
+        self.recipe, self.accelerator, self.path = recipe, accelerator, Path(recipe.output_dir) / METRICS
+
+    def start(self, step: int) -> None:
+        """Begin after a step. What was recorded later, and of the test rows, is forgotten: it is computed again."""
+        if self.recipe.report_to:
             flat = {
                 key: value if isinstance(value, (int, float, str)) else json.dumps(value)
-                for key, value in recipe.to_dict().items()
+                for key, value in self.recipe.to_dict().items()
             }
-            accelerator.init_trackers("prefix-adapter", config=flat)
-
-    def go_back(self, step: int) -> None:
-        """Forget what was recorded after a step and of the test rows, which is about to be computed again."""
+            self.accelerator.init_trackers("prefix-adapter", config=flat)
         if self.accelerator.is_main_process and self.path.is_file():
             kept = [line for line in self.read() if line["step"] <= step and line["split"] != "test"]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 
 from ..convert import fold
 from . import checkpoint, outputs
-from .data import hold_out, load_rows, take
+from .data import DataError, hold_out, load_rows, take
 from .distributed import together
 from .evaluation import evaluate
 from .loop import Loop, new_accelerator
@@ -83,18 +83,18 @@ def _train(
         rows = load_splits(recipe, task)
         set_seed(recipe.seed)  # the same first weights in every process
         model = wrap(recipe, task, *load_base(recipe, task))
-    outputs.claim(recipe, resume, accelerator)
-    folder = Path(recipe.output_dir)
-    with together(accelerator):
-        if not (folder / outputs.RECIPE).is_file():
-            raise RecipeError(f"`output_dir`: {folder} must be in a file system that all nodes share.")
-    log = outputs.Log(recipe, accelerator)
+    folder, log = Path(recipe.output_dir), outputs.Log(recipe, accelerator)
     parameters = sum(parameter.numel() for parameter in trained(model).values())
     checkpoints = folder / outputs.CHECKPOINTS
     loop = Loop(recipe, task, model, rows["train"], rows["validation"], accelerator, checkpoints, log, on_evaluation)
+    loop.try_out()
+    outputs.claim(recipe, resume, accelerator)
+    with together(accelerator):
+        if not (folder / outputs.RECIPE).is_file():
+            raise RecipeError(f"`output_dir`: {folder} must be in a file system that all nodes share.")
     if resume and loop.resume():
         accelerator.print(f"Resuming after step {loop.step} of {loop.steps}.")
-    log.go_back(loop.step)
+    log.start(loop.step)
     loop.run()
 
     best_step = loop.state["best_step"]
@@ -133,6 +133,10 @@ def load_splits(recipe: Recipe, task: Task) -> dict[str, Dataset]:
     """
     data, seed = recipe.data, recipe.seed
     rows = {split: load_rows(data, split) for split in ("train", "validation", "test") if getattr(data, split)}
+    for name in task.optional_columns:
+        lacking = [getattr(data, split) for split, own in rows.items() if name not in own.column_names]
+        if 0 < len(lacking) < len(rows):
+            raise DataError(f"{lacking[0]} has no column {name!r}, and others have: they would be another task.")
     task.check(rows["train"], data.train)
     task.learn_labels(rows["train"], data.train)
     task.check(rows["train"], data.train)  # again, for what only the labels tell

@@ -340,6 +340,21 @@ def test_what_is_not_finite_is_not_kept(tiny_bert, few, tmp_path, monkeypatch, w
     assert {line["step"] for line in lines(out)} == {2, 3, 4}
 
 
-def test_a_metric_that_is_not_there(tiny_bert, few, tmp_path):
-    with pytest.raises(RecipeError, match=r"`metric_for_best_model`.*'bleu'.*'accuracy'"):
-        train(recipe(tiny_bert, few, tmp_path / "out", **NINE_STEPS, metric_for_best_model="bleu"))
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"metric_for_best_model": "bleu"}, r"`metric_for_best_model`.*'bleu'.*'accuracy'"),
+        ({"report_to": ["tensorbored"]}, r"`report_to`.*'tensorbored'.*tensorboard"),
+        ({"lr_scheduler_type": "nonlinear"}, r"`lr_scheduler_type` 'nonlinear'"),
+        ({"max_length": 80}, r"`max_length`.*longest row.*64"),
+        ({"max_length": 80, "adapter": {"peft_type": "FULL"}}, r"`max_length`.*longest row.*64"),
+    ],
+)
+def test_bad_settings_are_told_before_anything_is_touched(tiny_bert, few, tmp_path, changes, said):
+    train(recipe(tiny_bert, few, tmp_path / "out", **{**NINE_STEPS, "max_steps": 1}))
+    before = what_counts(tmp_path / "out")
+    rows = [*topic_rows(23), {"text": "w1 " * 70, "label": "a"}]
+    few["train"] = write_rows(tmp_path / "long.jsonl", rows)
+    with pytest.raises(RecipeError, match=said):
+        train(recipe(tiny_bert, few, tmp_path / "out", **{**NINE_STEPS, **changes}), overwrite=True)
+    assert what_counts(tmp_path / "out") == before

@@ -353,7 +353,7 @@ BAD = [
     ({}, "space` is empty"),
     ({"learning_rat": [1e-3]}, "space.learning_rat`"),
     ({"adapter.num_tokens": [8]}, "space.adapter.num_tokens`.*no such setting"),
-    ({"learning_rate.x": [1]}, "space.learning_rate.x`.*no such key"),
+    ({"learning_rate.x": [1]}, "space.learning_rate.x`.*no mapping"),
     ({"data.train": ["a", "b"]}, "space.data.train`.*same in all"),
     ({"output_dir": ["a", "b"]}, "space.output_dir`.*same in all"),
     ({"batch_size": 8}, "space.batch_size`.*list of choices"),

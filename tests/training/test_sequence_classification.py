@@ -266,6 +266,14 @@ def test_labels_that_were_not_learnt(tiny_bert, topics, tmp_path, split):
     assert not (tmp_path / "out").exists()
 
 
+def test_pairs_in_one_split_only(tiny_bert, tmp_path):
+    pairs = write_rows(tmp_path / "pairs.jsonl", pair_rows(8, 0))
+    single = write_rows(tmp_path / "single.jsonl", [{"text": "w1", "label": 0}])
+    for train_rows, rows in ((pairs, single), (single, pairs)):
+        with pytest.raises(DataError, match=r"single.jsonl has no column 'text_pair'"):
+            train(recipe(tiny_bert, {"train": train_rows, "validation": rows}, tmp_path / "out"))
+
+
 def test_one_row(tiny_bert, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", GOOD[:1])
     with pytest.raises(DataError, match="one training row"):
