@@ -7,12 +7,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("PREFIX_ADAPTER_TEST_GPU", ""))
 
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# Every file of rows that a test makes would stay in the user's own cache.
+_CACHE = tempfile.TemporaryDirectory(prefix="prefix-adapter-datasets-", ignore_cleanup_errors=True)
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

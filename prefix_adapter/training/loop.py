@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 import threading
 import warnings
@@ -131,7 +132,7 @@ class Loop:
         self.model, self.optimizer, optimizer = prepare(accelerator, model, recipe)
         self.scheduler = new_scheduler(recipe, optimizer, self.steps, self.batches.steps_per_epoch)
         self.parameters = list(trained(self.model).values())
-        self.state: dict[str, Any] = {"best_step": None, "best_value": None, "evaluations_since_best": 0}
+        self.state: dict[str, Any] = {"best_step": None, "best_metrics": None, "evaluations_since_best": 0}
         self.step, self._sum, self._count = 0, 0.0, 0
         self._pending: Tensor | None = None
         self._pending_step, self._pending_rates = 0, self._rates()
@@ -213,7 +214,7 @@ class Loop:
                 if stop and not last and not self._patience_is_over():
                     raise TrainingInterrupted(
                         f"Stopped after step {self.step} of {self.steps}; the checkpoint is in {self.checkpoints}. "
-                        f"Go on with: prefix-adapter train --resume {recipe.output_dir}",
+                        f"Go on with: prefix-adapter train --resume {shlex.quote(recipe.output_dir)}",
                         self._signal,
                     )
         finally:
@@ -287,8 +288,9 @@ class Loop:
         if not math.isfinite(metrics["loss"]):
             raise self._diverged(f"the loss of the validation rows became {metrics['loss']}")
         self._write(self.step, "validation", metrics)
-        if is_better(self.task, self.metric, metrics[self.metric], self.state["best_value"]):
-            self.state |= {"best_step": self.step, "best_value": metrics[self.metric], "evaluations_since_best": 0}
+        best = self.state["best_metrics"]
+        if is_better(self.task, self.metric, metrics[self.metric], best and best[self.metric]):
+            self.state |= {"best_step": self.step, "best_metrics": metrics, "evaluations_since_best": 0}
         else:
             self.state["evaluations_since_best"] += 1
         if self.on_evaluation and self._main:

@@ -25,6 +25,7 @@ _RATES = {"PREFIX_TUNING_V2": 3e-2, "LORA": 2e-3, "FULL": 3e-5}
 _HEAD_RATE = 2e-2
 _HEADS = ("classifier", "score", "qa_outputs")
 """Heads that PEFT trains and saves by itself, for the task types that have one."""
+_NEED_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 _REVISIONS = ("revision", "trust_remote_code")
 
 
@@ -56,7 +57,7 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, list[str]]:
         model, found = auto_class.from_pretrained(
             recipe.model, **{**task.model_kwargs(), **recipe.model_kwargs}, output_loading_info=True
         )
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RecipeError(f"`model`: {recipe.model!r} cannot be loaded as {task.auto_class}: {error}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
@@ -184,6 +185,8 @@ def new_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int, 
     kind, settings = recipe.lr_scheduler_type, dict(recipe.lr_scheduler_kwargs)
     warmup = round(steps * recipe.warmup_ratio)
     try:
+        if kind in _NEED_A_METRIC:
+            raise ValueError("it needs a metric in every step, and there is one in evaluations only")
         if kind != "exponential":
             return transformers.get_scheduler(
                 kind, optimizer, num_warmup_steps=warmup, num_training_steps=steps, scheduler_specific_kwargs=settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import tempfile
@@ -60,6 +61,7 @@ def train(
         TrainingDiverged: if the loss is not finite.
         OSError: if a file cannot be written.
     """
+    recipe = copy.deepcopy(recipe)  # what the rows tell is filled in
     accelerator = new_accelerator(recipe)
     try:
         return _train(recipe, accelerator, resume, overwrite, on_evaluation)
@@ -101,9 +103,7 @@ def _train(
     best = checkpoint.folder_of(loop.checkpoints, best_step)
     checkpoint.load_weights(accelerator.unwrap_model(loop.model), best)
     results: dict[str, Any] = {
-        "validation": next(
-            _metrics_of(line) for line in log.read() if line["step"] == best_step and line["split"] == "validation"
-        ),
+        "validation": loop.state["best_metrics"],
         "metric": loop.metric,
         "best_step": best_step,
         "steps": loop.step,
@@ -147,10 +147,6 @@ def load_splits(recipe: Recipe, task: Task) -> dict[str, Dataset]:
     if "validation" not in rows:
         rows["train"], rows["validation"] = hold_out(rows["train"], data.validation_fraction, seed)
     return {split: take(own, getattr(data, f"max_{split}_rows"), seed) for split, own in rows.items()}
-
-
-def _metrics_of(line: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in line.items() if name not in ("step", "epoch", "split")}
 
 
 def _leave(recipe: Recipe, best: Path, log: outputs.Log, results: dict[str, Any]) -> None:

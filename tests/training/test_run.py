@@ -74,3 +74,10 @@ def test_heads_that_peft_does_not_know_are_trained_and_saved(topics, tmp_path):
     for seed in (1, 2):
         torch.manual_seed(seed)
         assert evaluate_adapter(tmp_path / "out") == pytest.approx(recorded, abs=1e-6)
+
+
+def test_the_callers_recipe_stays_as_it_is(tiny_bert, topics, tmp_path):
+    made = recipe(tiny_bert, topics, tmp_path / "out", num_train_epochs=1)
+    before = made.to_dict()
+    train(made)
+    assert made.to_dict() == before

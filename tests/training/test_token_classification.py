@@ -282,6 +282,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens(tiny_bert, tmp_path, m
     train(made)
     monkeypatch.undo()
 
+    made = load_recipe(tmp_path / "out" / "recipe.yaml")  # with the labels
     set_seed(made.seed)
     task = TASK_CLASSES[made.task](made, AutoTokenizer.from_pretrained(tiny_bert))
     model = wrap(made, task, *load_base(made, task))

@@ -73,6 +73,9 @@ class Task:
             self.kwargs[name] = value
         if not tokenizer.is_fast:
             raise RecipeError(f"`model`: {recipe.model} has no fast tokenizer, which training needs.")
+        special = tokenizer.num_special_tokens_to_add(pair=bool(self.optional_columns))
+        if self.max_length <= special:
+            raise RecipeError(f"`max_length` must be above {special}, the special tokens, got {self.max_length}.")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token  # GPT-like models have none; padding is masked in any case
 

@@ -36,8 +36,6 @@ class TokenClassification(Task):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         special, stride = self.tokenizer.num_special_tokens_to_add(), self.kwargs["stride"]
-        if self.max_length <= special:
-            raise RecipeError(f"`max_length` must be above {special}, the special tokens, got {self.max_length}.")
         if not isinstance(stride, int) or stride < 0:
             raise RecipeError(f"`task_kwargs.stride` must be a whole number of pieces, got {stride!r}.")
         self.stride = min(stride, (self.max_length - special) // 2)
