@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("PREFIX_ADAPTER_TEST_GPU", ""))
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -25,6 +26,10 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    yield
+    state = sys.modules.get("accelerate.state")
+    if state is not None:  # a Trainer leaves its precision to every later Accelerator of the process
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from peft import PeftModel
 from . import checkpoint, outputs
 from .data import DataError, load_rows
 from .evaluation import answer_rows, evaluate
-from .loop import new_accelerator
+from .loop import accelerating
 from .model import load_base, load_tokenizer
 from .recipe import NO_ADAPTER, Recipe, RecipeError, load_recipe
 from .tasks import TASK_CLASSES
@@ -113,13 +113,13 @@ def evaluate_adapter(
     rows = load_rows(recipe.data, split)
     task.check(rows, source)
     recipe.report_to = []
-    accelerator = new_accelerator(recipe)
-    trained.to(accelerator.device)
-    metrics, answers = evaluate(task, trained, rows, batch_size or recipe.eval_batch_size, accelerator)
-    if predictions is not None and accelerator.is_main_process:
-        with _writing(predictions) as out:
-            for row, answer in zip(rows, answers, strict=True):
-                out.write(json.dumps({**row, **answer}, ensure_ascii=False) + "\n")
+    with accelerating(recipe) as accelerator:
+        trained.to(accelerator.device)
+        metrics, answers = evaluate(task, trained, rows, batch_size or recipe.eval_batch_size, accelerator)
+        if predictions is not None and accelerator.is_main_process:
+            with _writing(predictions) as out:
+                for row, answer in zip(rows, answers, strict=True):
+                    out.write(json.dumps({**row, **answer}, ensure_ascii=False) + "\n")
     return metrics
 
 

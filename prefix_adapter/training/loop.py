@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import signal
 import threading
 import warnings
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from tqdm.auto import tqdm
@@ -24,7 +27,7 @@ from .model import new_scheduler, trained
 from .recipe import RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from datasets import Dataset
@@ -66,7 +69,8 @@ def new_accelerator(recipe: Recipe) -> Accelerator:
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     parts = recipe.gradient_accumulation_steps
     accelerator = Accelerator(
-        mixed_precision=recipe.mixed_precision,
+        # Said in any case: else it would be, without a word, that of an earlier Accelerator of this process.
+        mixed_precision=recipe.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         # As a plain number an environment variable would go before it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=parts),
         log_with=recipe.report_to or None,
@@ -77,6 +81,24 @@ def new_accelerator(recipe: Recipe) -> Accelerator:
     check(accelerator, recipe)
     load_whole(accelerator)
     return accelerator
+
+
+@contextmanager
+def accelerating(recipe: Recipe) -> Iterator[Accelerator]:
+    """The accelerator of a run, which ends with it.
+
+    Raises:
+        RecipeError: see `new_accelerator`.
+    """
+    first = not AcceleratorState._shared_state
+    accelerator = new_accelerator(recipe)
+    try:
+        yield accelerator
+    finally:
+        accelerator.end_training()
+        if first:
+            # Private, and the only way to let the next run of this process have another precision.
+            AcceleratorState._reset_state()
 
 
 class Loop:

@@ -17,7 +17,7 @@ from . import checkpoint, outputs
 from .data import DataError, hold_out, load_rows, take
 from .distributed import together
 from .evaluation import evaluate
-from .loop import Loop, new_accelerator
+from .loop import Loop, accelerating
 from .model import adapter_config, learning_rates, load_base, load_tokenizer, trained, wrap
 from .recipe import RecipeError
 from .tasks import TASK_CLASSES
@@ -62,11 +62,8 @@ def train(
         OSError: if a file cannot be written.
     """
     recipe = copy.deepcopy(recipe)  # what the rows tell is filled in
-    accelerator = new_accelerator(recipe)
-    try:
+    with accelerating(recipe) as accelerator:
         return _train(recipe, accelerator, resume, overwrite, on_evaluation)
-    finally:
-        accelerator.end_training()
 
 
 def _train(

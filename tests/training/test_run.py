@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import save_base
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
@@ -81,3 +82,19 @@ def test_the_callers_recipe_stays_as_it_is(tiny_bert, topics, tmp_path):
     before = made.to_dict()
     train(made)
     assert made.to_dict() == before
+
+
+def test_runs_of_one_process_have_each_their_own_precision(tiny_bert, topics, tmp_path):
+    losses = []
+    for number, precision in enumerate([None, "bf16", None]):
+        changes = {"mixed_precision": precision, "num_train_epochs": 1, "adapter": {"prefix_dropout": 0.0}}
+        results = train(recipe(tiny_bert, topics, tmp_path / str(number), **changes))
+        assert results["mixed_precision"] == (precision or "no")
+        losses.append(results["validation"]["loss"])
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_the_precision_of_an_earlier_accelerator_is_not_taken_over(tiny_bert, topics, tmp_path):
+    Accelerator(mixed_precision="bf16")
+    with pytest.raises(ValueError, match="mixed_precision='no'"):
+        train(recipe(tiny_bert, topics, tmp_path / "out"))
