@@ -96,7 +96,7 @@ def accelerating(recipe: Recipe) -> Iterator[Accelerator]:
         yield accelerator
     finally:
         accelerator.end_training()
-        if first:
+        if first and accelerator.num_processes == 1:
             # Private, and the only way to let the next run of this process have another precision.
             AcceleratorState._reset_state()
 

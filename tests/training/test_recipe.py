@@ -59,6 +59,11 @@ def comment_of(name: str) -> str:
     return " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
 
 
+def without_what_is_learnt(saved: Recipe, recipe: Recipe) -> Recipe:
+    """A saved recipe without what the rows told, in place of which is what the recipe said."""
+    return saved.with_values({"labels": recipe.labels, "task_kwargs": recipe.task_kwargs})
+
+
 @pytest.fixture
 def recipe_file(tmp_path):
     def write(text: str, start: str = BASE) -> Path:
@@ -189,8 +194,9 @@ def test_a_default_recipe_trains(tiny_bert, topics, tmp_path):
     recipe = load_recipe("sequence-classification", model=tiny_bert, output_dir=out, max_steps=2, **files)
     results = train(recipe)
     assert results["steps"] == 2
-    assert load_recipe(out / "recipe.yaml") == recipe
-    assert recipe.labels == ["a", "b"]
+    saved = load_recipe(out / "recipe.yaml")
+    assert saved.labels == ["a", "b"]
+    assert without_what_is_learnt(saved, recipe) == recipe
 
 
 _TEXT = Value("string")
@@ -234,9 +240,10 @@ def test_rows_as_on_the_hub(name, bases, tmp_path):
     results = train(recipe)
     assert results["rows"] == {"train": 24, "validation": 24}
     assert ("no_answer_f1" in results["validation"]) == (name == "roberta-large-squad2")
-    assert load_recipe(tmp_path / "out" / "recipe.yaml") == recipe
-    if recipe.labels is not None:
-        assert set(recipe.labels) == set(HUB[name]["label"].names)
+    saved = load_recipe(tmp_path / "out" / "recipe.yaml")
+    assert without_what_is_learnt(saved, recipe) == recipe
+    if saved.labels is not None:
+        assert set(saved.labels) == set(HUB[name]["label"].names)
 
 
 @pytest.mark.parametrize("name", recipe_names())
