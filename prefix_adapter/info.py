@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
+from .config import PrefixTuningV2Config
 from .layer import PREFIX
 
 
@@ -45,10 +47,7 @@ def describe(adapter: str | os.PathLike[str], revision: str | None = None) -> di
                 part = file.get_slice(name)
                 shape = list(part.get_shape())
                 tensors[name] = {"shape": shape, "dtype": part.get_dtype()}
-                count = 1
-                for size in shape:
-                    count *= size
-                parameters["prefix" if f".{PREFIX}" in name else "other"] += count
+                parameters["prefix" if f".{PREFIX}" in name else "other"] += math.prod(shape)
     except Exception as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     defaults = type(config)().to_dict()
@@ -58,7 +57,7 @@ def describe(adapter: str | os.PathLike[str], revision: str | None = None) -> di
         for name, value in config.to_dict().items()
         if name not in hidden and value != defaults.get(name)
     }
-    if f"{PREFIX}".rstrip("_") in str(config.peft_type).lower():
+    if isinstance(config, PrefixTuningV2Config):
         settings = {"num_virtual_tokens": config.num_virtual_tokens, **settings}
     return {
         "peft_type": str(getattr(config.peft_type, "value", config.peft_type)),

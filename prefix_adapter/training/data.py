@@ -174,3 +174,8 @@ def hold_out(rows: datasets.Dataset, fraction: float, seed: int) -> tuple[datase
     count = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
     parts = rows.train_test_split(test_size=count, seed=seed)
     return parts["train"].flatten_indices(), parts["test"].flatten_indices()
+
+
+def rows_of(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Columns, row by row."""
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

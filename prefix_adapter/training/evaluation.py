@@ -9,6 +9,8 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from .data import rows_of
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import Dataset
@@ -65,7 +67,7 @@ def _run(
     """Answers, the sum of the losses of all items, and their number."""
     count = len(next(iter(rows.values())))
     columns = task.features(rows, list(range(count)), solved)
-    features = _rows_of(columns)
+    features = rows_of(columns)
     # Features of similar length share a batch.
     order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -89,11 +91,7 @@ def _run(
     for feature, record in zip(features, records, strict=True):
         grouped[feature["row"]][0].append(feature)
         grouped[feature["row"]][1].append(record)
-    return [task.answer(row, *own) for row, own in zip(_rows_of(rows), grouped, strict=True)], loss, items
-
-
-def _rows_of(columns: Columns) -> list[Row]:
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [task.answer(row, *own) for row, own in zip(rows_of(rows), grouped, strict=True)], loss, items
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from . import checkpoint
 from .batches import Batches, shares
-from .data import DataError
+from .data import DataError, rows_of
 from .distributed import check, load_whole, prepare
 from .evaluation import evaluate, is_better, make_features
 from .model import new_scheduler, trained
@@ -254,8 +254,7 @@ class Loop:
         total = sum(self.items[i] for i in batch)
         sum_of_losses = torch.zeros((), device=accelerator.device)
         for share in shares(batch, parts, accelerator.process_index, accelerator.num_processes):
-            features = self.features[share]
-            rows = [dict(zip(features, values, strict=True)) for values in zip(*features.values(), strict=True)]
+            rows = rows_of(self.features[share])
             inputs = {key: value.to(accelerator.device) for key, value in self.task.collate(rows).items()}
             with accelerator.accumulate(self.model):
                 loss, _ = self.task.loss(self.model, inputs)

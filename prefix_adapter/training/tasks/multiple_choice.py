@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data import DataError
+from ..data import DataError, rows_of
 from .task import Columns, Row, Task
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class MultipleChoice(Task):
         return _problem_of(row[self.target], choices) if solved else None
 
     def features(self, rows: Columns, indices: list[int], solved: bool) -> Columns:
-        each = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+        each = rows_of(rows)
         choices = [choices_of(row) for row in each]
         texts = [row["text"] for row, own in zip(each, choices, strict=True) for _ in own]
         pairs = [
