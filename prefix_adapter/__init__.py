@@ -23,6 +23,7 @@ from peft.mapping import (
 
 from .config import PrefixTuningV2Config, PrefixTuningV2Type
 from .convert import fold
+from .exchange import export_peft, import_peft, import_ptuning_v2
 from .find import UnsupportedBackboneError
 from .hub import push_to_hub
 from .layer import PREFIX, PrefixTuningV2Layer
@@ -57,7 +58,10 @@ __all__ = [
     "TaskType",
     "UnsupportedBackboneError",
     "__version__",
+    "export_peft",
     "fold",
     "get_peft_model",
+    "import_peft",
+    "import_ptuning_v2",
     "push_to_hub",
 ]

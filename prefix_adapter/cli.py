@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from argparse import RawDescriptionHelpFormatter
+from pathlib import Path
 from typing import Any
 
 try:
@@ -23,6 +24,22 @@ override it. Several GPUs or machines: accelerate launch -m prefix_adapter train
   prefix-adapter train --resume runs/pos
 
 The output folder then has the adapter, its model card, metrics.jsonl, curve.png and the exact recipe.
+"""
+IMPORT = """Make an adapter of a checkpoint of THUDM/P-tuning-v2, or of a PREFIX_TUNING adapter of PEFT's.
+
+  prefix-adapter import checkpoint/pytorch_model.bin ner --model bert-base-cased --task_type TOKEN_CLS
+  prefix-adapter import peft-adapter ner
+
+Both with their task heads. The base model is loaded in float32. An adapter of PEFT's is tried out on it beside the new
+one, and a checkpoint's backbone compared with it; what cannot be carried over is refused, with the reason.
+"""
+EXPORT = """Make a PREFIX_TUNING adapter of PEFT's of a saved adapter, with its task head.
+
+  prefix-adapter export ner peft-adapter
+
+PEFT has one prefix for every layer of a model or decoder, and always moves the positions of the input behind it: an
+adapter to export is trained with `shift_positions: true`. An MLP is folded. The base model is loaded in float32, and
+both adapters are tried out on it; what PEFT cannot express is refused, with the reason.
 """
 
 
@@ -98,6 +115,25 @@ def _fold(options: Namespace) -> None:
     print(f"Folded into {fold(options.source, options.target)}.")
 
 
+def _import(options: Namespace) -> None:
+    from .exchange import import_peft, import_ptuning_v2
+
+    source = Path(options.source)
+    if source.is_file() or (source.is_dir() and not (source / "adapter_config.json").is_file()):
+        target = import_ptuning_v2(source, options.target, options.model, options.task_type)
+    elif options.task_type:
+        raise ValueError("--task_type is for checkpoints of P-tuning-v2: an adapter of PEFT's says its own.")
+    else:
+        target = import_peft(options.source, options.target, options.model)
+    print(f"Imported into {target}.")
+
+
+def _export(options: Namespace) -> None:
+    from .exchange import export_peft
+
+    print(f"Exported to {export_peft(options.source, options.target, options.model)}.")
+
+
 def _push(options: Namespace) -> None:
     from .hub import push_to_hub
 
@@ -120,7 +156,9 @@ def _parser() -> ArgumentParser:
     from .training.search import Search
     from .training.tasks import TASK_CLASSES
 
-    parser = ArgumentParser(prog="prefix-adapter", description="P-Tuning v2 adapters: train, measure, use, publish.")
+    description = "P-Tuning v2 adapters: train, measure, use, publish."
+    # The formatter is that of all commands: jsonargparse gives it to them.
+    parser = ArgumentParser(prog="prefix-adapter", description=description, formatter_class=_Formatter)
     commands = parser.add_subcommands(required=True, dest="command")
 
     settings = "".join(
@@ -168,6 +206,26 @@ def _parser() -> ArgumentParser:
     fold.add_argument("source", type=str, help="A folder, or a name on the Hub.")
     fold.add_argument("target", type=str, help="A folder that does not exist yet.")
     commands.add_subcommand("fold", fold, help="make an adapter small")
+
+    import_ = _command(IMPORT)
+    import_.add_argument(
+        "source", type=str, help="A run's folder or checkpoint file; an adapter's folder or name on the Hub."
+    )
+    import_.add_argument("target", type=str, help="A folder that does not exist yet.")
+    import_.add_argument("--model", type=str, help="The base model, if it is not where the source says.")
+    import_.add_argument(
+        "--task_type",
+        choices=["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "MULTIPLE_CHOICE", "FEATURE_EXTRACTION"],
+        help="What a checkpoint was trained for, if its config.json does not say; FEATURE_EXTRACTION takes the prefix "
+        "alone, without the head.",
+    )
+    commands.add_subcommand("import", import_, help="take over an adapter of P-tuning-v2's or PEFT's")
+
+    export = _command(EXPORT)
+    export.add_argument("source", type=str, help="A folder, or a name on the Hub.")
+    export.add_argument("target", type=str, help="A folder that does not exist yet.")
+    export.add_argument("--model", type=str, help="The base model, if it is not where the adapter says.")
+    commands.add_subcommand("export", export, help="make an adapter for PEFT alone")
 
     push = _command("Upload an adapter's folder to the Hub, checkpoints and logs left out.")
     push.add_argument("folder", type=str, help="The folder that `train` left, or any saved adapter's.")
@@ -219,6 +277,8 @@ _COMMANDS = {
     "predict": _predict,
     "info": _info,
     "fold": _fold,
+    "import": _import,
+    "export": _export,
     "push": _push,
 }
 

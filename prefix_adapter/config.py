@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import math
 import os
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from peft import PeftConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from .attention import KINDS
+from .check import Source, shorten
 from .hub import write_model_card
 
 
@@ -25,19 +27,28 @@ class PrefixTuningV2Type(str, enum.Enum):
     PREFIX_TUNING_V2 = "PREFIX_TUNING_V2"
 
 
+# The sizes of a prefix are multiplied as 64-bit integers.
+_LARGEST = 2**31 - 1
+
+
 def _check_int(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _LARGEST:
+        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {shorten(value)}.")
 
 
 def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
+        raise ValueError(f"`{name}` must be a finite number, got {shorten(value)}.")
 
 
 def _check_bool(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+        raise ValueError(f"`{name}` must be True or False, got {shorten(value)}.")
+
+
+def _check_text(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"`{name}` must be a string, got {shorten(value)}.")
 
 
 @dataclass
@@ -63,7 +74,8 @@ class PrefixTuningV2Config(PeftConfig):
             the batch as in the reference implementation. In [0, 1).
         init_std (`float`, defaults to 0.02):
             Standard deviation of the normal distribution from which the table, or the MLP's embedding and weights, are
-            drawn (the reference's `initializer_range`). Above 0: an MLP of zeros never gets a gradient.
+            drawn (the reference's `initializer_range`). Above 0, as an MLP of zeros never gets a gradient, and at
+            most 1000.
         layers_to_transform (`int` or `list[int]`, *optional*):
             Indices of the layers that get a prefix, all if `None`. In an encoder-decoder an index means that layer of
             the encoder and of the decoder.
@@ -108,8 +120,12 @@ class PrefixTuningV2Config(PeftConfig):
     )
 
     def __post_init__(self) -> None:
+        if not isinstance(self.task_type, (str, type(None))):
+            raise ValueError(f"Invalid task type: {shorten(self.task_type)}.")
         super().__post_init__()
         self._layouts: set[str] = set()
+        # Where an adapter that is to be loaded with this config is.
+        self.source: Source | None = None
         self.peft_type = PrefixTuningV2Type.PREFIX_TUNING_V2
         _check_int("num_virtual_tokens", self.num_virtual_tokens, 1)
         _check_bool("prefix_projection", self.prefix_projection)
@@ -123,15 +139,22 @@ class PrefixTuningV2Config(PeftConfig):
                 )
         _check_number("prefix_dropout", self.prefix_dropout)
         if not 0 <= self.prefix_dropout < 1:
-            raise ValueError(f"`prefix_dropout` must lie in [0, 1), got {self.prefix_dropout!r}.")
+            raise ValueError(f"`prefix_dropout` must lie in [0, 1), got {shorten(self.prefix_dropout)}.")
         _check_number("init_std", self.init_std)
-        if self.init_std <= 0:
-            raise ValueError(f"`init_std` must be above 0, got {self.init_std!r}.")
+        if not 0 < self.init_std <= 1000:
+            raise ValueError(f"`init_std` must be above 0 and at most 1000, got {shorten(self.init_std)}.")
         self._check_layers()
         self._check_names("target_attention", KINDS)
         self._check_names("modules_to_save", None)
-        if self.prefix_layout is not None and not isinstance(self.prefix_layout, str):
-            raise ValueError(f"`prefix_layout` must be a string, got {self.prefix_layout!r}.")
+        _check_bool("inference_mode", self.inference_mode)
+        for name in ("prefix_layout", "base_model_name_or_path", "revision", "peft_version"):
+            _check_text(name, getattr(self, name))
+        auto: Any = self.auto_mapping
+        parts = [auto.get(name) for name in ("base_model_class", "parent_library")] if isinstance(auto, dict) else [0]
+        if auto is not None and not all(isinstance(part, str) for part in parts):
+            raise ValueError(
+                f"`auto_mapping` must have the strings `base_model_class` and `parent_library`, got {shorten(auto)}."
+            )
 
     def _check_layers(self) -> None:
         if self.layers_to_transform is None:
@@ -144,17 +167,17 @@ class PrefixTuningV2Config(PeftConfig):
         for index in layers:
             _check_int("layers_to_transform", index, 0)
         if len(set(layers)) != len(layers):
-            raise ValueError(f"`layers_to_transform` names a layer twice: {list(layers)}.")
+            raise ValueError(f"`layers_to_transform` names a layer twice: {shorten(list(layers))}.")
         self.layers_to_transform = sorted(layers)
 
     def _check_names(self, name: str, allowed: tuple[str, ...] | None) -> None:
         value = getattr(self, name)
         if value is None:
             return
-        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
-            raise ValueError(f"`{name}` must be a list of strings, got {value!r}.")
+        if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) and item for item in value):
+            raise ValueError(f"`{name}` must be a list of strings that are not empty, got {shorten(value)}.")
         if allowed and (not value or set(value) - set(allowed)):
-            raise ValueError(f"`{name}` must be a non-empty list out of {list(allowed)}, got {value!r}.")
+            raise ValueError(f"`{name}` must be a non-empty list out of {list(allowed)}, got {shorten(value)}.")
         setattr(self, name, [item for item in allowed if item in value] if allowed else list(value))
 
     def wraps(self, model_name: str, layout: str) -> None:
@@ -165,7 +188,7 @@ class PrefixTuningV2Config(PeftConfig):
         """
         if self.prefix_layout not in (None, layout):
             raise ValueError(
-                f"The adapter was made for attention layers of another shape: {self.prefix_layout}, while "
+                f"The adapter was made for attention layers of another shape: {shorten(self.prefix_layout)}, while "
                 f"{model_name} has {layout}. Load it onto the base model that it was trained on."
             )
         self._layouts.add(layout)
@@ -174,6 +197,16 @@ class PrefixTuningV2Config(PeftConfig):
         """The fields, with the layout of the model that was wrapped (if one object served several: none)."""
         layout = next(iter(self._layouts)) if len(self._layouts) == 1 else None
         return {**super().to_dict(), "prefix_layout": self.prefix_layout or layout}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `get_peft_model` sets the name of the base model: then this is to be a new adapter, wherever it was read.
+        if name == "base_model_name_or_path":
+            super().__setattr__("source", None)
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The arguments that it was read with may have a token among them.
+        return {**vars(self), "source": None}
 
     @property
     def target_modules(self) -> str:
@@ -184,3 +217,30 @@ class PrefixTuningV2Config(PeftConfig):
         """Write `adapter_config.json`, and into the model card beside it how to load the adapter."""
         super().save_pretrained(str(save_directory), **kwargs)
         write_model_card(save_directory, self)
+
+
+def _follow(read: Any) -> Any:
+    """`PeftConfig.from_pretrained`, which remembers in a config of ours where it was read.
+
+    It makes one without asking our class. transformers' `load_adapter` takes it from there, and changes the model
+    before it reads the weights: there is no later moment to look at them.
+    """
+
+    @functools.wraps(read)
+    def from_pretrained(
+        cls: Any, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        try:
+            config = read(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except TypeError as error:
+            if not (issubclass(cls, PrefixTuningV2Config) or PrefixTuningV2Config.__name__ in str(error)):
+                raise
+            raise ValueError(f"The config of {pretrained_model_name_or_path} is damaged: {error}.") from error
+        if isinstance(config, PrefixTuningV2Config):
+            config.source = Source.of(pretrained_model_name_or_path, subfolder, kwargs)
+        return config
+
+    return classmethod(from_pretrained)
+
+
+PeftConfig.from_pretrained = _follow(PeftConfig.from_pretrained.__func__)  # type: ignore[method-assign,attr-defined]

@@ -1,10 +1,11 @@
-"""Saved adapters from and to other forms."""
+"""Saved adapters: read, folded, and written whole or not at all."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,8 @@ def fold(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path
         FileExistsError: if `target` exists.
         ValueError: if `source` is no prefix adapter, or has no MLP.
     """
-    target = Path(target)
-    if target.exists():
-        raise FileExistsError(f"{target} exists; choose another folder for the folded adapter, or remove it.")
-    config = PeftConfig.from_pretrained(str(source))
-    if not isinstance(config, PrefixTuningV2Config):
-        raise ValueError(f"{source} is a {config.peft_type} adapter, not one of PREFIX_TUNING_V2.")
+    target = check_free(target)
+    config = load_config(source, PrefixTuningV2Config)
     if not config.prefix_projection:
         raise ValueError(f"{source} is a table already (`prefix_projection` is false).")
     weights = load_peft_weights(str(source), device="cpu")
@@ -48,7 +45,10 @@ def fold(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path
     encoder = PrefixEncoder(*(_module(weights, f"{where}{PREFIX}{name}.") for name in PrefixEncoder._fields))
     weights[f"{where}{PREFIX}embedding.weight"] = encoder.fold()
     config.prefix_projection, config.encoder_hidden_size = False, None
-    _write(target, config, weights)
+    with new_folder(target) as folder:
+        contents = {key: tensor.contiguous() for key, tensor in weights.items()}
+        save_file(contents, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(folder)
     return target
 
 
@@ -63,12 +63,37 @@ def _module(weights: dict[str, Tensor], prefix: str) -> Any:
     return module
 
 
-def _write(target: Path, config: PrefixTuningV2Config, weights: dict[str, Tensor]) -> None:
-    """Write an adapter's folder, whole or not at all."""
+def load_config(source: str | os.PathLike[str], config_class: type[PeftConfig]) -> Any:
+    """The configuration of a saved adapter, which must be of a given class.
+
+    Raises:
+        ValueError: if there is no adapter, or it is of another method.
+    """
+    config = PeftConfig.from_pretrained(str(source))
+    if not isinstance(config, config_class):
+        kinds = (str(getattr(kind, "value", kind)) for kind in (config.peft_type, config_class().peft_type))
+        raise ValueError("{} is a {} adapter, not one of {}.".format(source, *kinds))
+    return config
+
+
+def check_free(target: str | os.PathLike[str]) -> Path:
+    """The path of a folder that is to be written.
+
+    Raises:
+        FileExistsError: if it exists.
+    """
+    target = Path(target)
+    if target.exists():
+        raise FileExistsError(f"{target} exists; choose another folder for the new adapter, or remove it.")
+    return target
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write an adapter into, which is `target` once all is written; after an error there is nothing."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-        contents = {key: tensor.contiguous() for key, tensor in weights.items()}
-        save_file(contents, os.path.join(scratch, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
-        config.save_pretrained(scratch)
-        os.chmod(scratch, 0o755)
-        shutil.copytree(scratch, target)
+        folder = Path(scratch, target.name)
+        folder.mkdir()
+        yield folder
+        folder.rename(target)

@@ -65,6 +65,19 @@ class PrefixEncoder(NamedTuple):
     hidden: nn.Linear | None = None
     output: nn.Linear | None = None
 
+    @staticmethod
+    def shapes(length: int, columns: int, hidden_size: int, width: int | None) -> dict[str, tuple[int, ...]]:
+        """The shapes of its parameters by name, for the arguments of `new`."""
+        if width is None:
+            return {"embedding.weight": (length, columns)}
+        return {
+            "embedding.weight": (length, hidden_size),
+            "hidden.weight": (width, hidden_size),
+            "hidden.bias": (width,),
+            "output.weight": (columns, width),
+            "output.bias": (columns,),
+        }
+
     @classmethod
     def new(cls, length: int, columns: int, std: float, hidden_size: int, width: int | None) -> PrefixEncoder:
         """A table of `[length, columns]`, or an MLP if it has a `width`.

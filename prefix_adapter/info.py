@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 
+from .check import open_weights
 from .config import PrefixTuningV2Config
 from .layer import PREFIX
 
@@ -41,15 +41,12 @@ def describe(adapter: str | os.PathLike[str], revision: str | None = None) -> di
             raise ValueError(f"There is no folder {str(adapter)!r}, and on the Hub: {error}") from error
     config = PeftConfig.from_pretrained(str(adapter), **({} if revision is None else {"revision": revision}))
     tensors, parameters = {}, {"prefix": 0, "other": 0}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (a handle, not a mapping)
-                part = file.get_slice(name)
-                shape = list(part.get_shape())
-                tensors[name] = {"shape": shape, "dtype": part.get_dtype()}
-                parameters["prefix" if f".{PREFIX}" in name else "other"] += math.prod(shape)
-    except Exception as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    with open_weights(path) as file:
+        for name in file.keys():  # noqa: SIM118 (a handle, not a mapping)
+            part = file.get_slice(name)
+            shape = list(part.get_shape())
+            tensors[name] = {"shape": shape, "dtype": part.get_dtype()}
+            parameters["prefix" if f".{PREFIX}" in name else "other"] += math.prod(shape)
     defaults = type(config)().to_dict()
     hidden = ("peft_type", "base_model_name_or_path", "task_type", "inference_mode", "auto_mapping", "peft_version")
     settings = {

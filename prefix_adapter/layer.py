@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .attention import Call, Slot, make_room, put_in_front, widen_own_mask
+from .attention import AttentionTarget, Call, Slot, make_room, put_in_front, widen_own_mask
+from .check import SAVED, Spec, check_file, check_size, find_heads, shorten, tensors_of
 from .config import PrefixTuningV2Config
 from .encoder import PrefixEncoder
 from .find import find_targets
@@ -65,6 +66,9 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self.count_rows = False
         self._batch: int | None = None
         self._ready: dict[tuple[str, Slot], tuple[Any, Tensor]] = {}
+        # Of a mixed batch, for as long as its names are set: a generation asks for the same at every token.
+        self._plans: dict[Any, Plan | None] = {}
+        self._mixed: dict[Any, Tensor] = {}
         self._own_masks: dict[int, Tensor] = {}
         self._watch = Watch()
         # In a tuple, or the model would become a child of its own child.
@@ -82,8 +86,9 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         """Add the parameters of a new adapter, where the first layer that it fills is.
 
         Raises:
-            ValueError: if `config` names a layer or a kind of attention that the model does not have, or was made for
-                a model with other layers.
+            ValueError: if `config` names a layer or a kind of attention that the model does not have, was made for a
+                model with other layers or asks for an absurd size, or if the file that it was read with does not fit.
+                Nothing is changed then.
         """
         slots = self._slots_of(config)
         config.wraps(type(self.model).__name__, describe(slots))
@@ -94,6 +99,9 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         home = next(target for target in self.targets if slots[0] in target.slots.values())
         hidden_size = getattr(self._text_config, "hidden_size", None) or slots[0].shape.key_columns
         width = (config.encoder_hidden_size or hidden_size) if config.prefix_projection else None
+        shapes = PrefixEncoder.shapes(config.num_virtual_tokens, end, hidden_size, width)
+        check_size(self.model, shapes.values())
+        self._check_file(adapter_name, config, {name: Spec(shape, home.dtype) for name, shape in shapes.items()})
         encoder = PrefixEncoder.new(config.num_virtual_tokens, end, config.init_std, hidden_size, width)
         device = next((p.device for p in home.module.parameters()), None)
         for container, module in zip(self.adapter_layer_names, encoder, strict=True):
@@ -104,6 +112,24 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self.adapters[adapter_name] = Adapter(
             config.num_virtual_tokens, config.prefix_dropout, config.shift_positions, columns
         )
+        config.source = None
+
+    def _check_file(self, adapter_name: str, config: PrefixTuningV2Config, encoder: dict[str, Spec]) -> None:
+        """If an adapter is being loaded, hold its file against the parameters that it is going to fill."""
+        containers = [f"{LAYER_NAME}.{name}" for name in self.adapter_layer_names]
+        own = [LAYER_NAME, *containers, *(f"{name}.{adapter_name}" for name in containers)]
+        heads = find_heads(self.model, config.modules_to_save or (), (t.module for t in self.targets), own)
+        if config.source is None:
+            return
+        needed = {f"{SAVED}{LAYER_NAME}.{PREFIX}{name}": spec for name, spec in encoder.items()}
+        for name, head in heads.items():
+            parameters = head.state_dict(keep_vars=True)
+            needed |= {f"{SAVED}{name}.{key}": Spec.of(tensor) for key, tensor in parameters.items()}
+        # PEFT saves what all methods have under a name with each of them.
+        others = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer) and m is not self]
+        found = tensors_of(self.model, adapter_name, others)
+        allowed = {SAVED + name.replace(f".{adapter_name}.", ".", 1): spec for name, spec in found.items()}
+        check_file(config.source.weights(), needed, allowed, self.model)
 
     def _slots_of(self, config: PrefixTuningV2Config) -> list[Slot]:
         name = type(self.model).__name__
@@ -119,8 +145,8 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             unknown = sorted(set(wanted) - known)
             if unknown:
                 raise ValueError(
-                    f"`layers_to_transform` names {unknown}, but the layers of {name} that can take a prefix are "
-                    f"{sorted(known)}."
+                    f"`layers_to_transform` names {shorten(unknown)}, but the layers of {name} that can take a prefix "
+                    f"are {sorted(known)}."
                 )
             slots = [slot for slot in slots if slot.layer in wanted]
         relative = any(target.bias or target.shares_bias for target in self.targets)
@@ -196,6 +222,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         """Give each row of the batch an adapter of its own, `"__base__"` for none; `None` ends it."""
         self._row_adapters = None if names is None else [() if name == "__base__" else (name,) for name in names]
         self._batch = None
+        self._plans, self._mixed = {}, {}
         if names is None:
             self.count_rows = False
 
@@ -211,15 +238,24 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         """What is known of the adapters that act on any row."""
         return [self.adapters[name] for row in self._rows() for name in row]
 
+    def _plan(self, target: AttentionTarget, states: Tensor) -> Plan | None:
+        """What to put in front of a target that is given hidden states `[batch, ...]`; `None` if nothing."""
+        rows = self._rows()
+        if len(rows) == 1:
+            return make_plan(rows, self.adapters, target, states)
+        key = (target.module, states.device, states.shape[0])
+        if key not in self._plans:
+            self._plans[key] = make_plan(rows, self.adapters, target, states)
+        return self._plans[key]
+
     def _prefix(self, slot: Slot, plan: Plan, keys: Tensor) -> Tensor:
         """The prefix `[1 or batch, length, columns]` in front of an attention layer's keys."""
         if plan.picked is None:
             return self._row(plan.rows[0], slot, keys)
-        # Each distinct row once.
-        order = {row: place for place, row in enumerate(dict.fromkeys(plan.rows))}
-        prefixes = torch.cat([self._row(row, slot, keys) for row in order])
-        places = torch.tensor([order[row] for row in plan.rows], device=keys.device)
-        return prefixes[places[plan.picked]]
+        key = (slot, keys.device, keys.dtype, keys.shape[0])
+        if key not in self._mixed:
+            self._mixed[key] = torch.cat([self._row(row, slot, keys) for row in plan.rows])[plan.picked]
+        return self._mixed[key]
 
     def _row(self, row: Iterable[Piece], slot: Slot, keys: Tensor) -> Tensor:
         """The prefix of one row `[1, length, columns]`, or `[batch, length, columns]` under dropout."""
@@ -336,7 +372,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     def _before_attention(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target = self.targets[index]
         call = Call(target.names, args, kwargs)
-        plan = make_plan(self._rows(), self.adapters, target, call.get(target.names[0]))
+        plan = self._plan(target, call.get(target.names[0]))
         if plan is None:
             return None
 
@@ -362,7 +398,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     def _before_follower(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         follower, source = self.followers[index]
         call = Call(follower.names, args, kwargs)
-        plan = make_plan(self._rows(), self.adapters, source, call.get(follower.names[0]))
+        plan = self._plan(source, call.get(follower.names[0]))
         if plan is None:
             return None
         make_room(call, follower, self.model, plan.length, plan.visible)

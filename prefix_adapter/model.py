@@ -13,7 +13,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from .check import check_tensors, tensors_of
 from .layer import LAYER_NAME, PREFIX, PrefixTuningV2Layer
+
+# Heads that PEFT names itself, after it has wrapped a model for the task.
+_LATE_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 class PrefixTuningV2Model(BaseTuner):
@@ -36,6 +40,11 @@ class PrefixTuningV2Model(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = PrefixTuningV2Layer
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
+        if isinstance(peft_config, dict):
+            _prepare_task(model, peft_config[adapter_name])
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     @property
     def prefix_layer(self) -> PrefixTuningV2Layer:
         """The layer that holds all prefixes."""
@@ -45,12 +54,15 @@ class PrefixTuningV2Model(BaseTuner):
         """Add an adapter to `model`; PEFT calls this for the first and for every further one."""
         config: Any = self.peft_config[adapter_name]
         first = not hasattr(model, LAYER_NAME)
-        layer = PrefixTuningV2Layer(model) if first else getattr(model, LAYER_NAME)
+        layer = None
         try:
+            layer = PrefixTuningV2Layer(model) if first else getattr(model, LAYER_NAME)
             layer.update_layer(adapter_name, config)
         except Exception:
-            if first:
+            if first and layer is not None:
                 layer.remove_hooks()
+            # PEFT has noted the adapter before it was made.
+            del self.peft_config[adapter_name]
             raise
         if first:
             if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -72,6 +84,22 @@ class PrefixTuningV2Model(BaseTuner):
                 )
         # PEFT's own loop replaces no module of this method, and does the housekeeping.
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT asks for this when it has read an adapter's weights: the last look at them before they are copied."""
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        ours, others = [], []
+        for module in model.modules():
+            if isinstance(module, (PrefixTuningV2Layer, ModulesToSaveWrapper)):
+                ours.append(module)
+            elif isinstance(module, BaseTunerLayer):
+                others.append(module)
+        needed, allowed = (tensors_of(model, adapter_name, layers) for layers in (ours, others))
+        check_tensors(renamed, needed, allowed, model)
+        return renamed
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config
@@ -149,6 +177,17 @@ class PrefixTuningV2Model(BaseTuner):
         # Some of PEFT's models pass no inputs here: then the count is checked where the model is called.
         self.prefix_layer.count_rows = given is None
         return list(names)
+
+
+def _prepare_task(model: nn.Module, config: Any) -> None:
+    """Meet what PEFT's models for a task would stumble over when the adapter is in the model already."""
+    if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(
+            f"`task_type={config.task_type!s}` is for models that generate text, and {type(model).__name__} does not. "
+            "Load one with its language-modelling head, or use the `task_type` of this one."
+        )
+    if config.source and config.task_type in _LATE_HEADS:
+        config.modules_to_save = [*(config.modules_to_save or ()), *_LATE_HEADS[config.task_type]]
 
 
 def _head_of_rows(head: ModulesToSaveWrapper, names: list[str], states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -55,7 +55,7 @@ class Plan:
 
     Attributes:
         length: in tokens, the same for all rows; shorter ones are blank on the left.
-        rows: the pieces of each row; a single entry if all rows have the same.
+        rows: the pieces of each different row.
         picked: `[batch]`, the entry of `rows` that each row of the batch takes; `None` for a single entry.
         visible: bool `[batch, length]`, `None` if nothing is blank.
     """
@@ -78,12 +78,13 @@ def describe(slots: Iterable[Slot]) -> str:
 
 def make_plan(rows: list[Row], adapters: dict[str, Adapter], target: AttentionTarget, states: Tensor) -> Plan | None:
     """What to put in front of a target that is given hidden states `[batch, ...]`; `None` if nothing."""
-    pieces = [_pieces(row, adapters, target) for row in rows]
+    distinct = list(dict.fromkeys(rows))
+    pieces = [_pieces(row, adapters, target) for row in distinct]
     length = max(sum(piece.length for piece in row) for row in pieces)
     if not any(piece.adapter for row in pieces for piece in row) and not (length and target.shares_bias):
         return None
     filled = [_fill(row, length) for row in pieces]
-    picked = pick_rows(len(rows), states)
+    picked = pick_rows([distinct.index(row) for row in rows], states)
     visible = None
     if any(piece.adapter is None for row in filled for piece in row):
         shown = [[piece.adapter is not None for piece in row for _ in range(piece.length)] for row in filled]
@@ -116,20 +117,20 @@ def pick_outputs(outputs: list[Any], batch: int) -> Any:
         return tuple(pick_outputs(list(parts), batch) for parts in zip(*outputs, strict=True))
     batch = max(batch, first.shape[0])
     stacked = torch.stack([output.expand(batch, *output.shape[1:]) for output in outputs])
-    rows = pick_rows(len(outputs), stacked[0])
+    rows = pick_rows(list(range(len(outputs))), stacked[0])
     return stacked[rows, torch.arange(batch, device=stacked.device)]
 
 
-def pick_rows(count: int, states: Tensor) -> Tensor | None:
-    """For each row of a batch the entry, out of `count`, that it takes; `None` if there is one for all.
+def pick_rows(entries: list[int], states: Tensor) -> Tensor | None:
+    """For each row of a batch `[batch, ...]` its entry, when `entries` has one for each; `None` if all are the same.
 
     Raises:
-        ValueError: if the batch is no multiple of `count`.
+        ValueError: if the batch is no multiple of their count.
     """
-    if count == 1:
-        return None
     batch = states.shape[0]
-    if batch % count:
-        raise ValueError(f"`adapter_names` has {count} names for a batch of {batch}.")
+    if len(entries) > 1 and batch % len(entries):
+        raise ValueError(f"`adapter_names` has {len(entries)} names for a batch of {batch}.")
+    if len(set(entries)) == 1:
+        return None
     # Beams, and the choices of a multiple-choice question, stand beside each other.
-    return torch.arange(count, device=states.device).repeat_interleave(batch // count)
+    return torch.tensor(entries, device=states.device).repeat_interleave(batch // len(entries))
