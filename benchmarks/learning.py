@@ -47,7 +47,7 @@ HEAD_RATE = 2e-2
 DATA_SETS = {
     # task, metric, epochs, rows drawn for training
     "ud-ewt-pos": ("token-classification", "accuracy", 6, 500),
-    "banking77": ("sequence-classification", "accuracy", 8, 800),
+    "banking77": ("sequence-classification", "accuracy", 6, 800),
     "wnut17-ner": ("token-classification", "f1", 6, 500),
 }
 SELECTION_SEED, SEEDS = 100, [0, 1, 2, 3, 4]
@@ -200,7 +200,7 @@ def chosen(results):
 
 def study(args):
     """All runs, the cheap data sets and the choice of rates first."""
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), initializer=os.nice, initargs=(0,)) as pool:
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         tried = {
             (name, arm): {rates: pool.submit(run, args, name, arm, rates, SELECTION_SEED) for rates in rates_of(arm)}
             for name in args.data_sets

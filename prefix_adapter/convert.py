@@ -11,10 +11,10 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .check import Source, read_weights
 from .config import PrefixTuningV2Config
 from .encoder import PrefixEncoder
 from .layer import PREFIX
@@ -34,13 +34,13 @@ def fold(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path
 
     Raises:
         FileExistsError: if `target` exists.
-        ValueError: if `source` is no prefix adapter, or has no MLP.
+        ValueError: if `source` is no prefix adapter, has no MLP, or is damaged.
     """
     target = check_free(target)
     config = load_config(source, PrefixTuningV2Config)
     if not config.prefix_projection:
         raise ValueError(f"{source} is a table already (`prefix_projection` is false).")
-    weights = load_peft_weights(str(source), device="cpu")
+    weights = read_weights(Source.of(source).weights())
     where = next((key.partition(PREFIX)[0] for key in weights if f".{PREFIX}" in key), None)
     encoder = PrefixEncoder(*(_module(weights, f"{where}{PREFIX}{name}.") for name in PrefixEncoder._fields))
     weights[f"{where}{PREFIX}embedding.weight"] = encoder.fold()

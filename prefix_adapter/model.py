@@ -104,6 +104,10 @@ class PrefixTuningV2Model(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT puts heads back with it, and expects a layer with a weight; RoBERTa's has several.
+        setattr(parent, child_name, new_module)
+
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("A prefix replaces no modules.")
 

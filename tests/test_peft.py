@@ -535,12 +535,13 @@ def test_unload_gives_the_base_model_back(kind, checkpointing):
         assert torch.equal(answers(base, kind), expected)
 
 
-def test_unload_keeps_the_trained_head_as_peft_does():
-    model = wrap("bert", MODELS["bert"], task_type="SEQ_CLS")
+@pytest.mark.parametrize("kind", ["bert", "roberta"])  # a linear layer, and a head of several
+def test_unload_keeps_the_trained_head_as_peft_does(kind):
+    model = wrap(kind, MODELS["bert"], task_type="SEQ_CLS")
     head = model.base_model.model.classifier.modules_to_save["default"]
-    plain, base = tiny.model("bert", MODELS["bert"]), model.unload()
+    plain, base = tiny.model(kind, MODELS["bert"]), model.unload()
     assert footprint(base) == footprint(plain)
-    assert base.classifier is head and differ(answers(base, "bert"), answers(plain, "bert"))
+    assert base.classifier is head and differ(answers(base, kind), answers(plain, kind))
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

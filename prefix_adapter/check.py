@@ -1,0 +1,319 @@
+"""Files that somebody else made, looked at before anything is made of them.
+
+PEFT and transformers put an adapter into the model first and read its file afterwards. Here the file is held against
+the model before: which tensors it has, of which shapes and dtypes, and whether all of their numbers are finite.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+# What PEFT puts in front of the names of all tensors that it saves.
+SAVED = "base_model.model."
+# A safetensors header is JSON, and parsed as a whole: this is room for a hundred thousand tensors.
+_HEADER = 10_000_000
+# No prefix of a small model has as many parameters as this; one of a large model has fewer than the model.
+_PARAMETERS = 100_000_000
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Spec(NamedTuple):
+    """What a tensor must be like."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Spec:
+        """That of a tensor of the model, whole also where DeepSpeed keeps a part of it."""
+        return cls(tuple(getattr(tensor, "ds_shape", tensor.shape)), tensor.dtype)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a config was read, and so where PEFT and transformers will look for the weights.
+
+    Attributes:
+        name: a folder, or a name on the Hub.
+        subfolder: a folder within it.
+        options: arguments of `huggingface_hub.hf_hub_download`.
+    """
+
+    name: str
+    subfolder: str | None = None
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, name: str | os.PathLike[str], subfolder: str | None = None, kwargs: Mapping[str, Any] = {}) -> Source:
+        """From the arguments of a `from_pretrained`."""
+        options = ("repo_type", "revision", "cache_dir", "token", "local_files_only")
+        return cls(str(name), subfolder or None, {key: kwargs[key] for key in options if key in kwargs})
+
+    def weights(self) -> Path:
+        """The file of weights, in the Hub's cache if it comes from there.
+
+        Raises:
+            ValueError: if there is none, or it is a pickle.
+            OSError: if the Hub cannot be reached, and the file is not in its cache.
+        """
+        folder = Path(self.name, self.subfolder or "")
+        if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+            return folder / SAFETENSORS_WEIGHTS_NAME
+        if folder.is_dir():
+            raise self._without(pickle=(folder / WEIGHTS_NAME).exists())
+        try:
+            found = hf_hub_download(self.name, SAFETENSORS_WEIGHTS_NAME, subfolder=self.subfolder, **self.options)
+        except LocalEntryNotFoundError:
+            if self._has_pickle(online=False):
+                raise self._without(pickle=True) from None
+            raise
+        except EntryNotFoundError:
+            raise self._without(pickle=self._has_pickle(online=True)) from None
+        return Path(found)
+
+    def _has_pickle(self, online: bool) -> bool:
+        name = "/".join(part for part in (self.subfolder, WEIGHTS_NAME) if part)
+        options = {key: value for key, value in self.options.items() if key in ("repo_type", "revision")}
+        if online:
+            return file_exists(self.name, name, token=self.options.get("token"), **options)
+        return isinstance(
+            try_to_load_from_cache(self.name, name, cache_dir=self.options.get("cache_dir"), **options), str
+        )
+
+    def _without(self, pickle: bool) -> ValueError:
+        if pickle:
+            return ValueError(
+                f"{self.name} has its weights in {WEIGHTS_NAME}, a pickle, which can run code when it is read, and is "
+                f"not read here. Ask for {SAFETENSORS_WEIGHTS_NAME}, which `save_pretrained` writes."
+            )
+        return ValueError(
+            f"{self.name} has a config, but no {SAFETENSORS_WEIGHTS_NAME}. Copy or download the adapter as a whole; "
+            "to add a new one with the same settings, make the config with `dataclasses.replace(config)`."
+        )
+
+
+def _damaged(path: Path, why: Any) -> ValueError:
+    return ValueError(f"{path} is damaged: {why}. Download or copy it again, or ask for another file.")
+
+
+def open_weights(path: Path) -> Any:
+    """Open a safetensors file: a context manager, as `safetensors.safe_open` returns it.
+
+    Raises:
+        ValueError: if it is no whole safetensors file; safetensors itself compares the header with the file's size.
+        OSError: if it cannot be read.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file. It should be the adapter's weights, as safetensors.")
+    with open(path, "rb") as start:
+        header = int.from_bytes(start.read(8), "little")
+    if header > _HEADER:
+        raise _damaged(path, f"its header would have {header:,} bytes")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        ValueError: if the file is damaged, or a tensor has an integer or 8-bit dtype, NaN or Inf.
+        OSError: if it cannot be read.
+    """
+    weights = {}
+    with open_weights(path) as file:
+        for name in file.keys():  # noqa: SIM118 (a handle, not a mapping)
+            weights[name] = _read(file, name, path)
+    for name, tensor in weights.items():
+        _check_dtype(name, tensor.dtype, torch.float32, path)
+        _check_finite(name, tensor, tensor.dtype, path)
+    return weights
+
+
+def _read(file: Any, name: str, path: Path) -> Tensor:
+    try:
+        return file.get_tensor(name)
+    except (SafetensorError, ValueError, RuntimeError, AttributeError) as error:
+        raise _damaged(path, f"{shorten(name)} cannot be read ({error})") from error
+
+
+def check_file(path: Path, needed: Mapping[str, Spec], allowed: Mapping[str, Spec], model: nn.Module) -> None:
+    """Hold a file of weights against what the config and the base model ask for.
+
+    Args:
+        path: a safetensors file.
+        needed: the tensors that it must have.
+        allowed: those that it may have besides.
+        model: the base model; for the messages.
+
+    Raises:
+        ValueError: if it is damaged, lacks a tensor, has one that belongs to nothing, or one of another shape or
+            dtype, or with NaN or Inf; the message names the file and the tensor.
+        OSError: if it cannot be read.
+    """
+    with open_weights(path) as file:
+        found: dict[str, tuple[Any, Any]] = {}
+        for name in file.keys():  # noqa: SIM118 (a handle, not a mapping)
+            part = file.get_slice(name)
+            found[name] = tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
+        specs = _check_specs(found, needed, allowed, path, type(model).__name__)
+        for name in found:
+            _check_finite(name, _read(file, name, path), specs[name].dtype, path)
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], needed: Mapping[str, Spec], allowed: Mapping[str, Spec], model: nn.Module
+) -> None:
+    """As `check_file`, for tensors that are in memory."""
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    specs = _check_specs(found, needed, allowed, "What was to be loaded", type(model).__name__)
+    for name, tensor in tensors.items():
+        _check_finite(name, tensor, specs[name].dtype, "What was to be loaded")
+
+
+def _check_specs(
+    found: Mapping[str, tuple[Any, Any]],
+    needed: Mapping[str, Spec],
+    allowed: Mapping[str, Spec],
+    where: Any,
+    model: str,
+) -> dict[str, Spec]:
+    specs = {**allowed, **needed}
+    problems = []
+    if needed.keys() - found.keys():
+        problems.append(f"it lacks {_few(needed.keys() - found.keys())}")
+    if found.keys() - specs.keys():
+        problems.append(f"it has {_few(found.keys() - specs.keys())}, which is no part of the adapter")
+    if problems:
+        raise ValueError(
+            f"{where} does not fit its config and {model}: {', and '.join(problems)}. Load it as it was saved, onto "
+            "the base model that it was trained on."
+        )
+    for name, (shape, dtype) in found.items():
+        if shape != specs[name].shape:
+            raise ValueError(
+                f"{where} does not fit its config and {model}: {name} has the shape {list(shape)} where "
+                f"{list(specs[name].shape)} is needed. Load it with its own config, onto the base model that it was "
+                "trained on (a task head: with the same `num_labels`)."
+            )
+        _check_dtype(name, dtype, specs[name].dtype, where)
+    return specs
+
+
+def _check_dtype(name: str, found: Any, needed: torch.dtype, where: Any) -> None:
+    if found not in _FLOATS if needed.is_floating_point else found != needed:
+        wanted = "float32, float16, bfloat16 or float64" if needed.is_floating_point else needed
+        raise ValueError(f"{where} does not fit: {shorten(name)} has the dtype {found}, and must have {wanted}.")
+
+
+def _check_finite(name: str, tensor: Tensor, dtype: torch.dtype, where: Any) -> None:
+    """Refuse what is not finite in `dtype`, in which it will be used."""
+    if tensor.numel() and not tensor.is_meta and tensor.is_floating_point():
+        # NaN is the least and the greatest of all, and rounding keeps their order.
+        extremes = torch.stack(torch.aminmax(tensor)).to(dtype)
+        if not extremes.isfinite().all():
+            raise ValueError(
+                f"{where} has NaN or Inf in {shorten(name)}, or numbers too large for {dtype}: its training went "
+                "wrong, or it is damaged. Ask for another file."
+            )
+
+
+def check_size(model: nn.Module, shapes: Iterable[tuple[int, ...]]) -> None:
+    """Refuse an adapter that would be larger than its base model, before memory is asked for.
+
+    Raises:
+        ValueError: if it would have more parameters than the base model, and more than 100 million.
+    """
+    asked = sum(math.prod(shape) for shape in shapes)
+    limit = max(sum(parameter.numel() for parameter in model.parameters()), _PARAMETERS)
+    if asked > limit:
+        raise ValueError(
+            f"The adapter would have {asked:.3g} parameters, more than the {limit:.3g} that it may have with "
+            f"{type(model).__name__}. Choose a smaller `num_virtual_tokens` or `encoder_hidden_size`."
+        )
+
+
+def find_heads(
+    model: nn.Module, names: Iterable[str], attention: Iterable[nn.Module], own: Iterable[str]
+) -> dict[str, nn.Module]:
+    """The modules that PEFT trains and saves besides the adapter, by name: all whose names end with one of `names`.
+
+    Args:
+        model: the base model.
+        names: the config's `modules_to_save`.
+        attention: the modules that get a prefix.
+        own: names that the adapter's own modules have in the model.
+
+    Raises:
+        ValueError: if they are, contain or lie in modules with a prefix, which PEFT would copy, prefix and all.
+    """
+    endings = tuple(names)
+    holders = {name for name in own if name.endswith(endings)} if endings else set()
+    if holders:
+        raise ValueError(f"`modules_to_save` {_few(endings)} also means the prefix itself. Use longer names.")
+    heads: dict[str, nn.Module] = {}
+    wrappers: list[str] = []
+    with_prefix = {id(module) for module in attention}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not endings or name.startswith(tuple(wrappers)):
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            wrappers.append(f"{name}.")
+            module = module.original_module
+        if not name.endswith(endings):
+            continue
+        if any(id(part) in with_prefix for part in module.modules()):
+            raise ValueError(
+                f"`modules_to_save` {_few(endings)} also means {name or 'the whole model'}, whose attention gets a "
+                "prefix. Name modules without such attention, a task head for instance."
+            )
+        if not name or name.startswith(tuple(f"{head}." for head in heads)):
+            raise ValueError(
+                f"`modules_to_save` {_few(endings)} means {name} and a module around it. Use longer names."
+            )
+        heads[name] = module
+    return heads
+
+
+def tensors_of(model: nn.Module, adapter_name: str, layers: Iterable[nn.Module]) -> dict[str, Spec]:
+    """What tuner layers hold for an adapter, by name in the model."""
+    wanted = {id(layer) for layer in layers}
+    specs = {}
+    for name, module in model.named_modules():
+        if id(module) in wanted:
+            for key, tensor in module.state_dict(prefix=f"{name}." if name else "", keep_vars=True).items():
+                own = key.removeprefix(f"{name}.")
+                if f".{adapter_name}." in own and not own.startswith(("base_layer.", "original_module.")):
+                    specs[key] = Spec.of(tensor)
+    return specs
+
+
+def shorten(text: Any, length: int = 200) -> str:
+    """A text of somebody else's, for a message."""
+    text = text if isinstance(text, str) else repr(text)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def _few(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 4} more" if len(ordered) > 4 else ""
+    return ", ".join(shorten(name) for name in ordered[:4]) + more
