@@ -28,6 +28,8 @@ from .find import UnsupportedBackboneError
 from .hub import push_to_hub
 from .layer import PREFIX, PrefixTuningV2Layer
 from .model import PrefixTuningV2Model
+from .pool import AdapterPool, LoadedAdapter
+from .start import init_from, init_from_text
 from .version import __version__
 from .watch import PrefixNotUsedError
 
@@ -41,6 +43,7 @@ for _mapping, _entry in _entries:
     _mapping[PrefixTuningV2Type.PREFIX_TUNING_V2] = _entry
 
 __all__ = [
+    "AdapterPool",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -48,6 +51,7 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "LoadedAdapter",
     "PeftConfig",
     "PeftModel",
     "PrefixNotUsedError",
@@ -63,5 +67,7 @@ __all__ = [
     "get_peft_model",
     "import_peft",
     "import_ptuning_v2",
+    "init_from",
+    "init_from_text",
     "push_to_hub",
 ]

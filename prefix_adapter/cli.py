@@ -25,6 +25,21 @@ override it. Several GPUs or machines: accelerate launch -m prefix_adapter train
 
 The output folder then has the adapter, its model card, metrics.jsonl, curve.png and the exact recipe.
 """
+TOGETHER = """Train one prefix for several tasks, each with a head of its own, and leave an adapter for each.
+
+The recipe is a YAML file with the keys that the tasks share, and under `tasks` those that each has for itself:
+
+  model: bert-base-cased
+  output_dir: runs/shared
+  adapter: {num_virtual_tokens: 20}
+  tasks:
+    ner: {task: token-classification, data: {train: ner.jsonl}}
+    topics: {task: sequence-classification, data: {train: topics.jsonl}}
+
+  prefix-adapter train-together --config shared.yaml
+  prefix-adapter train-together --resume runs/shared
+  prefix-adapter evaluate runs/shared/ner
+"""
 IMPORT = """Make an adapter of a checkpoint of THUDM/P-tuning-v2, or of a PREFIX_TUNING adapter of PEFT's.
 
   prefix-adapter import checkpoint/pytorch_model.bin ner --model bert-base-cased --task_type TOKEN_CLS
@@ -51,6 +66,26 @@ def _train(options: Namespace) -> None:
     if _first():
         _show({split: results[split] for split in ("validation", "test") if split in results})
         print(f"The adapter is in {options.output_dir}.")
+
+
+def _train_together(options: Namespace) -> None:
+    from .training import load_joint_recipe, train_together
+
+    if (options.config is None) == (options.resume is None) or (options.resume and options.output_dir):
+        raise ValueError("give either --config, a recipe, and perhaps --output_dir, or --resume, the folder of a run.")
+    if options.resume is None:
+        output_dir = {} if options.output_dir is None else {"output_dir": options.output_dir}
+        recipe = load_joint_recipe(options.config, **output_dir)
+    else:
+        path = Path(options.resume, "recipe.yaml")
+        if not path.is_file():
+            raise ValueError(f"--resume: there is no run in {options.resume!r} (it has no recipe.yaml).")
+        recipe = load_joint_recipe(path, output_dir=options.resume)
+    results = train_together(recipe, resume=options.resume is not None, overwrite=options.overwrite)
+    if _first():
+        splits = ("validation", "test")
+        _show({name: {key: own[key] for key in splits if key in own} for name, own in results["tasks"].items()})
+        print(f"The adapters are in {recipe.output_dir}.")
 
 
 def _search(options: Namespace) -> None:
@@ -172,6 +207,13 @@ def _parser() -> ArgumentParser:
     train.add_argument("--overwrite", action="store_true", help="Replace the run that is in the output folder.")
     commands.add_subcommand("train", train, help="train an adapter")
 
+    together = _command(TOGETHER)
+    together.add_argument("--config", type=str, help="A recipe (YAML).")
+    together.add_argument("--output_dir", type=str, help="The output folder, if it is not the recipe's.")
+    together.add_argument("--resume", metavar="FOLDER", help="Go on with the run in this folder, by its own recipe.")
+    together.add_argument("--overwrite", action="store_true", help="Replace the run that is in the output folder.")
+    commands.add_subcommand("train-together", together, help="train one prefix for several tasks")
+
     search = _command("Look for the best settings of a recipe with Optuna; ends with the best recipe as YAML.", epilog)
     add_recipe_arguments(search)
     search.add_class_arguments(Search, "search")
@@ -272,6 +314,7 @@ def _with_recipe(arguments: list[str]) -> list[str]:
 
 _COMMANDS = {
     "train": _train,
+    "train-together": _train_together,
     "search": _search,
     "evaluate": _evaluate,
     "predict": _predict,

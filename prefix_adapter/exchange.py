@@ -70,7 +70,7 @@ _PTUNING_NAMES = {
     "trans.2.bias": "output.bias",
 }
 # What configurations call the tokens that a layer looks back at.
-_WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
+WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 _CHECKPOINTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -567,7 +567,7 @@ def _check_equal(source: AnyPath, peft_outputs: dict[str, Tensor], outputs: dict
 
 def _warn_of_window(base: PreTrainedModel) -> None:
     config = base.config.get_text_config()
-    window = next(filter(None, (getattr(config, name, None) for name in _WINDOWS)), None)
+    window = next(filter(None, (getattr(config, name, None) for name in WINDOWS)), None)
     if window is not None:
         warnings.warn(
             f"{type(base).__name__} has layers that look back {window} tokens. A prefix of PEFT's falls out of that "

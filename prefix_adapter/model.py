@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -197,6 +198,8 @@ def _prepare_task(model: nn.Module, config: Any) -> None:
 def _head_of_rows(head: ModulesToSaveWrapper, names: list[str], states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A task head for a batch in which each row has an adapter of its own, or the base model's head.
 
+    Heads may have different numbers of labels (in an `AdapterPool`): what a row's own does not have is `-inf`.
+
     PEFT's wrapper does so for a few kinds of modules, if all adapters have a head, and if the active one has.
     """
     spread = [name for name in names for _ in range(states.shape[0] // len(names))]
@@ -206,4 +209,6 @@ def _head_of_rows(head: ModulesToSaveWrapper, names: list[str], states: Tensor, 
         module = modules[name] if name in modules else head.original_module  # noqa: SIM401 (a ModuleDict has no get)
         rows = [row for row, own in enumerate(spread) if own == name]
         outputs |= dict(zip(rows, module(states[rows], *args, **kwargs), strict=True))
-    return torch.stack([outputs[row] for row in range(len(spread))])
+    width = max(output.shape[-1] for output in outputs.values())
+    padded = [F.pad(output, (0, width - output.shape[-1]), value=-torch.inf) for _, output in sorted(outputs.items())]
+    return torch.stack(padded)

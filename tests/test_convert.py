@@ -598,13 +598,13 @@ def break_peft(folder: Path, what: str) -> None:
     [
         ("columns", r"prompt_embeddings is \(4, 190\), while its own configuration says \(4, 192\)"),
         ("layers", "PEFT's own prefix tuning fails on the base model|does not fit"),
-        ("not finite", "not finite, in prompt_embeddings"),
+        ("not finite", "has NaN or Inf in prompt_embeddings"),
         ("no prefix", "has no prompt_embeddings"),
         ("no head", r"Neither .*peft nor .*base has classifier\.weight"),
         ("unknown", r"word_embeddings\.weight2 has no place"),
         ("head of another width", r"do not fit BertForSequenceClassification .*classifier\.weight is \(3, 5\)"),
         ("no task", "has no task type that PEFT knows"),
-        ("damaged", "cannot be read"),
+        ("damaged", "is damaged"),
     ],
 )
 def test_import_refuses(what, words, tmp_path):

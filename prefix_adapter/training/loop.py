@@ -19,10 +19,8 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, s
 from tqdm.auto import tqdm
 
 from . import checkpoint
-from .batches import Batches, shares
-from .data import DataError, rows_of
-from .distributed import check, load_whole, prepare
-from .evaluation import evaluate, is_better, make_features
+from .batches import shares
+from .distributed import check, load_whole
 from .model import new_scheduler, trained
 from .recipe import RecipeError
 
@@ -30,12 +28,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from datasets import Dataset
     from torch import Tensor, nn
 
+    from .lesson import Lesson
+    from .multitask import JointLesson
     from .outputs import Log
     from .recipe import Recipe
-    from .tasks import Task
 
 
 class TrainingInterrupted(Exception):
@@ -106,10 +104,8 @@ class Loop:
 
     Args:
         recipe: the recipe.
-        task: its task, with labels.
+        lesson: what is learnt, from which rows.
         model: the model, with what is trained requiring gradients.
-        train_rows: rows to learn from, checked.
-        validation_rows: rows to choose the best checkpoint by, checked.
         accelerator: the accelerator.
         checkpoints: the folder for checkpoints.
         log: where metrics are recorded.
@@ -117,41 +113,26 @@ class Loop:
             metrics; what it raises ends the run.
 
     Raises:
-        DataError: if there is nothing to learn from.
         RecipeError: if there is no such schedule.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        task: Task,
+        lesson: Lesson | JointLesson,
         model: nn.Module,
-        train_rows: Dataset,
-        validation_rows: Dataset,
         accelerator: Accelerator,
         checkpoints: Path,
         log: Log,
         on_evaluation: Callable[[int, dict[str, float]], None] | None = None,
     ) -> None:
-        self.recipe, self.task, self.accelerator, self.log = recipe, task, accelerator, log
-        self.on_evaluation = on_evaluation
-        self.checkpoints, self.validation_rows = checkpoints, validation_rows
-        features = make_features(task, train_rows, True, recipe.data.num_proc)
-        items = [task.num_items(labels) for labels in features["labels"]]
-        if not all(items):  # a completion that did not fit in, for instance: the mean of no losses is not a number
-            kept = [i for i, count in enumerate(items) if count]
-            accelerator.print(f"{len(items) - len(kept)} features have nothing to learn from and are left out.")
-            features, items = features.select(kept), [items[i] for i in kept]
-        if not items:
-            raise DataError("No training row has anything to learn from: `max_length` may be too small.")
-        self.features, self.items = features, items
-        lengths = [len(ids) for ids in features["input_ids"]] if recipe.group_by_length else None
-        self.batches = Batches(len(items), recipe.batch_size, recipe.seed, lengths)
+        self.recipe, self.lesson, self.accelerator, self.log = recipe, lesson, accelerator, log
+        self.on_evaluation, self.checkpoints = on_evaluation, checkpoints
+        self.batches, self.metric = lesson.batches, lesson.metric
         self.steps = math.ceil(recipe.num_train_epochs * self.batches.steps_per_epoch)
         self.steps = min(self.steps, recipe.max_steps or self.steps)
         self.eval_steps = recipe.eval_steps or self.batches.steps_per_epoch
-        self.metric = recipe.metric_for_best_model or task.default_metric
-        self.model, self.optimizer, optimizer = prepare(accelerator, model, recipe)
+        self.model, self.optimizer, optimizer = lesson.prepare(model)
         self.scheduler = new_scheduler(recipe, optimizer, self.steps, self.batches.steps_per_epoch)
         self.parameters = list(trained(self.model).values())
         self.state: dict[str, Any] = {"best_step": None, "best_metrics": None, "evaluations_since_best": 0}
@@ -166,19 +147,7 @@ class Loop:
         Raises:
             RecipeError: if the longest row is too long for the model, or there is no such metric.
         """
-        lengths = [len(ids) for ids in self.features["input_ids"]]
-        longest = self.task.collate([self.features[lengths.index(max(lengths))]])
-        model = self.accelerator.unwrap_model(self.model).eval()
-        try:
-            with torch.no_grad():
-                self.task.loss(model, {key: value.to(self.accelerator.device) for key, value in longest.items()})
-        except (ValueError, IndexError, RuntimeError) as error:
-            raise RecipeError(f"`max_length`: the model cannot take the longest row: {error}") from error
-        if self.recipe.metric_for_best_model:
-            few = self.validation_rows.select(range(min(2, len(self.validation_rows))))
-            known, _ = evaluate(self.task, self.model, few, self.recipe.eval_batch_size, self.accelerator)
-            if self.metric not in known:
-                raise RecipeError(f"`metric_for_best_model`: there is no {self.metric!r}; there are {sorted(known)}.")
+        self.lesson.try_out(self.accelerator.unwrap_model(self.model))
 
     def resume(self) -> bool:
         """Go back to the last checkpoint; `False` if there is none."""
@@ -236,7 +205,7 @@ class Loop:
                 if stop and not last and not self._patience_is_over():
                     raise TrainingInterrupted(
                         f"Stopped after step {self.step} of {self.steps}; the checkpoint is in {self.checkpoints}. "
-                        f"Go on with: prefix-adapter train --resume {shlex.quote(recipe.output_dir)}",
+                        f"Go on with: prefix-adapter {self.lesson.command} --resume {shlex.quote(recipe.output_dir)}",
                         self._signal,
                     )
         finally:
@@ -251,17 +220,16 @@ class Loop:
     def _train_step(self, batch: list[int]) -> Tensor:
         """One optimizer step; returns this process's share of the batch's mean loss."""
         accelerator, parts = self.accelerator, self.recipe.gradient_accumulation_steps
-        total = sum(self.items[i] for i in batch)
+        items = self.lesson.items
+        total = sum(items[i] for i in batch)
         sum_of_losses = torch.zeros((), device=accelerator.device)
         for share in shares(batch, parts, accelerator.process_index, accelerator.num_processes):
-            rows = rows_of(self.features[share])
-            inputs = {key: value.to(accelerator.device) for key, value in self.task.collate(rows).items()}
             with accelerator.accumulate(self.model):
-                loss, _ = self.task.loss(self.model, inputs)
+                loss = self.lesson.loss(self.model, share)
                 # The model gives the mean over its own items. Accelerate divides by the parts, and the processes'
                 # gradients are averaged: so weighed, their sum is that of the mean over the whole batch, however it
                 # is shared out.
-                weight = sum(self.items[i] for i in share) / total
+                weight = sum(items[i] for i in share) / total
                 accelerator.backward(loss * (weight * parts * accelerator.num_processes))
                 if accelerator.sync_gradients and self.recipe.max_grad_norm:
                     accelerator.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm)
@@ -303,14 +271,11 @@ class Loop:
 
     def _evaluate(self) -> bool:
         """Measure on the validation rows; whether to stop early."""
-        metrics, _ = evaluate(
-            self.task, self.model, self.validation_rows, self.recipe.eval_batch_size, self.accelerator
-        )
+        metrics = self.lesson.measure(self.accelerator.unwrap_model(self.model))
         if not math.isfinite(metrics["loss"]):
             raise self._diverged(f"the loss of the validation rows became {metrics['loss']}")
         self._write(self.step, "validation", metrics)
-        best = self.state["best_metrics"]
-        if is_better(self.task, self.metric, metrics[self.metric], best and best[self.metric]):
+        if self.lesson.is_better(metrics, self.state["best_metrics"]):
             self.state |= {"best_step": self.step, "best_metrics": metrics, "evaluations_since_best": 0}
         else:
             self.state["evaluations_since_best"] += 1

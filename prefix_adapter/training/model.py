@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
+from ..start import init_from, init_from_text, token_ids
 from .recipe import NO_ADAPTER, RecipeError
 
 if TYPE_CHECKING:
@@ -91,6 +92,13 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
             raise RecipeError(
                 f"`adapter.{key}`: {config_class.__name__} has no such setting; it has {sorted(fields)}."
             )
+    if recipe.init_text is not None:
+        count = len(token_ids(recipe.init_text, task.tokenizer))
+        if settings.setdefault("num_virtual_tokens", count) != count:
+            raise RecipeError(
+                f"`adapter.num_virtual_tokens`: `init_text` has {count} tokens, not {settings['num_virtual_tokens']}. "
+                "Leave it out."
+            )
     if task.peft_task_type is not None:
         settings.setdefault("task_type", task.peft_task_type)
     if task.modules_to_save is not None and "modules_to_save" in fields:
@@ -138,6 +146,25 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> n
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
     return model
+
+
+def start(recipe: Recipe, task: Task, model: nn.Module) -> None:
+    """Let the prefix start as the recipe says.
+
+    Raises:
+        RecipeError: if it cannot.
+    """
+    # With FSDP's `cpu_ram_efficient_loading` other processes than the main one have no weights yet: they get its.
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return
+    try:
+        if recipe.init_from is not None:
+            init_from(model, recipe.init_from)
+        elif recipe.init_text is not None:
+            init_from_text(model, recipe.init_text, tokenizer=task.tokenizer)
+    except (OSError, ValueError) as error:
+        key = "init_from" if recipe.init_from is not None else "init_text"
+        raise RecipeError(f"`{key}`: {error}") from error
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

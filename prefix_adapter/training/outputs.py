@@ -30,14 +30,17 @@ from ..hub import write_model_card
 from .recipe import Recipe, RecipeError, load_recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from accelerate import Accelerator
+
+    from .multitask import JointRecipe
 
 RECIPE, METRICS, RESULTS, CURVE, CARD = "recipe.yaml", "metrics.jsonl", "results.json", "curve.png", "README.md"
 CHECKPOINTS, LOGS = "checkpoints", "logs"
 _WEIGHTS = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "trained.safetensors"}
-_OURS = {RECIPE, METRICS, RESULTS, CURVE, CARD, CHECKPOINTS, LOGS, *_WEIGHTS}
+OURS = {RECIPE, METRICS, RESULTS, CURVE, CARD, CHECKPOINTS, LOGS, *_WEIGHTS}
+"""All that a run leaves."""
 _SCRATCH = ".unfinished-"
 _PIPELINES = {
     "sequence-classification": "text-classification",
@@ -45,7 +48,7 @@ _PIPELINES = {
     "question-answering": "question-answering",
     "causal-lm": "text-generation",
 }
-_LEARNT = ("labels", "task_kwargs")
+LEARNT = ("labels", "task_kwargs")
 """What training fills in, from the rows, where the user does not say."""
 MAY_DIFFER = ("output_dir", "report_to", "eval_batch_size", "logging_steps")
 """What a run may be resumed with another value of."""
@@ -63,20 +66,51 @@ def may_claim(recipe: Recipe, resume: bool, overwrite: bool) -> None:
         RecipeError: if it is in use, and neither applies.
     """
     folder = Path(recipe.output_dir)
-    earlier = folder / RECIPE
     if resume:
-        if not earlier.is_file():
-            raise RecipeError(f"`output_dir`: there is no run to resume in {folder} (it has no {RECIPE}).")
-        _compare(load_recipe(earlier), recipe, *_LEARNT)
-    elif folder.exists() and (not folder.is_dir() or _entries(folder)):
+        results = folder / RESULTS
+        if results.is_file() and json.loads(results.read_text(encoding="utf-8")).get("together"):
+            raise RecipeError(
+                f"`output_dir`: the adapter in {folder} was trained together with others, and cannot be resumed alone."
+            )
+        compare(load_recipe(run_in(folder)), recipe, *LEARNT)
+    else:
+        may_fill(folder, overwrite)
+
+
+def run_in(folder: Path) -> Path:
+    """The recipe of the run in a folder.
+
+    Raises:
+        RecipeError: if there is none.
+    """
+    if not (folder / RECIPE).is_file():
+        raise RecipeError(f"`output_dir`: there is no run to resume in {folder} (it has no {RECIPE}).")
+    return folder / RECIPE
+
+
+def may_fill(folder: Path, overwrite: bool, more: Iterable[str] = ()) -> None:
+    """See whether a folder may be used for a new run.
+
+    Args:
+        folder: the folder.
+        overwrite: whether an earlier run in it may be removed.
+        more: folders in it that hold the same as a run's do.
+
+    Raises:
+        RecipeError: if it is in use, and may not be emptied.
+    """
+    if folder.exists() and (not folder.is_dir() or _entries(folder)):
         if not overwrite:
             raise RecipeError(
                 f"`output_dir`: {folder} is not empty. Choose another folder, go on with the run in it (--resume), or "
                 "replace that run (--overwrite)."
             )
-        if not earlier.is_file():
+        if not (folder / RECIPE).is_file():
             raise RecipeError(f"`output_dir`: {folder} holds no run of ours (no {RECIPE}) and is left alone.")
-        others = sorted(_entries(folder) - _OURS)
+        others = sorted(_entries(folder) - {*OURS, *more})
+        for name in more:
+            if (folder / name).is_dir():
+                others += sorted(f"{name}/{other}" for other in _entries(folder / name) - OURS)
         if others:
             raise RecipeError(
                 f"`output_dir`: {folder} holds {others[0]!r} too, which is of no run, and is left alone. Move it, or "
@@ -97,20 +131,30 @@ def claim(recipe: Recipe, resume: bool, accelerator: Accelerator) -> None:
     """
     folder = Path(recipe.output_dir)
     if resume:
-        _compare(load_recipe(folder / RECIPE), recipe)
+        compare(load_recipe(folder / RECIPE), recipe)
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        # The recipe, by which the folder is known as ours, goes last and comes first.
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == RECIPE):
-            if resume and not path.name.startswith(_SCRATCH):
-                continue
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        empty(folder, resume)
         if not resume:
             save_recipe(recipe)
     accelerator.wait_for_everyone()
 
 
-def _compare(earlier: Recipe, now: Recipe, *left_out: str) -> None:
+def empty(folder: Path, resume: bool) -> None:
+    """Make a folder and remove what is in it; of a run that is resumed, only what it had not finished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # The recipe, by which the folder is known as ours, goes last.
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == RECIPE):
+        if resume and not path.name.startswith(_SCRATCH):
+            continue
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def compare(earlier: Recipe, now: Recipe, *left_out: str) -> None:
+    """See that a run is resumed with the recipe that it was started with, but for `MAY_DIFFER` and `left_out`.
+
+    Raises:
+        RecipeError: if it is not; the message names the key.
+    """
     old, new = earlier.to_dict(), now.to_dict()
     for key in old:
         if old[key] != new[key] and key not in (*MAY_DIFFER, *left_out):
@@ -136,7 +180,7 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def save_recipe(recipe: Recipe) -> None:
+def save_recipe(recipe: Recipe | JointRecipe) -> None:
     """Write the recipe into its output folder."""
     with replacing(Path(recipe.output_dir) / RECIPE) as scratch:
         recipe.save(scratch)
@@ -149,9 +193,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 class Log:
-    """The record of a run: `metrics.jsonl`, and Accelerate's trackers."""
+    """The record of a run: `metrics.jsonl`, and Accelerate's trackers.
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
+    Args:
+        recipe: the recipe.
+        accelerator: the accelerator.
+        settings: what the trackers are told of the run; the whole recipe by default.
+    """
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, settings: dict[str, Any] | None = None) -> None:
+        self.settings = recipe.to_dict() if settings is None else settings
         self.recipe, self.accelerator, self.path = recipe, accelerator, Path(recipe.output_dir) / METRICS
 
     def start(self, step: int) -> None:
@@ -159,7 +210,7 @@ class Log:
         if self.recipe.report_to:
             flat = {
                 key: value if isinstance(value, (int, float, str)) else json.dumps(value)
-                for key, value in self.recipe.to_dict().items()
+                for key, value in self.settings.items()
             }
             self.accelerator.init_trackers("prefix-adapter", config=flat)
         if self.accelerator.is_main_process and self.path.is_file():
@@ -222,9 +273,8 @@ def draw_curve(lines: list[dict[str, Any]], metric: str, best_step: int | None, 
     for axes, split, name in ((left, "train", "loss"), (left, "validation", "loss"), (right, "validation", metric)):
         points = [(line["step"], line[name]) for line in lines if line["split"] == split and name in line]
         marker = "o" if split == "validation" else None
-        axes.plot(
-            *zip(*points, strict=True) if points else ([], []), marker=marker, markersize=3, label=f"{split} {name}"
-        )
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=f"{split} {name}")
         best = [value for step, value in points if step == best_step]
         if axes is right and best:
             axes.plot(
@@ -259,11 +309,17 @@ The best of {steps} steps by {metric} on the validation rows: step {best_step}.
 
 ![Curves](curve.png)
 
-`recipe.yaml` in this repository repeats the run: `prefix-adapter train --config recipe.yaml --output_dir ...`. New
+{origin} New
 rows are answered with `prefix-adapter predict <this repository or folder> rows.jsonl answers.jsonl`.
 
 Versions: {versions}.
 """
+
+
+_REPEATS = (
+    "`recipe.yaml` in this repository repeats the run: `prefix-adapter train --config recipe.yaml --output_dir ...`."
+)
+_TOGETHER = "The prefix was trained together with other tasks, for each of which there is an adapter with it: {names}."
 
 
 def training_section(recipe: Recipe, results: dict[str, Any]) -> str:
@@ -285,14 +341,15 @@ def training_section(recipe: Recipe, results: dict[str, Any]) -> str:
     }
     tables = {"validation": results["validation"], **({"test": results["test"]} if "test" in results else {})}
     names = list(results["validation"])
-    rows = results["rows"]
+    rows, others = results["rows"], results.get("together")
     return _CARD.format(
         description=f"Trained on {rows['train']:,} rows of {source} ({os.path.basename(data.train)}), "
         f"chosen on {rows['validation']:,}"
         + (f", measured on {rows['test']:,} that it never saw." if "test" in rows else "."),
         settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
         steps=results["steps"],
-        metric=results["metric"],
+        metric="the mean over all tasks" if others else results["metric"],
+        origin=_TOGETHER.format(names=", ".join(others)) if others else _REPEATS,
         best_step=results["best_step"],
         names=" | ".join(names),
         rules="---|" * (len(names) - 1) + "---",

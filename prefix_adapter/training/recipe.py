@@ -88,6 +88,10 @@ class Recipe:
         adapter: A PEFT configuration as a mapping. `peft_type` is PREFIX_TUNING_V2 unless it says otherwise; the other
             keys are the configuration's own (`num_virtual_tokens`, `prefix_projection`, ...). For comparisons,
             `peft_type` may be any type of PEFT's, FULL (everything is trained) or HEAD (the task head alone).
+        init_from: The saved adapter, a folder or a name on the Hub, whose prefix training starts from. `adapter` must
+            have its `num_virtual_tokens`, and what else shapes a prefix; the task head starts anew.
+        init_text: The text whose keys and values the prefix starts as, for causal-lm. Its tokens are the virtual
+            tokens: `num_virtual_tokens` may be left out.
         model_kwargs: Passed on to `from_pretrained` of the base model (`dtype`, `attn_implementation`, `revision`,
             `hidden_dropout_prob` of a BERT, ...).
         task_kwargs: Settings of the task; `prefix-adapter train --help` lists them.
@@ -126,6 +130,8 @@ class Recipe:
     output_dir: str
     data: Data = field(default_factory=Data)
     adapter: dict[str, Any] = field(default_factory=dict)
+    init_from: Optional[str] = None
+    init_text: Optional[str] = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     task_kwargs: dict[str, Any] = field(default_factory=dict)
     max_length: Optional[int] = None
@@ -159,6 +165,7 @@ class Recipe:
         if not isinstance(kind, str):
             raise RecipeError(f"`adapter.peft_type` must be the name of a method, got {kind!r}.")
         self.adapter = {**self.adapter, "peft_type": kind.upper()}
+        self._check_start()
         for name in ("learning_rate", "head_learning_rate"):
             if getattr(self, name) is not None:
                 _require(name, getattr(self, name), above=0)
@@ -176,6 +183,22 @@ class Recipe:
             raise RecipeError(f"`labels` must be different from each other, got {self.labels}.")
         if len({type(label) for label in self.labels or []}) > 1:
             raise RecipeError(f"`labels` must be all strings or all integers, got {self.labels}.")
+
+    def _check_start(self) -> None:
+        given = [name for name in ("init_from", "init_text") if getattr(self, name) is not None]
+        for name in given:
+            if not getattr(self, name).strip():
+                raise RecipeError(f"`{name}` is empty; leave it out for a random start.")
+            if self.adapter["peft_type"] != "PREFIX_TUNING_V2":
+                raise RecipeError(f"`{name}` is for PREFIX_TUNING_V2, not for {self.adapter['peft_type']}.")
+        if len(given) > 1:
+            raise RecipeError("`init_from` and `init_text`: a prefix can start from one of them only.")
+        if self.init_text is not None and self.task != "causal-lm":
+            raise RecipeError(f"`init_text` is for causal-lm: the model of {self.task} reads no text in front.")
+        if self.init_text is not None and self.adapter.get("prefix_projection"):
+            raise RecipeError(
+                "`adapter.prefix_projection`: an MLP cannot start from `init_text`. Leave it out, for a table."
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
@@ -208,7 +231,7 @@ class Recipe:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as YAML."""
-        text = yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        text = yaml.dump(self.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
         Path(path).write_text(text, encoding="utf-8")
 
 
@@ -304,18 +327,23 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class _Dumper(yaml.SafeDumper):
+class Dumper(yaml.SafeDumper):
     """Puts in quotes what `_Loader` would not read as a text."""
 
 
-for _kind in (_Loader, _Dumper):
+for _kind in (_Loader, Dumper):
     _kind.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
     )
 _Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_str)
 
 
-def _read(name: str | os.PathLike[str]) -> dict[str, Any]:
+def read_values(name: str | os.PathLike[str]) -> dict[str, Any]:
+    """The values of a YAML file, or of a recipe that comes with the package.
+
+    Raises:
+        RecipeError: if there is none, or it is no mapping.
+    """
     path = recipe_path(name)
     try:
         with open(path, encoding="utf-8") as file:
@@ -330,7 +358,7 @@ def _read(name: str | os.PathLike[str]) -> dict[str, Any]:
 class _ReadRecipe(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, value: Any, option_string: str | None = None) -> None:
         try:
-            values = _read(value)
+            values = read_values(value)
             _check_keys(values)
         except RecipeError as error:
             raise argparse.ArgumentError(self, str(error)) from error
@@ -366,7 +394,7 @@ def load_recipe(name: str | os.PathLike[str], **overrides: Any) -> Recipe:
     Raises:
         RecipeError: if the file is no valid recipe; the message names the key.
     """
-    values = _read(name)
+    values = read_values(name)
     try:
         return Recipe.from_dict(_set(values, overrides))
     except RecipeError as error:

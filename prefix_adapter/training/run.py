@@ -17,8 +17,9 @@ from . import checkpoint, outputs
 from .data import DataError, hold_out, load_rows, take
 from .distributed import together
 from .evaluation import evaluate
+from .lesson import Lesson
 from .loop import Loop, accelerating
-from .model import adapter_config, learning_rates, load_base, load_tokenizer, trained, wrap
+from .model import adapter_config, learning_rates, load_base, load_tokenizer, start, trained, wrap
 from .recipe import RecipeError
 from .tasks import TASK_CLASSES
 
@@ -74,6 +75,8 @@ def _train(
     on_evaluation: Callable[[int, dict[str, float]], None] | None,
 ) -> dict[str, Any]:
     started = time.perf_counter()
+    folder = Path(recipe.output_dir)
+    checkpoints = folder / outputs.CHECKPOINTS
     with together(accelerator):
         outputs.may_claim(recipe, resume, overwrite)
         tokenizer = load_tokenizer(recipe)
@@ -82,10 +85,12 @@ def _train(
         rows = load_splits(recipe, task)
         set_seed(recipe.seed)  # the same first weights in every process
         model = wrap(recipe, task, *load_base(recipe, task))
-    folder, log = Path(recipe.output_dir), outputs.Log(recipe, accelerator)
+        if not (resume and checkpoint.find(checkpoints)):
+            start(recipe, task, model)
+    log = outputs.Log(recipe, accelerator)
     parameters = sum(parameter.numel() for parameter in trained(model).values())
-    checkpoints = folder / outputs.CHECKPOINTS
-    loop = Loop(recipe, task, model, rows["train"], rows["validation"], accelerator, checkpoints, log, on_evaluation)
+    lesson = Lesson(recipe, task, rows["train"], rows["validation"], accelerator)
+    loop = Loop(recipe, lesson, model, accelerator, checkpoints, log, on_evaluation)
     loop.try_out()
     outputs.claim(recipe, resume, accelerator)
     with together(accelerator):
@@ -118,7 +123,7 @@ def _train(
         log.write(loop.step, results["epochs"], "test", results["test"])
     results["seconds"] = round(time.perf_counter() - started, 1)
     if accelerator.is_main_process:
-        _leave(recipe, best, log, results)
+        leave(recipe, best, log.read(), results)
     return results
 
 
@@ -146,11 +151,18 @@ def load_splits(recipe: Recipe, task: Task) -> dict[str, Dataset]:
     return {split: take(own, getattr(data, f"max_{split}_rows"), seed) for split, own in rows.items()}
 
 
-def _leave(recipe: Recipe, best: Path, log: outputs.Log, results: dict[str, Any]) -> None:
-    """Write what a run leaves; the weights come last, so that a folder that has them has everything."""
+def leave(recipe: Recipe, best: Path, lines: list[dict[str, Any]], results: dict[str, Any]) -> None:
+    """Write what a run leaves; the weights come last, so that a folder that has them has everything.
+
+    Args:
+        recipe: the recipe.
+        best: the best checkpoint.
+        lines: what was recorded on the way.
+        results: the contents of `results.json`.
+    """
     folder = Path(recipe.output_dir)
     outputs.save_recipe(recipe)
-    outputs.draw_curve(log.read(), results["metric"], results["best_step"], folder / outputs.CURVE)
+    outputs.draw_curve(lines, results["metric"], results["best_step"], folder / outputs.CURVE)
     outputs.write_text(folder / outputs.RESULTS, json.dumps(results, indent=2) + "\n")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as scratch:
         export = Path(scratch) / "adapter"

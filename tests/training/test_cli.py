@@ -98,7 +98,18 @@ def test_mistakes_on_the_command_line(capsys, tmp_path):
 
 
 def test_help_suffices(capsys):
-    for command in ("train", "search", "evaluate", "predict", "info", "fold", "push"):
+    for command in (
+        "train",
+        "train-together",
+        "search",
+        "evaluate",
+        "predict",
+        "info",
+        "fold",
+        "import",
+        "export",
+        "push",
+    ):
         with pytest.raises(SystemExit) as stopped:
             main([command, "--help"])
         shown = capsys.readouterr().out

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,6 +49,21 @@ def test_ner(shared, minilm, tmp_path):
         "validation"
     ].keys()
     assert re.search(r"^Ravi/\S+ flew/\S+ from/\S+ Lima/\S+", shown, re.MULTILINE)
+
+
+def test_multitask(shared, minilm, tmp_path):
+    ner, pos = shared / "data" / "wnut17-ner", shared / "data" / "ud-ewt-pos"
+    shown = example(
+        *("multitask.py", "--ner", ner / "train.jsonl.gz", "--ner-validation", ner / "dev.jsonl.gz"),
+        *("--pos", pos / "train.jsonl.gz", "--pos-validation", pos / "dev.jsonl.gz"),
+        *("--model", minilm, "--output", tmp_path, "--max-rows", 48, "--epochs", 1),
+    )
+    assert len(re.findall(r"^(?:ner|pos), (?:together|then alone): \d\.\d{3} ", shown, re.MULTILINE)) == 3
+    prefix = "base_model.model.prefix_tuning_v2.prefix_tuning_v2_embedding.weight"
+    saved = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("shared/ner", "shared/pos", "ner")]
+    assert torch.equal(saved[0][prefix], saved[1][prefix])
+    # Alone it made three steps from there, at a rate of 3e-2 at most; AdamW moves a weight by the rate, roughly.
+    assert 0 < (saved[2][prefix] - saved[0][prefix]).abs().max() < 0.2
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from prefix_adapter import PeftModel
-from prefix_adapter.training import RecipeError, TrainingDiverged, TrainingInterrupted, checkpoint, loop, train
+from prefix_adapter.training import RecipeError, TrainingDiverged, TrainingInterrupted, checkpoint, lesson, train
 from prefix_adapter.training.loop import Loop
 from prefix_adapter.training.tasks.sequence_classification import SequenceClassification
 
@@ -204,14 +204,14 @@ def test_a_run_is_a_function_of_its_seed(dropping, few, tmp_path):
 
 def train_scripted(monkeypatch, accuracies: list[float], run) -> dict:
     """Train with evaluations that find these accuracies."""
-    coming, original = iter(accuracies), loop.evaluate
+    coming, original = iter(accuracies), lesson.evaluate
 
     def evaluate(*args):
         metrics, answers = original(*args)
         return {**metrics, "accuracy": next(coming)}, answers
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", evaluate)
+        patch.setattr(lesson, "evaluate", evaluate)
         return train(run)
 
 

@@ -1,0 +1,178 @@
+"""Mixed batches beside one adapter at a time: the example server under load, on this machine.
+
+    python examples/server/load_test.py --classifier MODEL --generator MODEL --report docs/serving-load.md
+
+For each number of adapters random ones are made for the base model, as large as trained ones. Two servers are started,
+one that mixes adapters in a batch and one that does not; closed-loop clients ask one, then the other, in turns. With
+one adapter both do the same: how far they are apart there says how exact the figures are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+import torch
+import transformers
+from peft import get_peft_model
+
+from prefix_adapter import PrefixTuningV2Config
+
+CLASSES = {
+    "classify": ("classifier", transformers.AutoModelForSequenceClassification, "SEQ_CLS"),
+    "generate": ("generator", transformers.AutoModelForCausalLM, "CAUSAL_LM"),
+}
+TEXT = "I still have not received my new card, when will it arrive?"
+BODIES = {
+    "classify": {"text": TEXT},
+    "generate": {"prompt": "Once upon a time there was a", "max_new_tokens": 16},
+}
+
+
+def make_adapters(folder: Path, name: str, path: str, count: int) -> None:
+    """Random adapters of 20 tokens for a base model."""
+    _, auto_class, task_type = CLASSES[path]
+    config = PrefixTuningV2Config(task_type=task_type, num_virtual_tokens=20, init_std=0.3)
+    for number in range(count):
+        torch.manual_seed(number)
+        get_peft_model(auto_class.from_pretrained(name), config).save_pretrained(folder / f"{path}-{number}")
+
+
+def start(args: argparse.Namespace, adapters: Path, path: str, mixed: bool) -> tuple[subprocess.Popen, str]:
+    """A server, and its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    option = CLASSES[path][0]
+    command = [sys.executable, str(Path(__file__).with_name("app.py")), "--adapters", str(adapters), "--threads", "1"]
+    command += [f"--{option}", getattr(args, option), "--port", str(port)]
+    server = subprocess.Popen(command + ([] if mixed else ["--one-adapter-a-batch"]))
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(240):
+        try:
+            httpx.get(f"{address}/adapters").raise_for_status()
+            return server, address
+        except httpx.HTTPError:
+            if server.poll() is not None:
+                break
+            time.sleep(0.5)
+    raise SystemExit("The server did not start.")
+
+
+async def load(address: str, path: str, adapters: int, clients: int, seconds: float) -> list[float]:
+    """Seconds of each request that was answered within the time, of clients that ask again when they are answered."""
+    latencies: list[float] = []
+    end = time.perf_counter() + seconds
+
+    async def client(number: int, http: httpx.AsyncClient) -> None:
+        turn = number
+        while True:
+            body = {**BODIES[path], "adapter": f"{path}-{turn % adapters}"}
+            started = time.perf_counter()
+            (await http.post(f"{address}/{path}", json=body)).raise_for_status()
+            if time.perf_counter() > end:
+                return
+            latencies.append(time.perf_counter() - started)
+            turn += clients + 1
+
+    limits = httpx.Limits(max_connections=clients)
+    async with httpx.AsyncClient(timeout=120, limits=limits) as http:
+        await asyncio.gather(*(client(number, http) for number in range(clients)))
+    return latencies
+
+
+def measure(args: argparse.Namespace, path: str) -> list[dict]:
+    """Both servers at each number of adapters."""
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        make_adapters(Path(folder), getattr(args, CLASSES[path][0]), path, max(args.counts))
+        servers = {mixed: start(args, Path(folder), path, mixed) for mixed in (True, False)}
+        try:
+            for count in args.counts:
+                rates: dict[bool, list[float]] = {True: [], False: []}
+                waits: dict[bool, list[float]] = {True: [], False: []}
+                for turn in range(args.turns + 1):
+                    for mixed, (_, address) in servers.items():
+                        seconds = args.seconds if turn else 1.0  # the first turn loads the adapters
+                        found = asyncio.run(load(address, path, count, args.clients, seconds))
+                        if turn:
+                            rates[mixed].append(len(found) / seconds)
+                            waits[mixed] += found
+                result = {"path": path, "adapters": count}
+                for mixed, name in ((True, "mixed"), (False, "one_at_a_time")):
+                    result[name] = {
+                        "requests_per_second": statistics.median(rates[mixed]),
+                        "spread": max(rates[mixed]) - min(rates[mixed]),
+                        "median_seconds": statistics.median(waits[mixed]),
+                        "p95_seconds": statistics.quantiles(waits[mixed], n=20)[-1],
+                    }
+                print(json.dumps(result), flush=True)
+                results.append(result)
+        finally:
+            for server, _ in servers.values():
+                server.terminate()
+                server.wait()
+    return results
+
+
+def report(args: argparse.Namespace, results: list[dict]) -> str:
+    """The figures as a page."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    columns = ["request", "adapters", "mixed, requests/s", "one adapter at a time", "ratio", "p95 mixed, s", "p95 one"]
+    lines = [
+        "# The example server under load",
+        "",
+        "<!-- Written by examples/server/load_test.py. -->",
+        "",
+        f"{args.clients} clients on the same machine ({machine}), each with one request at a time; one torch thread; "
+        f"batches of up to 64; adapters of 20 tokens; median of {args.turns} turns of {args.seconds:g} s, the two "
+        f"servers in turns, and half the distance of the fastest and slowest; torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, commit {commit.stdout.strip()}.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
+    for each in results:
+        both = each["mixed"], each["one_at_a_time"]
+        rates = [f"{one['requests_per_second']:.0f} ± {one['spread'] / 2:.0f}" for one in both]
+        ratio = both[0]["requests_per_second"] / both[1]["requests_per_second"]
+        late = [f"{one['p95_seconds']:.2f}" for one in both]
+        lines.append(f"| {' | '.join([each['path'], str(each['adapters']), *rates, f'{ratio:.1f}', *late])} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--classifier", help="base model for /classify")
+    parser.add_argument("--generator", help="base model for /generate")
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 8, 64], help="numbers of adapters")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of a turn")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--report", type=Path, help="write the figures as a page")
+    args = parser.parse_args()
+    paths = [path for path, (option, *_) in CLASSES.items() if getattr(args, option)]
+    if not paths:
+        parser.error("give --classifier or --generator, or both")
+    results = [result for path in paths for result in measure(args, path)]
+    page = report(args, results)
+    print(page)
+    if args.report:
+        args.report.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""AdapterPool: every row of a batch with an adapter of its own, loaded on demand, and never another's."""
+
+import threading
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from prefix_adapter import AdapterPool, PrefixTuningV2Config
+
+CLASSIFIER, DECODER = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
+TASKS = {"bert": (CLASSIFIER, "SEQ_CLS"), "roberta": (CLASSIFIER, "SEQ_CLS"), "llama": (DECODER, "CAUSAL_LM")}
+SETTINGS = {
+    "short": {"num_virtual_tokens": 2},
+    "long": {"num_virtual_tokens": 6, "prefix_projection": True, "encoder_hidden_size": 8},
+    "some": {"num_virtual_tokens": 4, "layers_to_transform": [0, 2]},
+    "shifted": {"num_virtual_tokens": 3, "shift_positions": True},
+}
+LABELS = {"short": 3, "long": 2, "some": 7, "shifted": 3}
+
+
+def save(folder, kind, name, labels=None, task="own", **settings):
+    """A random adapter, saved, with a head for so many labels."""
+    auto_class, task_type = TASKS[kind]
+    base = tiny.model(kind, auto_class, num_labels=labels or LABELS[name])
+    config = PrefixTuningV2Config(task_type=task_type if task == "own" else task, **{**SETTINGS[name], **settings})
+    model = get_peft_model(base, config)
+    tiny.randomize(model, seed=sum(map(ord, name)))
+    model.save_pretrained(folder / name)
+    return str(folder / name)
+
+
+def alone(kind, folder, name):
+    """The model with one adapter, loaded by PEFT as usual."""
+    auto_class, _ = TASKS[kind]
+    return PeftModel.from_pretrained(tiny.model(kind, auto_class, num_labels=LABELS[name]), folder / name).eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Four adapters of each kind of model."""
+    root = tmp_path_factory.mktemp("adapters")
+    for kind in TASKS:
+        for name in SETTINGS:
+            save(root / kind, kind, name)
+    return root
+
+
+def pool_of(kind, **kwargs):
+    return AdapterPool(tiny.model(kind, TASKS[kind][0]), **kwargs)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_each_row_as_if_alone(kind, folders):
+    pool, names = pool_of(kind), ["long", None, "short", "some", "shifted", "long"]
+    ids = tiny.ids(len(names))
+    logits = pool([name and folders / kind / name for name in names], input_ids=ids).logits
+    for row, name in enumerate(names):
+        model = alone(kind, folders / kind, name) if name else tiny.model(kind, TASKS[kind][0])
+        with torch.no_grad():
+            expected = model(input_ids=ids[row : row + 1]).logits[0]
+        own = logits[row, ..., : expected.shape[-1]]
+        torch.testing.assert_close(own, expected, atol=1e-5, rtol=0)
+        assert torch.isneginf(logits[row, ..., expected.shape[-1] :]).all()
+
+
+def test_generate(folders):
+    pool, names = pool_of("llama"), ["long", None, "short", "some"]
+    ids = tiny.ids(len(names))
+    arguments = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    tokens = pool.generate([name and folders / "llama" / name for name in names], input_ids=ids, **arguments)
+    for row, name in enumerate(names):
+        model = alone("llama", folders / "llama", name) if name else tiny.model("llama", DECODER)
+        assert torch.equal(tokens[row], model.generate(input_ids=ids[row : row + 1], **arguments)[0])
+
+
+def test_num_labels_and_bytes(folders):
+    pool = pool_of("bert")
+    loaded = pool.load(folders / "bert" / "some")
+    columns = 2 * 2 * tiny.HIDDEN
+    assert (loaded.num_labels, loaded.task_type) == (7, "SEQ_CLS")
+    assert loaded.num_bytes == 4 * (4 * columns + 7 * tiny.HIDDEN + 7)
+    folded = pool.load(folders / "bert" / "long")
+    assert folded.num_bytes == 4 * (6 * 6 * tiny.HIDDEN + 2 * tiny.HIDDEN + 2)
+    assert pool.num_bytes == loaded.num_bytes + folded.num_bytes
+
+
+def test_least_recently_used_are_dropped(folders):
+    paths = {name: str(folders / "bert" / name) for name in SETTINGS}
+    sizes = {name: pool_of("bert").load(path).num_bytes for name, path in paths.items()}
+    pool = pool_of("bert", max_bytes=sizes["short"] + sizes["some"] + sizes["shifted"])
+    for name in ("short", "some", "shifted", "short"):
+        pool([paths[name]], input_ids=tiny.ids(1))
+    pool.load(paths["long"])
+    assert list(pool.loaded) == [paths["short"], paths["long"]]  # "some" and "shifted" were asked for before "short"
+    names = {name for name, _ in pool.model.named_parameters()}
+    assert not any(f".{gone}." in name for name in names for gone in ("adapter1", "adapter2"))
+    everything = [paths[name] for name in ("short", "some", "shifted", "long")]
+    with pytest.raises(ValueError, match=r"of this batch have .* bytes together; `max_bytes`"):
+        pool(everything, input_ids=tiny.ids(4))
+    tight = pool_of("bert", max_bytes=sizes["short"] - 1)
+    with pytest.raises(ValueError, match="`max_bytes` is"):
+        tight.load(paths["short"])
+    assert not tight.loaded
+
+
+def test_a_batch_may_fill_the_pool(folders):
+    paths = [str(folders / "bert" / name) for name in ("short", "some", "long")]
+    total = sum(pool_of("bert").load(path).num_bytes for path in paths)
+    pool = pool_of("bert", max_bytes=total)
+    for first in range(3):  # whatever was there before
+        pool([folders / "bert" / "shifted", paths[first]], input_ids=tiny.ids(2))
+        pool(paths, input_ids=tiny.ids(3))
+        assert set(pool.loaded) == set(paths)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_the_last_one_removed_leaves_the_base_model(kind, folders):
+    pool, ids = pool_of(kind), tiny.ids()
+    before = {name: value.clone() for name, value in pool.model.state_dict().items()}
+    expected = pool([None, None], input_ids=ids).logits
+    for name in ("some", "short"):
+        pool.load(folders / kind / name)
+    for name in ("some", "short"):
+        pool.remove(folders / kind / name)
+    assert pool.model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in pool.model.state_dict().items())
+    assert torch.equal(pool([None, None], input_ids=ids).logits, expected)
+    assert pool([folders / kind / "some"], input_ids=ids[:1]).logits.shape == (1, 7)
+
+
+def test_refused(folders, tmp_path):
+    pool, ids = pool_of("bert"), tiny.ids(1)
+    good = folders / "bert" / "short"
+    expected = pool([good], input_ids=ids).logits
+    get_peft_model(tiny.model("bert"), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "lora")
+    damaged = save(tmp_path, "bert", "shifted")
+    file = tmp_path / "shifted" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    for wrong, words in (
+        (tmp_path / "lora", "LORA adapter, not one of PREFIX_TUNING_V2"),
+        (save(tmp_path, "bert", "long", task="TOKEN_CLS"), "for TOKEN_CLS, and those in the pool are for SEQ_CLS"),
+        (save(tmp_path, "llama", "some"), "is an adapter for CAUSAL_LM"),
+        (damaged, "is damaged"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pool([wrong], input_ids=ids)
+        assert list(pool.loaded) == [str(good)]
+    with pytest.raises(ValueError, match="is damaged"):
+        pool_of("bert").load(damaged)
+    assert torch.equal(pool([good], input_ids=ids).logits, expected)
+    with pytest.raises(ValueError, match="2 names for a batch of 1"):
+        pool([good, None], input_ids=ids)
+    with pytest.raises(ValueError, match="`max_bytes` must be positive"):
+        pool_of("bert", max_bytes=0)
+    with pytest.raises(KeyError):
+        pool.remove("never loaded")
+
+
+def test_none_there(monkeypatch):
+    with pytest.raises(FileNotFoundError, match="no adapter 'no/such/thing'"):
+        pool_of("bert").load("no/such/thing")
+
+
+def test_threads(folders):
+    """Eight threads with batches of their own, in a pool that is too small for all adapters."""
+    paths = {name: str(folders / "bert" / name) for name in SETTINGS}
+    ids = tiny.ids(8)
+    expected = {}
+    for name in SETTINGS:
+        with torch.no_grad():
+            expected[name] = alone("bert", folders / "bert", name)(input_ids=ids).logits
+    sizes = {name: pool_of("bert").load(path).num_bytes for name, path in paths.items()}
+    pool = pool_of("bert", max_bytes=2 * max(sizes.values()))
+    wrong: list = []
+
+    def work(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        try:
+            for _ in range(10):
+                names = [list(SETTINGS)[i] for i in torch.randint(4, (2,), generator=generator)]
+                rows = torch.randint(8, (2,), generator=generator)
+                logits = pool([paths[name] for name in names], input_ids=ids[rows]).logits
+                for own, name, row in zip(logits, names, rows, strict=True):
+                    right = expected[name][row]
+                    if not torch.allclose(own[: len(right)], right, atol=1e-5):
+                        wrong.append((name, own, right))
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert pool.num_bytes <= pool.max_bytes
