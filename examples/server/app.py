@@ -20,6 +20,7 @@ import argparse
 import asyncio
 import contextlib
 import re
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from pydantic import BaseModel, Field
 from prefix_adapter import AdapterPool
 
 MAX_BATCH, MAX_WAITING, MAX_NEW_TOKENS = 64, 1024, 256
+GATHERING = 0.01  # seconds that a batch waits for more requests: those that were answered just now ask again
 
 
 @dataclass
@@ -122,6 +124,8 @@ class Service:
         while True:
             await self.arrived.wait()
             while self.waiting:
+                if len(self.waiting) < MAX_BATCH:
+                    await asyncio.sleep(GATHERING)
                 batch = self.next_batch()
                 try:
                     answers = await asyncio.to_thread(self.compute, self.pool, self.tokenizer, batch)
@@ -284,6 +288,7 @@ def main() -> None:
         parser.error(f"--adapters: there is no folder {args.adapters}")
     if args.threads:
         torch.set_num_threads(args.threads)
+    sys.setswitchinterval(5e-4)  # a request that arrives need not wait long for the thread that computes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     services = {}
     for kind, auto_class, compute in (
