@@ -42,14 +42,23 @@ def fold(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path
         raise ValueError(f"{source} is a table already (`prefix_projection` is false).")
     weights = read_weights(Source.of(source).weights())
     where = next((key.partition(PREFIX)[0] for key in weights if f".{PREFIX}" in key), None)
-    encoder = PrefixEncoder(*(_module(weights, f"{where}{PREFIX}{name}.") for name in PrefixEncoder._fields))
-    weights[f"{where}{PREFIX}embedding.weight"] = encoder.fold()
+    weights[f"{where}{PREFIX}embedding.weight"] = take_encoder(weights, f"{where}{PREFIX}").fold()
     config.prefix_projection, config.encoder_hidden_size = False, None
     with new_folder(target) as folder:
         contents = {key: tensor.contiguous() for key, tensor in weights.items()}
         save_file(contents, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(folder)
     return target
+
+
+def take_encoder(weights: dict[str, Tensor], prefix: str, projection: bool = True) -> PrefixEncoder:
+    """Take an encoder, a table without `projection`, out of tensors whose names begin with `prefix`.
+
+    Raises:
+        ValueError: if a part is missing.
+    """
+    names = PrefixEncoder._fields if projection else PrefixEncoder._fields[:1]
+    return PrefixEncoder(*(_module(weights, f"{prefix}{name}.") for name in names))
 
 
 def _module(weights: dict[str, Tensor], prefix: str) -> Any:

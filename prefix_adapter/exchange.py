@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from .attention import Slot
-from .check import Source, read_weights
+from .check import SAVED, Source, read_weights
 from .config import PrefixTuningV2Config
 from .convert import check_free, load_config, new_folder
 from .find import Finding, find_targets
@@ -39,8 +39,8 @@ from .rows import describe
 AnyPath = str | os.PathLike[str]
 PTuningTask = Literal["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "MULTIPLE_CHOICE", "FEATURE_EXTRACTION"]
 
-# What a name in a state dict begins with: ours, and PEFT's where the method is one of prompts.
-_OURS, _PEFTS = "base_model.model.", "base_model."
+# What a name in a state dict begins with in PEFT, not `SAVED`, where the method is one of prompts.
+_PEFTS = "base_model."
 _TABLE = "prompt_embeddings"
 _AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -70,7 +70,7 @@ _PTUNING_NAMES = {
     "trans.2.bias": "output.bias",
 }
 # What configurations call the tokens that a layer looks back at.
-WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
+_WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 _CHECKPOINTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -127,7 +127,7 @@ def import_ptuning_v2(
         modules_to_save=modules,
     )
     model = get_peft_model(base, config)
-    _put(source, model, {**_prefix_keys(prefix), **_under(_OURS, head)})
+    _put(source, model, {**_prefix_keys(prefix), **_under(SAVED, head)})
     with new_folder(target) as folder:
         _write(model, folder, name)
     return target
@@ -181,7 +181,7 @@ def import_peft(source: AnyPath, target: AnyPath, base_model: str | None = None)
         revision=theirs.revision,
     )
     model = get_peft_model(base, config)
-    _put(source, model, {**_prefix_keys({"embedding.weight": table}), **_under(_OURS, head)})
+    _put(source, model, {**_prefix_keys({"embedding.weight": table}), **_under(SAVED, head)})
     outputs = _outputs(model, task)
     _warn_of_window(base)
     with new_folder(target) as folder:
@@ -217,7 +217,7 @@ def export_peft(source: AnyPath, target: AnyPath, base_model: str | None = None)
     weights = _read_adapter(source)
     task = _task_of(source, ours)
     name = base_model or ours.base_model_name_or_path
-    head = {key.removeprefix(_OURS): tensor for key, tensor in weights.items() if f".{PREFIX}" not in key}
+    head = {key.removeprefix(SAVED): tensor for key, tensor in weights.items() if f".{PREFIX}" not in key}
     load = partial(_load_with_head, source, task, name, ours.revision, head)
     model = PeftModel.from_pretrained(load(), str(source))
     _check_fits(source, model, weights)  # PEFT only warns of parts that are missing
@@ -565,9 +565,14 @@ def _check_equal(source: AnyPath, peft_outputs: dict[str, Tensor], outputs: dict
             )
 
 
-def _warn_of_window(base: PreTrainedModel) -> None:
+def window_of(base: Any) -> int | None:
+    """How many tokens some layers look back, if that is limited."""
     config = base.config.get_text_config()
-    window = next(filter(None, (getattr(config, name, None) for name in WINDOWS)), None)
+    return next(filter(None, (getattr(config, name, None) for name in _WINDOWS)), None)
+
+
+def _warn_of_window(base: PreTrainedModel) -> None:
+    window = window_of(base)
     if window is not None:
         warnings.warn(
             f"{type(base).__name__} has layers that look back {window} tokens. A prefix of PEFT's falls out of that "
@@ -580,7 +585,7 @@ def _warn_of_window(base: PreTrainedModel) -> None:
 
 
 def _prefix_keys(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    return _under(f"{_OURS}{LAYER_NAME}.{PREFIX}", parts)
+    return _under(f"{SAVED}{LAYER_NAME}.{PREFIX}", parts)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

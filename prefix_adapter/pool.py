@@ -134,9 +134,9 @@ class AdapterPool:
                 setattr(parent, name, head)
             self._peft_model = None
 
-    def _load(self, key: str, folder: Path) -> LoadedAdapter:
+    def _load(self, key: str, folder: Path | None) -> LoadedAdapter:
         if key not in self._loaded:
-            found = self._loaded[key] = self._insert(folder)
+            found = self._loaded[key] = self._insert(folder or _folder_of(key))
             if self.max_bytes is not None and found.num_bytes > self.max_bytes:
                 self.remove(key)
                 raise ValueError(f"{key} has {found.num_bytes:,} bytes; `max_bytes` is {self.max_bytes:,}.")
@@ -212,9 +212,10 @@ class AdapterPool:
         """Hold the model, with every row's adapter in memory and in effect."""
         keys = [None if adapter is None else str(adapter) for adapter in adapters]
         needed = dict.fromkeys(key for key in keys if key is not None)
-        folders = {key: _folder_of(key) for key in needed if key not in self.loaded}
+        loaded = self.loaded
+        folders = {key: _folder_of(key) for key in needed if key not in loaded}
         with self._lock:
-            total = sum(self._load(key, folders.get(key) or _folder_of(key)).num_bytes for key in needed)
+            total = sum(self._load(key, folders.get(key)).num_bytes for key in needed)
             if needed.keys() - self._loaded.keys():  # loading one has dropped another
                 raise ValueError(
                     f"The adapters of this batch have {total:,} bytes together; `max_bytes` is {self.max_bytes:,}. "

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from .attention import AttentionTarget, Call, Slot, put_in_front
 from .check import Source, read_weights, shorten
 from .config import PrefixTuningV2Config
-from .convert import load_config
+from .convert import load_config, take_encoder
 from .encoder import PrefixEncoder
-from .exchange import WINDOWS
+from .exchange import window_of
 from .layer import PREFIX, PrefixTuningV2Layer
 from .probe import untouched
 from .rows import Adapter, describe
@@ -72,7 +72,7 @@ def init_from_text(
         except BaseException:
             table.copy_(before)
             raise
-    window = _window(base)
+    window = window_of(base)
     if window is not None:
         warnings.warn(
             f"{type(base).__name__} has layers that look back {window} tokens. A text falls out of that window, a "
@@ -143,7 +143,7 @@ def _check_fits(layer: PrefixTuningV2Layer, ids: list[int]) -> int:
             f"The text has {len(ids)} tokens, and {type(base).__name__} has {limit} positions: none would be left for "
             "an input."
         )
-    rooms = [end - len(ids) for end in (limit, _window(base)) if end is not None]
+    rooms = [end - len(ids) for end in (limit, window_of(base)) if end is not None]
     return max(min(_COMPARED, len(ids), *rooms), 1)
 
 
@@ -224,7 +224,7 @@ def _check_exact(layer: PrefixTuningV2Layer, adapter_name: str, text: list[int],
     if gap <= max(torch.finfo(expected.dtype).eps ** 0.5, 5e-3):
         return
     base, why = layer.model, "What it knows of a text is not in its keys and values alone."
-    window = _window(base)
+    window = window_of(base)
     if window is not None and len(text) + len(input_ids) > window:
         why = f"It has layers that look back {window} tokens: a text falls out of that window, a prefix does not."
     elif layer.layers_without:
@@ -233,13 +233,6 @@ def _check_exact(layer: PrefixTuningV2Layer, adapter_name: str, text: list[int],
         f"{type(base).__name__} cannot start from this text: behind these keys and values its outputs differ by "
         f"{gap:.1%} from those behind the text. {why}"
     )
-
-
-def _window(base: nn.Module) -> int | None:
-    """How many tokens some layers look back, if that is limited."""
-    config: Any = base.config
-    values = (getattr(config.get_text_config(), name, None) for name in WINDOWS)
-    return next((value for value in values if value), None)
 
 
 # ---- From another adapter
@@ -311,11 +304,7 @@ def _read(source: str | os.PathLike[str]) -> _Prefix:
         raise ValueError(
             f"{source} is damaged: its prefix has the parts {shorten(found)}, which its config is not of."
         )
-    with torch.device("meta"):
-        encoder = PrefixEncoder.new(length, columns, config.init_std, hidden_size, width or None)
-    for name, module in zip(PrefixEncoder._fields, encoder, strict=True):
-        if module is not None:
-            module.load_state_dict({key: parts[f"{name}.{key}"] for key in module.state_dict()}, assign=True)
+    encoder = take_encoder(parts, "", config.prefix_projection)
     return _Prefix(length, config.shift_positions, config.prefix_layout, encoder)
 
 

@@ -115,6 +115,15 @@ def test_a_batch_may_fill_the_pool(folders):
         assert set(pool.loaded) == set(paths)
 
 
+def test_what_is_loaded_is_not_looked_for_again(tmp_path):
+    """Neither on disk nor on the Hub: a batch of adapters in memory needs no files."""
+    path, ids = save(tmp_path, "bert", "short"), tiny.ids(1)
+    pool = pool_of("bert")
+    expected = pool([path], input_ids=ids).logits
+    (tmp_path / "short").rename(tmp_path / "elsewhere")
+    assert torch.equal(pool([path], input_ids=ids).logits, expected)
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_the_last_one_removed_leaves_the_base_model(kind, folders):
     pool, ids = pool_of(kind), tiny.ids()

@@ -425,9 +425,7 @@ def _train_together(
     loop = Loop(settings, lesson, model, accelerator, checkpoints, log, on_evaluation)
     loop.try_out()
     _claim(recipe, resume, accelerator)
-    with together(accelerator):
-        if not (folder / outputs.RECIPE).is_file():
-            raise RecipeError(f"`output_dir`: {folder} must be in a file system that all nodes share.")
+    outputs.check_shared(folder, accelerator)
     if resume and loop.resume():
         accelerator.print(f"Resuming after step {loop.step} of {loop.steps}.")
     log.start(loop.step)

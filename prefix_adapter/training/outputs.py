@@ -27,6 +27,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..hub import write_model_card
+from .distributed import together
 from .recipe import Recipe, RecipeError, load_recipe
 
 if TYPE_CHECKING:
@@ -137,6 +138,17 @@ def claim(recipe: Recipe, resume: bool, accelerator: Accelerator) -> None:
         if not resume:
             save_recipe(recipe)
     accelerator.wait_for_everyone()
+
+
+def check_shared(folder: Path, accelerator: Accelerator) -> None:
+    """See that every process finds the recipe in the folder that the main process has claimed.
+
+    Raises:
+        RecipeError: if one does not.
+    """
+    with together(accelerator):
+        if not (folder / RECIPE).is_file():
+            raise RecipeError(f"`output_dir`: {folder} must be in a file system that all nodes share.")
 
 
 def empty(folder: Path, resume: bool) -> None:

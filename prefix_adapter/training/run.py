@@ -20,7 +20,6 @@ from .evaluation import evaluate
 from .lesson import Lesson
 from .loop import Loop, accelerating
 from .model import adapter_config, learning_rates, load_base, load_tokenizer, start, trained, wrap
-from .recipe import RecipeError
 from .tasks import TASK_CLASSES
 
 if TYPE_CHECKING:
@@ -93,9 +92,7 @@ def _train(
     loop = Loop(recipe, lesson, model, accelerator, checkpoints, log, on_evaluation)
     loop.try_out()
     outputs.claim(recipe, resume, accelerator)
-    with together(accelerator):
-        if not (folder / outputs.RECIPE).is_file():
-            raise RecipeError(f"`output_dir`: {folder} must be in a file system that all nodes share.")
+    outputs.check_shared(folder, accelerator)
     if resume and loop.resume():
         accelerator.print(f"Resuming after step {loop.step} of {loop.steps}.")
     log.start(loop.step)
