@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import PrefixCache, PrefixEncoderDecoderCache, with_prefix
+from .cache import PrefixCache, PrefixEncoderDecoderCache, PrefixOf, with_prefix
 from .encoder import KeyValueShape
 
 KINDS = ("encoder", "decoder", "cross")
@@ -67,12 +68,12 @@ class AttentionTarget:
     follows: bool = False
     own_mask: str | None = None
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """`"encoder"`, `"decoder"` or `"cross"`."""
         return next(iter(self.slots.values())).kind
 
-    @property
+    @cached_property
     def stack(self) -> str:
         """What names the layers around it and the kind: all of them are called in a forward, or none."""
         return f"{re.sub(r'[.]?[0-9]+([.].*)?$', '', self.name)} ({self.kind} attention)"
@@ -81,9 +82,9 @@ class AttentionTarget:
         """The prefix for the layer index that the module passes to its cache."""
         return self.slots[layer_idx] if len(self.slots) > 1 else next(iter(self.slots.values()))
 
-    def view(self, inner: Any, length: int, join: Any, cross_join: Any = None) -> Any:
+    def view(self, inner: Any, length: int, prefix_of: PrefixOf, cross_prefix_of: PrefixOf | None = None) -> Any:
         """What the module is given in place of the cache `inner`."""
-        return with_prefix(inner, length, join, cross_join, self.encoder_decoder)
+        return with_prefix(inner, length, prefix_of, cross_prefix_of, self.encoder_decoder)
 
 
 class Call:
@@ -96,7 +97,9 @@ class Call:
         """The argument's value; `None` if it was not given."""
         if name in self.kwargs:
             return self.kwargs[name]
-        index = self.names.index(name) if name in self.names else len(self.args)
+        if not self.args or name not in self.names:
+            return None
+        index = self.names.index(name)
         return self.args[index] if index < len(self.args) else None
 
     def set(self, name: str, value: Any) -> None:
@@ -121,6 +124,15 @@ def implementation_of(module: nn.Module, model: nn.Module) -> str:
     return getattr(config, "_attn_implementation", None) or "eager"
 
 
+def _implementation(target: AttentionTarget, model: nn.Module, memo: dict[Any, Any]) -> str:
+    """The same, checked; a config takes its time to answer."""
+    key = ("implementation", id(getattr(target.module, "config", None)))
+    if key not in memo:
+        memo[key] = implementation_of(target.module, model)
+        check_implementation(memo[key])
+    return memo[key]
+
+
 def check_implementation(implementation: str) -> None:
     """Refuse attention implementations whose masks we cannot widen."""
     if not implementation.startswith(IMPLEMENTATIONS):
@@ -131,24 +143,38 @@ def check_implementation(implementation: str) -> None:
 
 
 def put_in_front(
-    call: Call, target: AttentionTarget, model: nn.Module, length: int, visible: Tensor | None, join: Any
+    call: Call,
+    target: AttentionTarget,
+    model: nn.Module,
+    length: int,
+    visible: Tensor | None,
+    prefix_of: PrefixOf,
+    memo: dict[Any, Any] | None = None,
 ) -> None:
-    """Change a module's arguments so that it sees `length` keys and values more, which `join` puts in front."""
+    """Change a module's arguments so that it sees `length` keys and values more: those of a prefix."""
     if length:
-        make_room(call, target, model, length, visible)
-    call.set(target.cache, target.view(call.get(target.cache), length, join))
+        make_room(call, target, model, length, visible, memo)
+    call.set(target.cache, target.view(call.get(target.cache), length, prefix_of))
 
 
-def make_room(call: Call, target: AttentionTarget, model: nn.Module, length: int, visible: Tensor | None) -> None:
+def make_room(
+    call: Call,
+    target: AttentionTarget,
+    model: nn.Module,
+    length: int,
+    visible: Tensor | None,
+    memo: dict[Any, Any] | None = None,
+) -> None:
     """Widen what a module is given for its keys, masks and biases, on the left by a prefix's columns.
 
     Args:
         call: the module's arguments, with its own cache still in place; changed in place.
         length: the number of columns.
         visible: bool `[batch, length]` where rows see different parts of the prefix; `None` if all is visible.
+        memo: where to keep what is the same for other layers of the forward, such as wide masks.
     """
-    implementation = implementation_of(target.module, model)
-    check_implementation(implementation)
+    memo = {} if memo is None else memo
+    implementation = _implementation(target, model, memo)
     flash = implementation.startswith("flash_attention")
     if flash and _window_of(target.module):
         raise ValueError(
@@ -160,7 +186,7 @@ def make_room(call: Call, target: AttentionTarget, model: nn.Module, length: int
         call.set(target.bias, _widen_bias(call.get(target.bias), target.slopes, length, mask, target.true_hides))
     given = [name for name in MASK_ARGUMENTS if call.get(name) is not None]
     for name in given:
-        call.set(name, widen_mask(call.get(name), length, visible, target.true_hides))
+        call.set(name, _widen_once(call.get(name), length, visible, target.true_hides, memo))
     if not given:
         mask = _missing_mask(call, target, implementation, length, visible)
         if mask is not None:
@@ -176,13 +202,19 @@ def _window_of(module: nn.Module) -> Any:
     return getattr(module, "sliding_window", shared)
 
 
-def widen_own_mask(target: AttentionTarget, length: int) -> Tensor | None:
+def widen_own_mask(target: AttentionTarget, name: str, length: int) -> Tensor:
     """Put a wider mask in the place of a module's own `[1, 1, tokens, keys]`, and return that for later."""
-    if target.own_mask is None:
-        return None
-    own = getattr(target.module, target.own_mask)
-    setattr(target.module, target.own_mask, F.pad(own, (length, 0, length, 0), value=True))
+    own = getattr(target.module, name)
+    setattr(target.module, name, F.pad(own, (length, 0, length, 0), value=True))
     return own
+
+
+def _widen_once(mask: Tensor, length: int, visible: Tensor | None, true_hides: bool, memo: dict[Any, Any]) -> Tensor:
+    key = (id(mask), length, id(visible), true_hides)
+    if key not in memo:
+        # Beside what is known by its id, so that nothing else gets that.
+        memo[key] = (mask, visible, widen_mask(mask, length, visible, true_hides))
+    return memo[key][-1]
 
 
 def widen_mask(mask: Tensor, length: int, visible: Tensor | None, true_hides: bool = False) -> Tensor:
@@ -219,10 +251,10 @@ def _missing_mask(
     """
     states = call.get(call.names[0])
     batch, queries = states.shape[:2]
-    causal = call.get("is_causal")
-    if causal is None:
-        causal = getattr(target.module, "is_causal", True)
-    causal = bool(causal) and target.kind != "cross" and queries > 1 and implementation == "sdpa"
+    causal = queries > 1 and implementation == "sdpa" and target.kind != "cross"
+    if causal:
+        given = call.get("is_causal")
+        causal = bool(getattr(target.module, "is_causal", True) if given is None else given)
     if visible is None and not causal:
         return None
     inner = call.get(target.cache)

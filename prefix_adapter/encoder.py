@@ -5,12 +5,16 @@ Plain tensors and modules: nothing here knows transformers or PEFT.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Keys and values.
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,21 +39,28 @@ class KeyValueShape:
         """Numbers in the key and the value of one token."""
         return self.key_columns + self.value_heads * self.value_size
 
-    def split(self, prefix: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, prefix: Tensor) -> Pair:
         """`[batch, n, columns]` to keys `[batch, key_heads, n, key_size]` and values, likewise; no copies."""
-        keys, values = prefix[..., : self.key_columns], prefix[..., self.key_columns :]
-        keys = keys.unflatten(-1, (self.key_heads, self.key_size))
-        values = values.unflatten(-1, (self.value_heads, self.value_size))
-        return keys.transpose(1, 2), values.transpose(1, 2)
-
-    def join(self, prefix: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a prefix `[1 or batch, n, columns]` in front of `[batch, heads, length, size]`."""
-        prefix = prefix.to(keys.device, keys.dtype).expand(keys.shape[0], -1, -1)
-        prefix_keys, prefix_values = self.split(prefix)
-        joined = torch.cat([prefix_keys, keys], dim=2)
+        keys = prefix[..., : self.key_columns].unflatten(-1, (self.key_heads, self.key_size)).transpose(1, 2)
         if not self.value_heads:
-            return joined, joined
-        return joined, torch.cat([prefix_values.to(values.dtype), values], dim=2)
+            return keys, keys
+        values = prefix[..., self.key_columns :].unflatten(-1, (self.value_heads, self.value_size))
+        return keys, values.transpose(1, 2)
+
+
+def prepend(prefix: Pair, keys: Tensor, values: Tensor, past: Sequence[Pair] = ()) -> Pair:
+    """Put a prefix `[1 or batch, heads, n, size]` in front of keys and values `[batch, heads, length, size]`.
+
+    Those of the `past` come between the two. A prefix that serves as both gives one tensor that does.
+    """
+    joined = torch.cat([_spread(prefix[0], keys), *(pair[0] for pair in past), keys], dim=2)
+    if prefix[0] is prefix[1]:
+        return joined, joined
+    return joined, torch.cat([_spread(prefix[1], values), *(pair[1] for pair in past), values], dim=2)
+
+
+def _spread(prefix: Tensor, states: Tensor) -> Tensor:
+    return prefix.to(states.device, states.dtype).expand(states.shape[0], -1, -1, -1)
 
 
 class PrefixEncoder(NamedTuple):
@@ -94,6 +105,12 @@ class PrefixEncoder(NamedTuple):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         return encoder
+
+    def parameters(self) -> list[Tensor]:
+        """Its parameters."""
+        if self.hidden is None or self.output is None:
+            return [self.embedding.weight]
+        return [p for module in (self.embedding, self.hidden, self.output) for p in module.parameters()]
 
     def encode(self, columns: slice) -> Tensor:
         """The prefix's given columns, `[n, len(columns)]`: those of the table, or of the MLP's last matrix.

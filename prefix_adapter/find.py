@@ -28,7 +28,8 @@ from .attention import (
     implementation_of,
     put_in_front,
 )
-from .encoder import KeyValueShape
+from .cache import PrefixOf
+from .encoder import KeyValueShape, Pair
 from .positions import PositionProbe, PositionTarget
 from .probe import PROBE_LENGTH, innermost, parameter_names, probe, untouched
 
@@ -87,16 +88,15 @@ class _Recorder:
         self.record.without_gradient = self.record.without_gradient or not torch.is_grad_enabled()
         self.record.cached = self.record.cached or inner is not None
         self.record.biases = {name: call.get(name) for name in ("alibi", "position_bias") if name in call.names}
-        call.set(self.target.cache, self.target.view(inner, 0, self._join("self"), self._join("cross")))
+        call.set(self.target.cache, self.target.view(inner, 0, self._noting("self"), self._noting("cross")))
         return tuple(call.args), call.kwargs
 
-    def _join(self, side: str) -> Any:
-        def join(keys: Tensor, values: Tensor, layer_idx: int | None) -> tuple[Tensor, Tensor]:
+    def _noting(self, side: str) -> PrefixOf:
+        def no_prefix(keys: Tensor, values: Tensor, layer_idx: int | None) -> None:
             self.record.updates[layer_idx] = (side, keys, values)
             self.record.at_once += 1
-            return keys, values
 
-        return join
+        return no_prefix
 
 
 def _shape_of(keys: Tensor, values: Tensor) -> KeyValueShape | None:
@@ -298,10 +298,10 @@ def _try_out(model: nn.Module, target: AttentionTarget, recorded: Call) -> None:
             # The recorded one was computed without a prefix; each layer can do so itself.
             call.set("position_bias", None)
 
-        def join(keys: Tensor, values: Tensor, _: int | None) -> tuple[Tensor, Tensor]:
-            return slot.shape.join(drawn[:, :length], keys, values)
+        def prefix_of(*_: Any) -> Pair:
+            return slot.shape.split(drawn[:, :length])
 
-        put_in_front(call, target, model, length, visible, join)
+        put_in_front(call, target, model, length, visible, prefix_of)
         output = target.module(*call.args, **call.kwargs)
         return (output[0] if isinstance(output, tuple) else output).detach().float()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from .attention import AttentionTarget, Call, Slot, make_room, put_in_front, widen_own_mask
 from .check import SAVED, Spec, check_file, check_size, find_heads, shorten, tensors_of
 from .config import PrefixTuningV2Config
-from .encoder import PrefixEncoder
+from .encoder import Pair, PrefixEncoder
 from .find import find_targets
 from .positions import positions_behind_padding
 from .probe import parameter_names
@@ -65,10 +64,10 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self._row_adapters: list[Row] | None = None
         self.count_rows = False
         self._batch: int | None = None
-        self._ready: dict[tuple[str, Slot], tuple[Any, Tensor]] = {}
-        # Of a mixed batch, for as long as its names are set: a generation asks for the same at every token.
+        self._ready: dict[tuple[str, Slot], tuple[Any, Pair]] = {}
+        # A generation asks for the same at every token. Of a mixed batch for as long as its names are set.
         self._plans: dict[Any, Plan | None] = {}
-        self._mixed: dict[Any, Tensor] = {}
+        self._mixed: dict[Any, Pair] = {}
         self._own_masks: dict[int, Tensor] = {}
         self._watch = Watch()
         # In a tuple, or the model would become a child of its own child.
@@ -112,6 +111,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self.adapters[adapter_name] = Adapter(
             config.num_virtual_tokens, config.prefix_dropout, config.shift_positions, columns
         )
+        self._plans = {}
         config.source = None
 
     def _check_file(self, adapter_name: str, config: PrefixTuningV2Config, encoder: dict[str, Spec]) -> None:
@@ -195,6 +195,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; PEFT chooses another one to be active if it was."""
         super().delete_adapter(adapter_name)
+        self._plans = {}
         self._ready = {key: value for key, value in self._ready.items() if key[0] != adapter_name}
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -238,64 +239,84 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         """What is known of the adapters that act on any row."""
         return [self.adapters[name] for row in self._rows() for name in row]
 
-    def _plan(self, target: AttentionTarget, states: Tensor) -> Plan | None:
+    def _plan(self, target: AttentionTarget, states: Tensor, memo: dict[Any, Any]) -> Plan | None:
         """What to put in front of a target that is given hidden states `[batch, ...]`; `None` if nothing."""
-        rows = self._rows()
-        if len(rows) == 1:
-            return make_plan(rows, self.adapters, target, states)
-        key = (target.module, states.device, states.shape[0])
-        if key not in self._plans:
-            self._plans[key] = make_plan(rows, self.adapters, target, states)
-        return self._plans[key]
+        rows = memo.get("rows")
+        if rows is None:
+            rows = self._rows()
+        mixed = len(rows) > 1
+        key = (target.name, states.device, states.shape[0]) if mixed else (target.name, rows[0])
+        if key in self._plans:
+            return self._plans[key]
+        plan = make_plan(rows, self.adapters, target, states)
+        if mixed or plan is None or plan.visible is None:
+            self._plans[key] = plan
+        return plan
 
-    def _prefix(self, slot: Slot, plan: Plan, keys: Tensor) -> Tensor:
-        """The prefix `[1 or batch, length, columns]` in front of an attention layer's keys."""
+    def _prefix(self, slot: Slot, plan: Plan, keys: Tensor, memo: dict[Any, Any]) -> Pair:
+        """The prefix `[1 or batch, heads, length, size]` in front of an attention layer's keys and values."""
         if plan.picked is None:
-            return self._row(plan.rows[0], slot, keys)
+            return self._row(plan.rows[0], slot, keys, memo)
         key = (slot, keys.device, keys.dtype, keys.shape[0])
         if key not in self._mixed:
-            self._mixed[key] = torch.cat([self._row(row, slot, keys) for row in plan.rows])[plan.picked]
+            rows = [self._row(row, slot, keys, memo) for row in plan.rows]
+            prefix_keys, prefix_values = (
+                torch.cat(side).to(keys.dtype)[plan.picked] for side in zip(*rows, strict=True)
+            )
+            self._mixed[key] = prefix_keys, prefix_values
         return self._mixed[key]
 
-    def _row(self, row: Iterable[Piece], slot: Slot, keys: Tensor) -> Tensor:
-        """The prefix of one row `[1, length, columns]`, or `[batch, length, columns]` under dropout."""
-        parts = []
-        for piece in row:
-            if piece.adapter is None:
-                parts.append(keys.new_zeros(1, piece.length, slot.shape.columns))
-                continue
-            part = self._columns(piece.adapter, slot).to(keys.device, keys.dtype).unsqueeze(0)
-            dropout = self.adapters[piece.adapter].dropout
-            if self.training and dropout > 0:
-                part = F.dropout(part.expand(keys.shape[0], -1, -1), dropout)
-            parts.append(part)
+    def _row(self, row: tuple[Piece, ...], slot: Slot, keys: Tensor, memo: dict[Any, Any]) -> Pair:
+        """The prefix of one row `[1, heads, length, size]`, or `[batch, heads, length, size]` under dropout."""
+        parts = [self._piece(piece, slot, keys, memo) for piece in row]
         if len(parts) == 1:
+            # The same pair for the same prefix: the cache's view goes by that.
             return parts[0]
-        batch = max(part.shape[0] for part in parts)
-        return torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)
+        batch = max(part.shape[0] for part, _ in parts)
+        joined = [torch.cat([part.expand(batch, -1, -1, -1) for part in side], 2) for side in zip(*parts, strict=True)]
+        return joined[0], joined[1]
+
+    def _piece(self, piece: Piece, slot: Slot, keys: Tensor, memo: dict[Any, Any]) -> Pair:
+        name = piece.adapter
+        if name is None:
+            return slot.shape.split(keys.new_zeros(1, piece.length, slot.shape.columns))
+        dropout = self.adapters[name].dropout if self.training else 0.0
+        if dropout:
+            part = self._encode(name, slot).to(keys.device, keys.dtype)
+            return slot.shape.split(F.dropout(part.expand(keys.shape[0], -1, -1), dropout))
+        if ("state", name) not in memo:
+            memo["state", name] = self._state(name)
+        state, known = memo["state", name], self._ready.get((name, slot))
+        if state is None:
+            pair = slot.shape.split(self._encode(name, slot))
+        elif known is not None and known[0] == state:
+            pair = known[1]
+        else:
+            with torch.no_grad():
+                pair = slot.shape.split(self._encode(name, slot))
+            self._ready[name, slot] = (state, pair)
+        return pair if pair[0].device == keys.device else (pair[0].to(keys.device), pair[1].to(keys.device))
+
+    def _state(self, adapter_name: str) -> Any:
+        """What changes when an adapter's parameters do, if its pairs may be kept until then; else `None`.
+
+        Of a table they are views. A frozen MLP is run once, until one of its parameters is written to: autograd counts
+        that in `_version`, which has no public name.
+        """
+        encoder = self.encoder_of(adapter_name)
+        parameters = encoder.parameters()
+        learns = (encoder.output is not None or torch.is_grad_enabled()) and any(p.requires_grad for p in parameters)
+        if learns or torch.compiler.is_compiling():
+            return None
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+
+    def _encode(self, adapter_name: str, slot: Slot) -> Tensor:
+        """An adapter's prefix for a slot, `[1, n, columns]`."""
+        return self.encoder_of(adapter_name).encode(self.adapters[adapter_name].columns[slot]).unsqueeze(0)
 
     def forget(self) -> None:
-        """Drop what is kept of frozen MLPs; needed only after writing to their parameters through `.data`."""
+        """Drop what is kept of prefixes; needed only after writing to their parameters through `.data`."""
         self._ready.clear()
-
-    def _columns(self, adapter_name: str, slot: Slot) -> Tensor:
-        """An adapter's prefix for a slot, `[n, columns]`."""
-        encoder = self.encoder_of(adapter_name)
-        columns = self.adapters[adapter_name].columns[slot]
-        if encoder.output is None or torch.compiler.is_compiling():
-            return encoder.encode(columns)
-        parameters = [p for module in encoder if module is not None for p in module.parameters()]
-        if any(p.requires_grad for p in parameters):
-            return encoder.encode(columns)
-        # A frozen MLP is run once, until one of its parameters is written to: autograd counts that in `_version`,
-        # which has no public name.
-        state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
-        known = self._ready.get((adapter_name, slot))
-        if known is None or known[0] != state:
-            with torch.no_grad():
-                known = (state, encoder.encode(columns))
-            self._ready[(adapter_name, slot)] = known
-        return known[1]
 
     # ---- Hooks
 
@@ -318,7 +339,9 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         for index, position in enumerate(self.positions):
             hooks.append((position.module, before, _Hook(self, "_before_positions", index)))
             hooks.append((position.module, after, _Hook(self, "_after_positions", index)))
-        return always + [getattr(module, register)(hook, with_kwargs=True) for module, register, hook in hooks]
+        handles = [getattr(module, register)(hook, with_kwargs=True) for module, register, hook in hooks]
+        # Behind those, as it ends what they look at; also of a forward that fails.
+        return [*always, *handles, model.register_forward_hook(_Hook(self, "_forget_forward"), always_call=True)]
 
     def remove_hooks(self) -> None:
         """Take the hooks off the model, which then is what it was."""
@@ -332,6 +355,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         if not any(rows):
             return
         self._watch.begin()
+        self._watch.memo["rows"] = rows
         ids, shape = sequences(args, kwargs)
         if shape:
             shift = max(self._shifts(self.targets[0].kind))
@@ -369,21 +393,22 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         rates = (getattr(config, name, 0) for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"))
         self._watch.end(expected, drops_layers=self.training and any(rates))
 
+    def _forget_forward(self, *_: Any) -> None:
+        self._watch.forget()
+
     def _before_attention(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        target = self.targets[index]
+        target, memo = self.targets[index], self._watch.memo
         call = Call(target.names, args, kwargs)
-        plan = self._plan(target, call.get(target.names[0]))
+        plan = self._plan(target, call.get(target.names[0]), memo)
         if plan is None:
             return None
 
-        def join(keys: Tensor, values: Tensor, layer_idx: int | None) -> tuple[Tensor, Tensor]:
-            slot = target.slot(layer_idx)
-            return slot.shape.join(self._prefix(slot, plan, keys), keys, values)
+        def prefix_of(keys: Tensor, values: Tensor, layer_idx: int | None) -> Pair:
+            return self._prefix(target.slot(layer_idx), plan, keys, memo)
 
-        put_in_front(call, target, self.model, plan.length, plan.visible, join)
-        own_mask = widen_own_mask(target, plan.length)
-        if own_mask is not None:
-            self._own_masks[index] = own_mask
+        put_in_front(call, target, self.model, plan.length, plan.visible, prefix_of, memo)
+        if target.own_mask is not None:
+            self._own_masks[index] = widen_own_mask(target, target.own_mask, plan.length)
         return tuple(call.args), call.kwargs
 
     def _restore_own_mask(self, index: int, *_: Any) -> None:
@@ -393,15 +418,17 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     def _after_attention(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         target = self.targets[index]
-        self._watch.served(index, target, Call(target.names, args, kwargs))
+        cache = kwargs[target.cache] if target.cache in kwargs else Call(target.names, args, kwargs).get(target.cache)
+        self._watch.served(index, target, cache)
 
     def _before_follower(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         follower, source = self.followers[index]
         call = Call(follower.names, args, kwargs)
-        plan = self._plan(source, call.get(follower.names[0]))
+        memo = self._watch.memo
+        plan = self._plan(source, call.get(follower.names[0]), memo)
         if plan is None:
             return None
-        make_room(call, follower, self.model, plan.length, plan.visible)
+        make_room(call, follower, self.model, plan.length, plan.visible, memo)
         return tuple(call.args), call.kwargs
 
     def _shifts(self, kind: str) -> list[int]:

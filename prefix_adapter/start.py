@@ -166,15 +166,14 @@ def _keys_and_values(layer: PrefixTuningV2Layer, ids: list[int], start: int) -> 
     found: dict[Slot, Tensor] = {}
 
     def record(target: AttentionTarget) -> Any:
-        def join(keys: Tensor, values: Tensor, layer_idx: int | None) -> tuple[Tensor, Tensor]:
+        def no_prefix(keys: Tensor, values: Tensor, layer_idx: int | None) -> None:
             slot = target.slot(layer_idx)
             parts = [keys, values] if slot.shape.value_heads else [keys]
             found[slot] = torch.cat([part[0].transpose(0, 1).flatten(1) for part in parts], dim=1)
-            return keys, values
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
             call = Call(target.names, args, kwargs)
-            put_in_front(call, target, layer.model, 0, None, join)
+            put_in_front(call, target, layer.model, 0, None, no_prefix)
             return tuple(call.args), call.kwargs
 
         return hook

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .attention import AttentionTarget, Call, was_used
+from .attention import AttentionTarget, was_used
 from .positions import PositionTarget
 
 
 class PrefixNotUsedError(RuntimeError):
     """An attention layer that should have received its prefix did not, so the adapter would have had no effect."""
+
+
+@dataclass
+class _Forward:
+    """What is noted in a forward of the whole model.
+
+    Attributes:
+        served: indices of the targets that have used their prefix.
+        memo: what is the same for all of its layers, by whatever tells it apart.
+    """
+
+    served: set[int] = field(default_factory=set)
+    memo: dict[Any, Any] = field(default_factory=dict)
 
 
 class Watch:
@@ -24,30 +38,41 @@ class Watch:
 
     def __init__(self) -> None:
         # By thread: `nn.DataParallel` runs copies of a model side by side, with the same hooks.
-        self._served: dict[int, set[int]] = {}
+        self._forwards: dict[int, _Forward] = {}
         self._traced: set[int] = set()
         self._input_gradients = False
 
     def begin(self) -> None:
         """A forward of the whole model begins."""
         if not torch.compiler.is_compiling():
-            self._served[threading.get_ident()] = set()
+            self._forwards[threading.get_ident()] = _Forward()
 
-    def served(self, index: int, target: AttentionTarget, call: Call) -> None:
-        """A target was called with a prefix.
+    @property
+    def memo(self) -> dict[Any, Any]:
+        """Where to keep what is the same for all layers of this forward; lost at once if it is none of all layers."""
+        forward = None if torch.compiler.is_compiling() else self._forwards.get(threading.get_ident())
+        return {} if forward is None else forward.memo
+
+    def forget(self) -> None:
+        """A forward of the whole model is over, or has failed."""
+        if not torch.compiler.is_compiling():
+            self._forwards.pop(threading.get_ident(), None)
+
+    def served(self, index: int, target: AttentionTarget, cache: Any) -> None:
+        """A target was called with a prefix, in the view `cache`.
 
         Raises:
             PrefixNotUsedError: if it did not use it.
         """
-        if not was_used(call.get(target.cache)):
+        if not was_used(cache):
             raise PrefixNotUsedError(
                 f"{target.name} ({type(target.module).__name__}) was called with a prefix and did not use it: it no "
                 "longer asks its cache for keys and values. Its outputs would silently be the base model's."
             )
         if torch.compiler.is_compiling():
             self._traced.add(index)
-        elif threading.get_ident() in self._served:
-            self._served[threading.get_ident()].add(index)
+        elif threading.get_ident() in self._forwards:
+            self._forwards[threading.get_ident()].served.add(index)
 
     def end(self, expected: list[tuple[int, AttentionTarget]], drops_layers: bool) -> None:
         """The forward is over.
@@ -60,9 +85,9 @@ class Watch:
             PrefixNotUsedError: if one of them was not reached. A whole stack may rest, such as cross-attention without
                 an encoder, but not all of them.
         """
-        if torch.compiler.is_compiling() or threading.get_ident() not in self._served:
+        if torch.compiler.is_compiling() or threading.get_ident() not in self._forwards:
             return
-        served = self._served.pop(threading.get_ident()) | self._traced
+        served = self._forwards.pop(threading.get_ident()).served | self._traced
         active = {target.stack for index, target in expected if index in served}
         missed = [
             target for index, target in expected if index not in served and (target.stack in active or not active)
