@@ -3,8 +3,9 @@
     python examples/server/load_test.py --classifier MODEL --generator MODEL --report docs/serving-load.md
 
 For each number of adapters random ones are made for the base model, as large as trained ones. Two servers are started,
-one that mixes adapters in a batch and one that does not; closed-loop clients ask one, then the other, in turns. With
-one adapter both do the same: how far they are apart there says how exact the figures are.
+one that mixes adapters in a batch and one that does not: a batch of all that wait for one adapter, then one for
+the next. Closed-loop clients ask one server, then the other, in turns. With one adapter both do the same: how far they
+are apart there says how exact the figures are.
 """
 
 from __future__ import annotations
@@ -105,17 +106,17 @@ def measure(args: argparse.Namespace, path: str) -> list[dict]:
         make_adapters(Path(folder), getattr(args, CLASSES[path][0]), path, max(args.counts))
         servers = {mixed: start(args, Path(folder), path, mixed) for mixed in (True, False)}
         try:
-            for count in args.counts:
+            for clients, count in itertools.product(args.clients, args.counts):
                 rates: dict[bool, list[float]] = {True: [], False: []}
                 waits: dict[bool, list[float]] = {True: [], False: []}
                 for turn in range(args.turns + 1):
                     for mixed, (_, address) in servers.items():
                         seconds = args.seconds if turn else 1.0  # the first turn loads the adapters
-                        found = load(address, path, count, args.clients, seconds)
+                        found = load(address, path, count, clients, seconds)
                         if turn:
                             rates[mixed].append(len(found) / seconds)
                             waits[mixed] += found
-                result = {"path": path, "adapters": count}
+                result = {"path": path, "clients": clients, "adapters": count}
                 for mixed, name in ((True, "mixed"), (False, "one_at_a_time")):
                     result[name] = {
                         "requests_per_second": statistics.median(rates[mixed]),
@@ -136,15 +137,24 @@ def report(args: argparse.Namespace, results: list[dict]) -> str:
     """The figures as a page."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    columns = ["request", "adapters", "mixed, requests/s", "one adapter at a time", "ratio", "p95 mixed, s", "p95 one"]
+    columns = [
+        "request",
+        "clients",
+        "adapters",
+        "mixed, requests/s",
+        "one adapter at a time",
+        "ratio",
+        "p95 mixed, s",
+        "p95 one",
+    ]
     lines = [
         "# The example server under load",
         "",
         "<!-- Written by examples/server/load_test.py. -->",
         "",
-        f"{args.clients} clients on the same machine ({machine}), each with one request at a time; one torch thread; "
-        f"batches of up to 64; adapters of 20 tokens; median of {args.turns} turns of {args.seconds:g} s, the two "
-        f"servers in turns, and half the distance of the fastest and slowest; torch {torch.__version__}, transformers "
+        f"Clients on the same machine ({machine}), each with one request at a time; one torch thread; batches of up "
+        f"to 64; adapters of 20 tokens; median of {args.turns} turns of {args.seconds:g} s, the two servers in turns, "
+        f"and half the distance of the fastest and slowest; torch {torch.__version__}, transformers "
         f"{transformers.__version__}, commit {commit.stdout.strip()}.",
         "",
         f"| {' | '.join(columns)} |",
@@ -155,7 +165,8 @@ def report(args: argparse.Namespace, results: list[dict]) -> str:
         rates = [f"{one['requests_per_second']:.0f} ± {one['spread'] / 2:.0f}" for one in both]
         ratio = both[0]["requests_per_second"] / both[1]["requests_per_second"]
         late = [f"{one['p95_seconds']:.2f}" for one in both]
-        lines.append(f"| {' | '.join([each['path'], str(each['adapters']), *rates, f'{ratio:.1f}', *late])} |")
+        first = [each["path"], str(each["clients"]), str(each["adapters"])]
+        lines.append(f"| {' | '.join([*first, *rates, f'{ratio:.1f}', *late])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -165,7 +176,7 @@ def main() -> None:
     parser.add_argument("--classifier", help="base model for /classify")
     parser.add_argument("--generator", help="base model for /generate")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 8, 64], help="numbers of adapters")
-    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--clients", type=int, nargs="+", default=[16, 64], help="numbers of clients")
     parser.add_argument("--seconds", type=float, default=8.0, help="of a turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--report", type=Path, help="write the figures as a page")
