@@ -34,6 +34,7 @@ ARMS = {
     "peft": ("PEFT PREFIX_TUNING, 20 tokens", {**PREFIX, "peft_type": "PREFIX_TUNING"}, [3e-2, 1e-1], []),
     "lora": ("LoRA, r = 8", LORA, [2e-3, 5e-3], []),
     "table": ("P-Tuning v2, table, 20 tokens", PREFIX, [3e-2, 1e-1], []),
+    "wide": ("P-Tuning v2, table that starts at N(0, 0.5²)", {**PREFIX, "init_std": 0.5}, [3e-2, 1e-1], []),
     "mlp": (
         "P-Tuning v2, MLP of 512, 20 tokens",
         {**PREFIX, "prefix_projection": True, "encoder_hidden_size": 512},
@@ -219,58 +220,69 @@ def study(args):
             future.result()
 
 
+def finished(args, name, arm):
+    """What there is of an arm: the chosen rates, the validation score of each that was tried, results by seed."""
+    if arm == "logistic":
+        files = {seed: args.output / name / arm / f"seed-{seed}.json" for seed in SEEDS}
+        return None, {}, {s: json.loads(f.read_text(encoding="utf-8")) for s, f in files.items() if f.is_file()}
+
+    def done(rates, seed):
+        return (Path(recipe_of(args, name, arm, rates, seed).output_dir) / "results.json").is_file()
+
+    tried = {
+        rates: run(args, name, arm, rates, SELECTION_SEED) for rates in rates_of(arm) if done(rates, SELECTION_SEED)
+    }
+    if not tried:
+        return None, {}, {}
+    best = chosen(tried)
+    return best, tried, {seed: run(args, name, arm, best, seed) for seed in SEEDS if done(best, seed)}
+
+
+def mean_and_spread(scores, sign=""):
+    """Mean and standard deviation, in per cent."""
+    spread = f" ± {statistics.stdev(scores):.2%}" if len(scores) > 1 else ""
+    return f"{statistics.mean(scores):{sign}.2%}{spread}"
+
+
+def rates_in_words(rates):
+    """`adapter, head`."""
+    return ", ".join(f"{rate:g}" for rate in rates if rate)
+
+
 def report(args):
     """The table of what is finished, as a page for the documentation."""
     lines = []
     for name in args.data_sets:
         task, metric, epochs, rows = DATA_SETS[name]
         table, notes = [], []
+        _, _, beside = finished(args, name, "peft")
         for arm in ["logistic", *args.arms]:
-            if arm == "logistic":
-                title, folder = LOGISTIC, args.output / name / arm
-                files = [folder / f"seed-{seed}.json" for seed in SEEDS]
-                results = [json.loads(path.read_text(encoding="utf-8")) for path in files if path.is_file()]
-                rates = "by validation"
-            else:
-                title = ARMS[arm][0]
-                tried = {}
-                for pair in rates_of(arm):
-                    recipe = recipe_of(args, name, arm, pair, SELECTION_SEED)
-                    if (Path(recipe.output_dir) / "results.json").is_file():
-                        tried[pair] = run(args, name, arm, pair, SELECTION_SEED)
-                if not tried:
-                    continue
-                best = chosen(tried)
-                rates = ", ".join(f"{rate:g}" for rate in best if rate)
-                notes.append(
-                    f"{title}: "
-                    + "; ".join(
-                        f"{', '.join(f'{rate:g}' for rate in pair if rate)}: {each['validation']:.4f}"
-                        for pair, each in tried.items()
-                    )
-                )
-                done = [recipe_of(args, name, arm, best, seed) for seed in SEEDS]
-                results = [
-                    run(args, name, arm, best, seed)
-                    for seed, recipe in zip(SEEDS, done, strict=True)
-                    if (Path(recipe.output_dir) / "results.json").is_file()
-                ]
+            title = LOGISTIC if arm == "logistic" else ARMS[arm][0]
+            best, tried, results = finished(args, name, arm)
+            if tried:
+                scores = (f"{rates_in_words(rates)}: {each['validation']:.4f}" for rates, each in tried.items())
+                notes.append(f"{title}: {'; '.join(scores)}")
             if not results:
                 continue
-            scores = [each["test"] for each in results]
-            spread = f" ± {statistics.stdev(scores):.2%}" if len(scores) > 1 else ""
-            seconds = statistics.median(each["seconds"] for each in results)
-            table.append(
-                f"| {title} | {statistics.mean(scores):.2%}{spread} | {len(scores)} | {rates} | "
-                f"{results[0]['parameters']:,} | {seconds:.0f} |"
-            )
+            gains = [each["test"] - beside[seed]["test"] for seed, each in results.items() if seed in beside]
+            seconds = statistics.median(each["seconds"] for each in results.values())
+            cells = [
+                title,
+                mean_and_spread([each["test"] for each in results.values()]),
+                mean_and_spread(gains, "+") if gains and arm != "peft" else "",
+                str(len(results)),
+                rates_in_words(best) if best else "by validation",
+                f"{next(iter(results.values()))['parameters']:,}",
+                f"{seconds:.0f}",
+            ]
+            table.append(f"| {' | '.join(cells)} |")
         if table:
             drawn = args.train_rows if args.train_rows is not None else rows
             lines += [
                 f"## {name}\n",
                 f"{task}, test {metric}; {drawn or 'all'} training rows, {args.epochs or epochs} epochs.\n",
-                "| method | test | seeds | learning rate (adapter, head) | trained parameters | seconds |",
-                "|---|---|---|---|---|---|",
+                "| method | test | over PEFT's | seeds | rates (adapter, head) | trained parameters | seconds |",
+                "|---|---|---|---|---|---|---|",
                 *table,
                 "\nValidation score of each learning rate tried:\n",
                 *[f"- {note}" for note in notes],
@@ -296,7 +308,8 @@ PAGE = """# Does it learn?
 The same encoder (all-MiniLM-L6-v2, 22.7 million parameters), seven ways to use it. Mean and standard deviation over
 the seeds of the score on {test} test rows, which are looked at once, at the step that was best on 500 validation
 rows. Each method's learning rate was chosen on validation rows, with a seed of its own. A seed decides the first
-weights, the order, and which rows are drawn: the same for all methods. Batch 16, AdamW, linear schedule; heads are
+weights, the order, and which rows are drawn, the same for all methods: *over PEFT's* is the mean and standard
+deviation of the differences seed by seed. Batch 16, AdamW, linear schedule; heads are
 transformers' own (a linear layer on each token; a linear layer on the pretrained pooler's output for sentences).
 Made on {machine} at commit {commit}, one thread a run, {precision}, by
 
