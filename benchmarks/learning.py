@@ -295,6 +295,7 @@ def report(args):
         body="\n".join(lines),
         test=args.test_rows or "all",
         precision={"no": "fp32", "bf16": "bf16 autocast"}[args.mixed_precision],
+        notes=Path(__file__).with_name("learning_notes.md").read_text(encoding="utf-8"),
     )
     if args.report:
         args.report.write_text(text, encoding="utf-8")
@@ -303,15 +304,16 @@ def report(args):
 
 PAGE = """# Does it learn?
 
-<!-- Written by benchmarks/learning.py; the text above the tables is in that script. -->
+<!-- Written by benchmarks/learning.py; the text around the tables is in that script. -->
 
-The same encoder (all-MiniLM-L6-v2, 22.7 million parameters), seven ways to use it. Mean and standard deviation over
+The same encoder (all-MiniLM-L6-v2, 22.7 million parameters), eight ways to use it. Mean and standard deviation over
 the seeds of the score on {test} test rows, which are looked at once, at the step that was best on 500 validation
 rows. Each method's learning rate was chosen on validation rows, with a seed of its own. A seed decides the first
 weights, the order, and which rows are drawn, the same for all methods: *over PEFT's* is the mean and standard
-deviation of the differences seed by seed. Batch 16, AdamW, linear schedule; heads are
-transformers' own (a linear layer on each token; a linear layer on the pretrained pooler's output for sentences).
-Made on {machine} at commit {commit}, one thread a run, {precision}, by
+deviation of the differences seed by seed. Batch 16, AdamW, linear schedule; heads are transformers' own (a linear
+layer on each token; a linear layer on the pretrained pooler's output for sentences, which all-MiniLM was not trained
+with: mean-pooled features are what it was made for). Made on {machine} at commit {commit}, one thread a run,
+{precision}, by
 
 ```bash
 python benchmarks/learning.py --data FOLDER --output runs/learning
@@ -320,7 +322,8 @@ python benchmarks/learning.py --data FOLDER --output runs/learning --report docs
 
 Seconds are of busy cores that were shared with other work: an order of magnitude, not a benchmark.
 
-{body}"""
+{body}
+{notes}"""
 
 
 def main():

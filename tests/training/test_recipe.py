@@ -98,6 +98,11 @@ def test_each_can_be_used(name, bases):
     else:
         assert isinstance(config, PrefixTuningV2Config)
         assert config.to_dict().items() >= recipe.adapter.items()
+        # The published ones start as the authors' code does, and a table of ours where it learnt more.
+        assert config.init_std == (0.5 if name in TASKS else 0.02)
+    if name in TASKS:
+        recipe.adapter["prefix_projection"] = True
+        assert adapter_config(recipe, task).init_std == 0.02
     # A rate that the first step uses and that ends lower.
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=recipe.learning_rate)
