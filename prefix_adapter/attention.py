@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import PrefixCache, PrefixEncoderDecoderCache, PrefixOf, with_prefix
+from .cache import PrefixOf, with_prefix
 from .encoder import KeyValueShape
 
 KINDS = ("encoder", "decoder", "cross")
@@ -308,8 +308,3 @@ def _widen_bias(bias: Tensor, slopes: Tensor, length: int, mask: Any, true_hides
     steps = slopes.to(bias).repeat(bias.numel() // bias.shape[-1] // heads).view(*bias.shape[:-1], 1)
     columns = start + steps * torch.arange(-length, 0, device=bias.device)
     return torch.cat([columns.to(bias.dtype), bias], dim=-1)
-
-
-def was_used(cache: Any) -> bool:
-    """Whether a module asked the view that it was given; True for what is no view of ours."""
-    return cache.used if isinstance(cache, (PrefixCache, PrefixEncoderDecoderCache)) else True

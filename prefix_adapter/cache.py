@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Optional
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    EncoderDecoderCache,
+    StaticCache,
+    StaticLayer,
+)
 
 from .encoder import Pair, prepend
 
@@ -16,22 +23,70 @@ from .encoder import Pair, prepend
 PrefixOf = Callable[[Tensor, Tensor, Optional[int]], Optional[Pair]]
 
 
-class _Joined(NamedTuple):
-    """What a layer of an inner cache holds, with the prefix in front.
+# Tokens that a cache which grows has room for, at least, whenever it is moved.
+_SPARE = 64
+
+
+@dataclass
+class _Room:
+    """A prefix, and behind it what a layer of an inner cache holds, in one tensor with room for more.
+
+    To join the two for each token would be to copy the whole context for each token. So the layer's own keys and
+    values are a part of this, and new ones are written behind them.
 
     Attributes:
         prefix: keys and values of the prefix.
-        own: those of the layer, a part of `both`.
-        both: the prefix and what the layer holds.
+        own: those of the layer that was written last, as it was left with them. Layers copied from it share the room
+            until one of them is written to, and then it is that one's.
+        both: `[batch, heads, length + capacity, size]`; one tensor where keys serve as values too.
     """
 
     prefix: Pair
     own: Pair
     both: Pair
 
+    @classmethod
+    def make(cls, prefix: Pair, own: Pair, new: Pair, capacity: int) -> _Room:
+        """Room for `capacity` tokens with keys and values like `new`, and those that a layer holds already in it."""
+        length, sides = prefix[0].shape[2], []
+        for side in range(1 if prefix[0] is prefix[1] else 2):
+            batch, heads, _, size = new[side].shape
+            both = new[side].new_zeros(batch, heads, length + capacity, size)
+            both[:, :, :length] = prefix[side]
+            if own[side].numel():
+                both[:, :, length : length + own[side].shape[2]] = own[side]
+            sides.append(both)
+        return cls(prefix, own, (sides[0], sides[-1]))
 
-# By the layer: for as long as its owner keeps it.
-_joined: WeakKeyDictionary[DynamicLayer, _Joined] = WeakKeyDictionary()
+    def up_to(self, end: int) -> Pair:
+        """The prefix, and what is behind it until `end`."""
+        return self.both[0].narrow(2, 0, end), self.both[1].narrow(2, 0, end)
+
+    def leave(self, layer: Any, end: int) -> None:
+        """Let the layer have what is behind the prefix until `end` for its own, and remember this."""
+        start = self.prefix[0].shape[2]
+        self.own = self.both[0].narrow(2, start, end - start), self.both[1].narrow(2, start, end - start)
+        layer.keys, layer.values = self.own
+        layer.prefix_room = self
+
+
+def _room_of(layer: Any, prefix: Pair, new: Pair, end: int) -> _Room | None:
+    """A layer's room, with the prefix in front, if keys and values like `new` can be written there until `end`."""
+    room = getattr(layer, "prefix_room", None)
+    # Others may crop, reorder or replace what a layer holds.
+    if room is None or room.own[0] is not layer.keys or room.own[1] is not layer.values:
+        return None
+    both, like, length = room.both[0], new[0], prefix[0].shape[2]
+    if room.prefix[0].shape[2] != length or both.shape[0] != like.shape[0] or both.shape[2] < end:
+        return None
+    # What was made in inference mode cannot be written to outside of it.
+    if both.dtype != like.dtype or (both.is_inference() and not torch.is_inference_mode_enabled()):
+        return None
+    if room.prefix is not prefix:
+        for side, states in zip(room.both, prefix, strict=True):
+            side[:, :, :length] = states
+        room.prefix = prefix
+    return room
 
 
 class _PrefixedLayer:
@@ -50,7 +105,6 @@ class _PrefixedLayer:
 
     def _both(self) -> Pair:
         layer: Any = self._view.inner.layers[self._index]
-        self._view.used = True
         return self._view.join(layer.keys, layer.values, self._index)
 
     def __getattr__(self, name: str) -> Any:
@@ -83,7 +137,6 @@ class PrefixCache(Cache):
     def __init__(self, inner: Cache | None, length: int, prefix_of: PrefixOf):
         # No `super().__init__()`: the storage is the inner cache's.
         self._inner, self.length, self.prefix_of = inner, length, prefix_of
-        self.used = False
 
     @property
     def inner(self) -> Cache:
@@ -96,50 +149,86 @@ class PrefixCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: Any = None, *args: Any, **kwargs: Any
     ) -> Pair:
         """Let the inner cache store the new keys and values, and return them all with the prefix in front."""
-        self.used = True
-        layer = self._growing(layer_idx)
-        if layer is not None:
-            return self._grow(layer, key_states, value_states, layer_idx)
+        layer, new = self._plain_layer(layer_idx), (key_states, value_states)
+        if type(layer) is DynamicLayer:
+            return self._grow(layer, new, layer_idx)
+        if type(layer) is StaticLayer and not torch.is_grad_enabled():
+            return self._fill(layer, new, layer_idx)
         if self._inner is not None:
-            key_states, value_states = self._inner.update(key_states, value_states, layer_idx, *args, **kwargs)
-        return self.join(key_states, value_states, layer_idx)
+            new = self._inner.update(key_states, value_states, layer_idx, *args, **kwargs)
+        return self.join(*new, layer_idx)
 
     def join(self, keys: Tensor, values: Tensor, layer_idx: Any) -> Pair:
         """Keys and values with the prefix in front."""
         prefix = self.prefix_of(keys, values, layer_idx)
         return (keys, values) if prefix is None else prepend(prefix, keys, values)
 
-    def _growing(self, layer_idx: Any) -> Any:
-        """The inner cache's layer, if it does nothing but put new keys and values behind those that it has."""
-        inner = self._inner
-        if type(inner) is not DynamicCache or not self.length or inner.offloading or layer_idx >= len(inner.layers):
+    def _plain_layer(self, layer_idx: Any) -> Any:
+        """The inner cache's layer, if all that the cache does is to have it store new keys and values."""
+        inner: Any = self._inner
+        if type(inner) not in (DynamicCache, StaticCache) or not self.length or inner.offloading:
             return None
-        layer = inner.layers[layer_idx]
-        return layer if type(layer) is DynamicLayer else None
+        return inner.layers[layer_idx] if layer_idx < len(inner.layers) else None
 
-    def _grow(self, layer: Any, key_states: Tensor, value_states: Tensor, layer_idx: Any) -> Pair:
-        """Do the work of such a layer.
-
-        It copies all that it has for each token, and with the prefix in front that would be copied again. So there is
-        one copy of both, and what the layer holds is a part of it.
-        """
-        prefix = self.prefix_of(key_states, value_states, layer_idx)
+    def _prefix(self, new: Pair, layer_idx: Any) -> Pair:
+        prefix = self.prefix_of(*new, layer_idx)
         if prefix is None:
             raise ValueError(f"There is no prefix of length {self.length}.")
+        return prefix
+
+    def _grow(self, layer: Any, new: Pair, layer_idx: Any) -> Pair:
+        """Do what `DynamicLayer.update` does: put new keys and values behind those that it holds."""
+        prefix = self._prefix(new, layer_idx)
         if not layer.is_initialized:
-            layer.lazy_initialization(key_states, value_states)
-        compiled = torch.compiler.is_compiling()
-        known = None if compiled else _joined.get(layer)
-        if known and known.prefix is prefix and known.own[0] is layer.keys and known.own[1] is layer.values:
-            keys = torch.cat([known.both[0], key_states], dim=2)
-            both = keys, keys if known.both[0] is known.both[1] else torch.cat([known.both[1], value_states], dim=2)
-        else:
-            past = [(layer.keys, layer.values)] if layer.get_seq_length() else []
-            both = prepend(prefix, key_states, value_states, past)
-        layer.keys, layer.values = both[0][:, :, self.length :], both[1][:, :, self.length :]
-        if not compiled:
-            _joined[layer] = _Joined(prefix, (layer.keys, layer.values), both)
-        return both
+            layer.lazy_initialization(*new)
+        past = layer.get_seq_length()
+        start, end = self.length + past, self.length + past + new[0].shape[2]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            # To write into what autograd has kept would spoil it.
+            both = prepend(prefix, *new, [(layer.keys, layer.values)] if past else [])
+            layer.keys, layer.values = (side[:, :, self.length :] for side in both)
+            return both
+        room = _room_of(layer, prefix, new, end)
+        if room is None:
+            room = _Room.make(prefix, (layer.keys, layer.values), new, end + max(_SPARE, end // 4))
+        for side, states in zip(room.both, new, strict=True):
+            side.narrow(2, start, end - start).copy_(states)
+        room.leave(layer, end)
+        return room.up_to(end)
+
+    def _fill(self, layer: Any, new: Pair, layer_idx: Any) -> Pair:
+        """Have a `StaticLayer` write into a room that has the prefix in front, and return all of that."""
+        prefix = self._prefix(new, layer_idx)
+        if torch.compiler.is_compiling():
+            return self._fill_compiled(layer, prefix, new)
+        if not layer.is_initialized:
+            layer.lazy_initialization(*new)
+        end = self.length + layer.max_cache_len
+        room = _room_of(layer, prefix, new, end)
+        if room is None:
+            room = _Room.make(prefix, (layer.keys, layer.values), new, layer.max_cache_len)
+            room.leave(layer, end)
+            # As the layer itself marks what it allocates, for CUDA graphs.
+            for side in room.both:
+                torch._dynamo.mark_static_address(side)
+        layer.update(*new)
+        return room.both
+
+    def _fill_compiled(self, layer: Any, prefix: Pair, new: Pair) -> Pair:
+        """The same for a graph, which is to know each piece of memory by one name, and that is the room's.
+
+        A first call has made it before: transformers compiles the steps that follow.
+        """
+        room = getattr(layer, "prefix_room", None)
+        if room is None or room.own[0] is not layer.keys or room.prefix[0].shape[2] != self.length:
+            return prepend(prefix, *layer.update(*new))
+        tokens = new[0].shape[2]
+        positions = torch.arange(tokens, device=layer.device) + layer.cumulative_length + self.length
+        layer.cumulative_length.add_(tokens)
+        for side, before, states in zip(room.both, prefix, new, strict=True):
+            side[:, :, : self.length] = before
+            side.index_copy_(2, positions, states)
+        return room.both
 
     def get_seq_length(self, layer_idx: Any = 0) -> Any:
         """Keys before the new ones, the prefix's included: T5 places its queries by it."""
@@ -205,11 +294,6 @@ class PrefixEncoderDecoderCache(EncoderDecoderCache):
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Self-attention's own; some modules of an encoder (T5Gemma) know no cache of two sides."""
         return self.self_attention_cache.update(*args, **kwargs)
-
-    @property
-    def used(self) -> bool:
-        """Whether either side was asked."""
-        return self.self_attention_cache.used or self.cross_attention_cache.used
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or self.__dict__.get("inner") is None:

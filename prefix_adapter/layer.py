@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,16 +25,6 @@ from .watch import Watch, check_fits, check_input, sequences
 PREFIX = "prefix_tuning_v2_"
 # The name under which a layer is a child of the model that it serves.
 LAYER_NAME = "prefix_tuning_v2"
-
-
-class _Hook:
-    """A hook as an object: unlike a closure it is copied with the model that it hangs on."""
-
-    def __init__(self, layer: PrefixTuningV2Layer, method: str, *target: Any):
-        self.layer, self.method, self.target = layer, method, target
-
-    def __call__(self, module: nn.Module, *args: Any) -> Any:
-        return getattr(self.layer, self.method)(*self.target, *args)
 
 
 class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
@@ -67,12 +58,14 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self._ready: dict[tuple[str, Slot], tuple[Any, Pair]] = {}
         # A generation asks for the same at every token. Of a mixed batch for as long as its names are set.
         self._plans: dict[Any, Plan | None] = {}
+        self._expectations: dict[Any, list[int]] = {}
         self._mixed: dict[Any, Pair] = {}
         self._own_masks: dict[int, Tensor] = {}
-        self._watch = Watch()
+        self._watch = Watch(self.targets)
         # In a tuple, or the model would become a child of its own child.
         self._model = (model,)
         self._handles = self._hook(model)
+        self._shifting = False
 
     @property
     def model(self) -> nn.Module:
@@ -111,7 +104,10 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self.adapters[adapter_name] = Adapter(
             config.num_virtual_tokens, config.prefix_dropout, config.shift_positions, columns
         )
-        self._plans = {}
+        if config.shift_positions and not self._shifting:
+            self._handles += self._hook_positions(limited=False)
+            self._shifting = True
+        self._forget_plans()
         config.source = None
 
     def _check_file(self, adapter_name: str, config: PrefixTuningV2Config, encoder: dict[str, Spec]) -> None:
@@ -195,7 +191,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; PEFT chooses another one to be active if it was."""
         super().delete_adapter(adapter_name)
-        self._plans = {}
+        self._forget_plans()
         self._ready = {key: value for key, value in self._ready.items() if key[0] != adapter_name}
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -219,6 +215,9 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     # ---- The prefix of a layer
 
+    def _forget_plans(self) -> None:
+        self._plans, self._expectations = {}, {}
+
     def set_row_adapters(self, names: list[str] | None) -> None:
         """Give each row of the batch an adapter of its own, `"__base__"` for none; `None` ends it."""
         self._row_adapters = None if names is None else [() if name == "__base__" else (name,) for name in names]
@@ -235,9 +234,9 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             return self._row_adapters
         return [tuple(name for name in self.active_adapters if name in self.adapters)]
 
-    def _active(self) -> list[Adapter]:
-        """What is known of the adapters that act on any row."""
-        return [self.adapters[name] for row in self._rows() for name in row]
+    def _active(self) -> frozenset[str]:
+        """The adapters that act on any row."""
+        return frozenset(name for row in self._rows() for name in row)
 
     def _plan(self, target: AttentionTarget, states: Tensor, memo: dict[Any, Any]) -> Plan | None:
         """What to put in front of a target that is given hidden states `[batch, ...]`; `None` if nothing."""
@@ -268,10 +267,10 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     def _row(self, row: tuple[Piece, ...], slot: Slot, keys: Tensor, memo: dict[Any, Any]) -> Pair:
         """The prefix of one row `[1, heads, length, size]`, or `[batch, heads, length, size]` under dropout."""
-        parts = [self._piece(piece, slot, keys, memo) for piece in row]
-        if len(parts) == 1:
+        if len(row) == 1:
             # The same pair for the same prefix: the cache's view goes by that.
-            return parts[0]
+            return self._piece(row[0], slot, keys, memo)
+        parts = [self._piece(piece, slot, keys, memo) for piece in row]
         batch = max(part.shape[0] for part, _ in parts)
         joined = [torch.cat([part.expand(batch, -1, -1, -1) for part in side], 2) for side in zip(*parts, strict=True)]
         return joined[0], joined[1]
@@ -321,27 +320,38 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     # ---- Hooks
 
     def _hook(self, model: nn.Module) -> list[Any]:
+        # Methods and what they are given first: unlike closures they are copied with the model that they hang on.
         before, after = "register_forward_pre_hook", "register_forward_hook"
         always: list[Any] = []
-        hooks = [(model, before, _Hook(self, "_before_model")), (model, after, _Hook(self, "_after_model"))]
+        hooks: list[tuple[nn.Module, str, Any]] = [
+            (model, before, self._before_model),
+            (model, after, self._after_model),
+        ]
         backbone: Any = getattr(model, "base_model", model)
         self._backbone_names = parameter_names(backbone)
         if "position_ids" in self._backbone_names:
-            hooks.append((backbone, before, _Hook(self, "_before_backbone")))
+            hooks.append((backbone, before, self._before_backbone))
         for index, target in enumerate(self.targets):
-            hooks.append((target.module, before, _Hook(self, "_before_attention", index)))
-            hooks.append((target.module, after, _Hook(self, "_after_attention", index)))
+            hooks.append((target.module, before, partial(self._before_attention, index)))
             if target.own_mask is not None:
-                restore = _Hook(self, "_restore_own_mask", index)
+                restore = partial(self._restore_own_mask, index)
                 always.append(target.module.register_forward_hook(restore, always_call=True))
         for index, (follower, _) in enumerate(self.followers):
-            hooks.append((follower.module, before, _Hook(self, "_before_follower", index)))
-        for index, position in enumerate(self.positions):
-            hooks.append((position.module, before, _Hook(self, "_before_positions", index)))
-            hooks.append((position.module, after, _Hook(self, "_after_positions", index)))
+            hooks.append((follower.module, before, partial(self._before_follower, index)))
         handles = [getattr(module, register)(hook, with_kwargs=True) for module, register, hook in hooks]
+        handles += self._hook_positions(limited=True)
         # Behind those, as it ends what they look at; also of a forward that fails.
-        return [*always, *handles, model.register_forward_hook(_Hook(self, "_forget_forward"), always_call=True)]
+        return [*always, *handles, model.register_forward_hook(self._forget_forward, always_call=True)]
+
+    def _hook_positions(self, limited: bool) -> list[Any]:
+        """Hooks where positions are looked up in a table; without a limit there is nothing to do until they shift."""
+        handles = []
+        for index, position in enumerate(self.positions):
+            if (position.limit is not None) == limited:
+                module, before, after = position.module, self._before_positions, self._after_positions
+                handles.append(module.register_forward_pre_hook(partial(before, index), with_kwargs=True))
+                handles.append(module.register_forward_hook(partial(after, index), with_kwargs=True))
+        return handles
 
     def remove_hooks(self) -> None:
         """Take the hooks off the model, which then is what it was."""
@@ -350,16 +360,17 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self._handles = []
         self._watch.release(self.model)
 
-    def _before_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows = self._rows()
         if not any(rows):
             return
         self._watch.begin()
-        self._watch.memo["rows"] = rows
+        memo = self._watch.forward.memo
+        memo["rows"] = rows
+        memo["shifts"] = {kind: self._shifts(kind) for kind in {target.kind for target in self.positions}}
         ids, shape = sequences(args, kwargs)
         if shape:
-            shift = max(self._shifts(self.targets[0].kind))
-            check_input(self.model, ids, shape[-1], self.positions, shift)
+            check_input(self.model, ids, shape[-1], self.positions, max(self._shifts(self.targets[0].kind)))
             if self.count_rows and shape[0] != len(rows):
                 raise ValueError(f"`adapter_names` has {len(rows)} names for a batch of {shape[0]}.")
         # An encoder-decoder's rows are those that it decodes: beams come after the encoder.
@@ -368,45 +379,57 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         if self.training and torch.is_grad_enabled():
             self._watch.prepare_checkpointing(self.model, shares_keys=bool(self.followers))
 
-    def _before_backbone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before_backbone(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("position_ids") is not None:
+            return None
         active = self._active()
-        call = Call(self._backbone_names, args, kwargs)
         # With `shift_positions` padding is counted as PEFT counts it.
-        counted = not active or any(adapter.shifts for adapter in active)
-        positions = None if counted else positions_behind_padding(self.positions, call)
+        if not active or any(self.adapters[name].shifts for name in active):
+            return None
+        call = Call(self._backbone_names, args, kwargs)
+        positions = positions_behind_padding(self.positions, call)
         if positions is None:
             return None
         call.set("position_ids", positions)
         return tuple(call.args), call.kwargs
 
-    def _after_model(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         active = self._active()
         if not active:
             return
-        given = kwargs.get("encoder_outputs") is not None
-        expected = [
-            (index, target)
-            for index, target in enumerate(self.targets)
-            if any(adapter.fills(target) for adapter in active) and not (given and target.kind == "encoder")
-        ]
         config = getattr(self.model, "config", None)
         rates = (getattr(config, name, 0) for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"))
-        self._watch.end(expected, drops_layers=self.training and any(rates))
+        given = kwargs.get("encoder_outputs") is not None
+        self._watch.end(self._expected(active, given), drops_layers=self.training and any(rates))
+
+    def _expected(self, active: frozenset[str], encoder_rests: bool) -> list[int]:
+        """Indices of the targets that are to use a prefix."""
+        key = active, encoder_rests
+        if key not in self._expectations:
+            self._expectations[key] = [
+                index
+                for index, target in enumerate(self.targets)
+                if any(self.adapters[name].fills(target) for name in active)
+                and not (encoder_rests and target.kind == "encoder")
+            ]
+        return self._expectations[key]
 
     def _forget_forward(self, *_: Any) -> None:
         self._watch.forget()
 
-    def _before_attention(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        target, memo = self.targets[index], self._watch.memo
+    def _before_attention(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        target, forward = self.targets[index], self._watch.forward
         call = Call(target.names, args, kwargs)
-        plan = self._plan(target, call.get(target.names[0]), memo)
+        plan = self._plan(target, call.get(target.names[0]), forward.memo)
         if plan is None:
             return None
+        forward.called.add(index)
 
         def prefix_of(keys: Tensor, values: Tensor, layer_idx: int | None) -> Pair:
-            return self._prefix(target.slot(layer_idx), plan, keys, memo)
+            self._watch.served(index, forward)
+            return self._prefix(target.slot(layer_idx), plan, keys, forward.memo)
 
-        put_in_front(call, target, self.model, plan.length, plan.visible, prefix_of, memo)
+        put_in_front(call, target, self.model, plan.length, plan.visible, prefix_of, forward.memo)
         if target.own_mask is not None:
             self._own_masks[index] = widen_own_mask(target, target.own_mask, plan.length)
         return tuple(call.args), call.kwargs
@@ -416,15 +439,10 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             target: Any = self.targets[index]
             setattr(target.module, target.own_mask, self._own_masks.pop(index))
 
-    def _after_attention(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        target = self.targets[index]
-        cache = kwargs[target.cache] if target.cache in kwargs else Call(target.names, args, kwargs).get(target.cache)
-        self._watch.served(index, target, cache)
-
-    def _before_follower(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before_follower(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         follower, source = self.followers[index]
         call = Call(follower.names, args, kwargs)
-        memo = self._watch.memo
+        memo = self._watch.forward.memo
         plan = self._plan(source, call.get(follower.names[0]), memo)
         if plan is None:
             return None
@@ -433,9 +451,12 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     def _shifts(self, kind: str) -> list[int]:
         """By how much the positions of each row move in the encoder or the decoder."""
+        shifts = self._watch.forward.memo.get("shifts")
+        if shifts is not None and kind in shifts:
+            return shifts[kind]
         return [sum(self.adapters[name].shift(kind) for name in row) for row in self._rows()]
 
-    def _before_positions(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before_positions(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target = self.positions[index]
         shifts = self._shifts(target.kind)
         check_fits(self.model, target.too_many(args, kwargs, max(shifts)), target.limit, max(shifts))
@@ -443,7 +464,9 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             return target.shift(shifts[0], args, kwargs)
         return None
 
-    def _after_positions(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _after_positions(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         target = self.positions[index]
         shifts = self._shifts(target.kind)
         if len(set(shifts)) == 1:

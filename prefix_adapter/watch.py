@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .attention import AttentionTarget, was_used
+from .attention import AttentionTarget
 from .positions import PositionTarget
 
 
@@ -18,86 +19,103 @@ class PrefixNotUsedError(RuntimeError):
 
 
 @dataclass
-class _Forward:
+class Forward:
     """What is noted in a forward of the whole model.
 
     Attributes:
-        served: indices of the targets that have used their prefix.
+        called: indices of the targets that were given a view with a prefix.
+        served: of those that have asked it.
         memo: what is the same for all of its layers, by whatever tells it apart.
     """
 
+    called: set[int] = field(default_factory=set)
     served: set[int] = field(default_factory=set)
     memo: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Trace:
+    """Of one target: whether it was served when it was compiled."""
+
+    served: bool = False
 
 
 class Watch:
     """Sees to it that every layer that should receive a prefix in a forward does.
 
     A compiled model, or part of one, runs without us; what is traced is checked when it is traced.
+
+    Args:
+        targets: the layers that may receive one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, targets: list[AttentionTarget]) -> None:
+        self._targets = targets
         # By thread: `nn.DataParallel` runs copies of a model side by side, with the same hooks.
-        self._forwards: dict[int, _Forward] = {}
-        self._traced: set[int] = set()
+        self._forwards: dict[int, Forward] = {}
+        # Attributes, not a set: what a graph has read of that, it is compiled anew for when it changes.
+        self._traces = [_Trace() for _ in targets]
         self._input_gradients = False
 
     def begin(self) -> None:
         """A forward of the whole model begins."""
         if not torch.compiler.is_compiling():
-            self._forwards[threading.get_ident()] = _Forward()
+            self._forwards[threading.get_ident()] = Forward()
 
     @property
-    def memo(self) -> dict[Any, Any]:
-        """Where to keep what is the same for all layers of this forward; lost at once if it is none of all layers."""
+    def forward(self) -> Forward:
+        """This forward; one that is lost at once if it is none of the whole model."""
         forward = None if torch.compiler.is_compiling() else self._forwards.get(threading.get_ident())
-        return {} if forward is None else forward.memo
+        return Forward() if forward is None else forward
 
     def forget(self) -> None:
         """A forward of the whole model is over, or has failed."""
         if not torch.compiler.is_compiling():
             self._forwards.pop(threading.get_ident(), None)
 
-    def served(self, index: int, target: AttentionTarget, cache: Any) -> None:
-        """A target was called with a prefix, in the view `cache`.
-
-        Raises:
-            PrefixNotUsedError: if it did not use it.
-        """
-        if not was_used(cache):
-            raise PrefixNotUsedError(
-                f"{target.name} ({type(target.module).__name__}) was called with a prefix and did not use it: it no "
-                "longer asks its cache for keys and values. Its outputs would silently be the base model's."
-            )
+    def served(self, index: int, forward: Forward) -> None:
+        """A target has asked for its prefix."""
         if torch.compiler.is_compiling():
-            self._traced.add(index)
-        elif threading.get_ident() in self._forwards:
-            self._forwards[threading.get_ident()].served.add(index)
+            self._traces[index].served = True
+        else:
+            forward.served.add(index)
 
-    def end(self, expected: list[tuple[int, AttentionTarget]], drops_layers: bool) -> None:
+    def end(self, expected: list[int], drops_layers: bool) -> None:
         """The forward is over.
 
         Args:
-            expected: the targets with a prefix.
+            expected: indices of the targets with a prefix.
             drops_layers: whether the model leaves out layers at random (LayerDrop).
 
         Raises:
-            PrefixNotUsedError: if one of them was not reached. A whole stack may rest, such as cross-attention without
-                an encoder, but not all of them.
+            PrefixNotUsedError: if one of them was not reached, or did not ask for it. A whole stack may rest, such as
+                cross-attention without an encoder, but not all of them.
         """
         if torch.compiler.is_compiling() or threading.get_ident() not in self._forwards:
             return
-        served = self._forwards.pop(threading.get_ident()).served | self._traced
-        active = {target.stack for index, target in expected if index in served}
+        forward = self._forwards.pop(threading.get_ident())
+        if len(forward.served) == len(expected):
+            return
+        unused = forward.called - forward.served
+        if unused:
+            raise PrefixNotUsedError(
+                f"{self._names(unused)} was called with a prefix and did not use it: it no longer asks its cache for "
+                "keys and values. Its outputs would silently be the base model's."
+            )
+        served = forward.served | {index for index, trace in enumerate(self._traces) if trace.served}
+        active = {self._targets[index].stack for index in expected if index in served}
         missed = [
-            target for index, target in expected if index not in served and (target.stack in active or not active)
+            index for index in expected if index not in served and (self._targets[index].stack in active or not active)
         ]
         if missed and not (drops_layers and active):
-            names = ", ".join(f"{target.name} ({type(target.module).__name__})" for target in missed)
             raise PrefixNotUsedError(
-                f"The forward pass did not reach {names}, so the prefix had no effect there. Were modules replaced "
-                "after the adapter was added? Wrap the model again."
+                f"The forward pass did not reach {self._names(missed)}, so the prefix had no effect there. Were "
+                "modules replaced after the adapter was added? Wrap the model again."
             )
+
+    def _names(self, indices: Iterable[int]) -> str:
+        targets = [self._targets[index] for index in sorted(indices)]
+        return ", ".join(f"{target.name} ({type(target.module).__name__})" for target in targets)
 
     def prepare_checkpointing(self, model: nn.Module, shares_keys: bool) -> None:
         """See to it that gradient checkpointing loses no gradient.

@@ -1,17 +1,20 @@
-"""The view of a cache that grows: one copy a token, and nothing of an old prefix left in it."""
+"""The view of a cache: a token is written once and nothing else copied, and nothing of an old prefix is left in it."""
 
 import copy
 
 import pytest
 import tiny
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from prefix_adapter import PrefixTuningV2Config, get_peft_model
 from prefix_adapter import attention as attention_module
+from prefix_adapter import cache as cache_module
 from prefix_adapter.cache import PrefixCache
 
 TOKENS = tiny.ids(2, 12, seed=3)
+CONFIG = tiny.config("llama")
 MLP = {"prefix_projection": True, "encoder_hidden_size": 12}
 
 
@@ -19,17 +22,24 @@ class AnyOtherCache(DynamicCache):
     """The same cache, but none that the view knows to be plain: it does all the work itself."""
 
 
+class AnyOtherStaticCache(StaticCache):
+    """Likewise."""
+
+
 def wrapped(kind="llama", names=("default",), **settings):
     config = PrefixTuningV2Config(task_type="CAUSAL_LM", num_virtual_tokens=5, **settings)
     model = get_peft_model(tiny.model(kind, "AutoModelForCausalLM"), config)
     for name in names[1:]:
-        model.add_adapter(name, PrefixTuningV2Config(task_type="CAUSAL_LM", num_virtual_tokens=3))
+        length = 5 if name == "as long" else 3
+        model.add_adapter(name, PrefixTuningV2Config(task_type="CAUSAL_LM", num_virtual_tokens=length))
     tiny.randomize(model)
     return model.eval()
 
 
 def new_cache(cache_class, model):
-    """As generate makes it for the first, with all of its layers; for the second they come with the first tokens."""
+    """As generate makes it; the layers of `AnyOtherCache` come with the first tokens."""
+    if issubclass(cache_class, StaticCache):
+        return cache_class(config=model.config, max_cache_len=TOKENS.shape[1] + 2)
     return cache_class(config=model.config) if cache_class is DynamicCache else cache_class()
 
 
@@ -61,6 +71,10 @@ def switch(step, model, cache):
     model.set_adapter("other" if step % 2 else "default")
 
 
+def switch_to_one_as_long(step, model, cache):
+    model.set_adapter("as long" if step % 2 else "default")
+
+
 def side_by_side(step, model, cache):
     model.base_model.set_adapter(["default", "other"] if step % 2 else ["other"])
 
@@ -77,12 +91,20 @@ def reorder(step, model, cache):
     cache.reorder_cache(torch.tensor([1, 0]))
 
 
+DYNAMIC, STATIC = (DynamicCache, AnyOtherCache), (StaticCache, AnyOtherStaticCache)
+BETWEEN = [write, write_data, switch, switch_to_one_as_long, side_by_side, disable, reorder]
+
+
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-@pytest.mark.parametrize("between", [write, write_data, switch, side_by_side, disable, crop, reorder])
-def test_a_cache_that_grows_is_as_any_other(between, frozen):
+@pytest.mark.parametrize(
+    ("between", "classes"),
+    [*((each, DYNAMIC) for each in [*BETWEEN, crop]), *((each, STATIC) for each in BETWEEN)],
+)
+def test_a_plain_cache_is_as_any_other(between, classes, frozen, monkeypatch):
+    monkeypatch.setattr(cache_module, "_SPARE", 2)  # so that there is no more room now and then
     results = []
-    for cache_class in (DynamicCache, AnyOtherCache):
-        model = wrapped(names=("default", "other"))
+    for cache_class in classes:
+        model = wrapped(names=("default", "other", "as long"))
         model.base_model.prefix_layer.requires_grad_(not frozen)
         cache = new_cache(cache_class, model)
         results.append((in_steps(model, cache, between), cache))
@@ -92,65 +114,133 @@ def test_a_cache_that_grows_is_as_any_other(between, frozen):
         torch.testing.assert_close((layer.keys, layer.values), (right.keys, right.values), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
 @pytest.mark.parametrize("settings", [{}, MLP], ids=["table", "mlp"])
-def test_a_cache_goes_on_from_a_copy(settings):
+def test_a_cache_goes_on_from_a_copy(settings, cache_class):
     """A prompt that is computed once and copied, as transformers' guide to caches has it; and with a copied model."""
     model = wrapped(**settings)
     model.requires_grad_(False)
     expected = in_steps(model, AnyOtherCache())
-    cache = new_cache(DynamicCache, model)
+    cache = new_cache(cache_class, model)
     with torch.inference_mode():
         model(input_ids=TOKENS[:, :8], past_key_values=cache)
         for other in (model, copy.deepcopy(model)):
-            logits = other(input_ids=TOKENS[:, 8:], past_key_values=copy.deepcopy(cache)).logits
-            torch.testing.assert_close(logits, expected[:, 8:], rtol=1e-5, atol=1e-5)
+            copied = copy.deepcopy(cache)
+            # One branch goes elsewhere, token by token; it may write over nothing of the others.
+            for token in TOKENS[:, :3].split(1, dim=1):
+                other(input_ids=token, past_key_values=copy.deepcopy(copied))
+            logits = [other(input_ids=token, past_key_values=copied).logits for token in TOKENS[:, 8:].split(1, dim=1)]
+            torch.testing.assert_close(torch.cat(logits, 1), expected[:, 8:], rtol=1e-5, atol=1e-5)
 
 
-def test_the_layer_is_left_as_its_own_update_leaves_it():
-    """What we do in place of `DynamicLayer.update`: should it come to do more than to concatenate, this fails."""
-    prefix = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
-    own, done_by_us = DynamicLayer(), DynamicCache()
-    done_by_us.layers = [DynamicLayer()]
+def test_a_layer_that_is_shared_by_two_caches_is_written_by_one():
+    """A copy that shares tensors with the original, and both go on: what the base model's own cache can take."""
+    model, cache = wrapped(), DynamicCache(config=tiny.config("llama"))
+    with torch.no_grad():
+        model(input_ids=TOKENS[:, :8], past_key_values=cache)
+        other = copy.copy(cache)
+        other.layers = [copy.copy(layer) for layer in cache.layers]
+        # In turns, with other tokens.
+        ours, theirs = [], []
+        for step in range(3):
+            ours.append(model(input_ids=TOKENS[:, 8 + step, None], past_key_values=cache).logits)
+            theirs.append(model(input_ids=TOKENS[:, step, None], past_key_values=other).logits)
+        alone = [
+            model(input_ids=torch.cat([TOKENS[:, :8], rest], 1)).logits for rest in (TOKENS[:, 8:11], TOKENS[:, :3])
+        ]
+    torch.testing.assert_close(torch.cat(ours, 1), alone[0][:, 8:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(theirs, 1), alone[1][:, 8:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+def test_a_cache_of_inference_mode_goes_on_outside(cache_class):
+    model = wrapped()
+    expected = in_steps(model, AnyOtherCache())
+    cache = new_cache(cache_class, model)
+    with torch.inference_mode():
+        model(input_ids=TOKENS[:, :8], past_key_values=cache)
+    with torch.no_grad():
+        if cache_class is StaticCache:
+            # It counts in a tensor, and cannot go on by itself.
+            with pytest.raises(RuntimeError, match="Inplace update to inference tensor"), model.disable_adapter():
+                model(input_ids=TOKENS[:, 8:], past_key_values=cache)
+            return
+        logits = [model(input_ids=token, past_key_values=cache).logits for token in TOKENS[:, 8:].split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(logits, 1), expected[:, 8:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("shared", [False, True], ids=["keys and values", "one for both"])
+@pytest.mark.parametrize("layer_class", [DynamicLayer, StaticLayer])
+def test_the_layer_is_left_as_its_own_update_leaves_it(layer_class, shared, grad, graph):
+    """What we do in place of `update` of the two layers: should it come to do more than that, this fails."""
+    sides = 1 if shared else 2
+    prefix = [torch.randn(1, 2, 5, 4) for _ in range(sides)]
+    prefix = prefix[0], prefix[-1]
+    settings = {"max_cache_len": 9} if layer_class is StaticLayer else {}
+    own, done_by_us = (
+        layer_class(**settings),
+        DynamicCache() if layer_class is DynamicLayer else StaticCache(CONFIG, 9),
+    )
+    done_by_us.layers = [layer_class(**settings)]
     view = PrefixCache(done_by_us, 5, lambda *_: prefix)
-    for length in (3, 1, 2):
-        new = torch.randn(2, 2, length, 4), torch.randn(2, 2, length, 4)
-        expected = own.update(*new)
-        both = view.update(*new, 0)
-        for joined, part, before in zip(both, expected, prefix, strict=True):
-            assert torch.equal(joined, torch.cat([before.expand(2, -1, -1, -1), part], dim=2))
-        ours = vars(done_by_us.layers[0])
-        assert ours.keys() == vars(own).keys()
-        for name, value in vars(own).items():
-            assert torch.equal(ours[name], value) if isinstance(value, torch.Tensor) else ours[name] == value, name
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(grad):
+        for step, length in enumerate((3, 1, 2)):
+            new = [torch.randn(2, 2, length, 4) for _ in range(sides)]
+            new = new[0], new[-1]
+            expected = own.update(*new)
+            update = torch.compile(view.update, backend="aot_eager", fullgraph=True) if graph and step else view.update
+            both = update(*new, 0)
+            assert (both[0] is both[1]) == shared or layer_class is StaticLayer or not grad
+            for joined, part, before in zip(both, expected, prefix, strict=True):
+                assert torch.equal(joined, torch.cat([before.expand(2, -1, -1, -1), part], dim=2))
+            ours = {name: value for name, value in vars(done_by_us.layers[0]).items() if name != "prefix_room"}
+            assert ours.keys() == vars(own).keys()
+            for name, value in vars(own).items():
+                same = torch.equal(ours[name], value) if isinstance(value, torch.Tensor) else ours[name] == value
+                assert same, name
+
+
+class Written(TorchDispatchMode):
+    """Counts the elements that are copied from one tensor into another."""
+
+    COPIES = ("cat", "copy_", "clone", "_to_copy", "index_copy_", "index_copy", "constant_pad_nd")
+
+    def __enter__(self):
+        self.elements = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in self.COPIES:
+            moved = args[-1] if "index_copy" in func.overloadpacket.__name__ else result
+            self.elements += moved.numel()
+        return result
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-def test_a_token_copies_the_context_once(frozen, monkeypatch):
-    """The base model's own cache does; a prefix joined to what it returns would be a second copy."""
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+def test_a_token_does_not_copy_the_context(cache_class, frozen):
     model = wrapped()
     model.requires_grad_(not frozen)
-    numbers, cat = [], torch.cat
 
-    def count(tensors, *args, **kwargs):
-        result = cat(tensors, *args, **kwargs)
-        numbers.append(result.numel())
-        return result
-
-    def copied(adapter):
-        cache = new_cache(DynamicCache, model)
+    def copied(context):
+        tokens = tiny.ids(2, context, seed=3)
+        cache = StaticCache(model.config, context + 4) if cache_class is StaticCache else new_cache(cache_class, model)
         with torch.no_grad():
-            for step in (TOKENS[:, :8], TOKENS[:, 8:9], TOKENS[:, 9:10]):
-                numbers.clear()
-                model(input_ids=step, past_key_values=cache)
-        return sum(numbers)
+            model(input_ids=tokens, past_key_values=cache)
+            with Written() as written:
+                model(input_ids=tokens[:, :1], past_key_values=cache)
+        return written.elements
 
-    monkeypatch.setattr(torch, "cat", count)
-    ours = copied("default")
+    few, many = copied(8), copied(40)
     with model.disable_adapter():
-        base = copied(None)
-    layers, heads, size = 3, model.config.num_key_value_heads, model.config.head_dim
-    assert model.config.num_hidden_layers == layers
-    assert ours - base == 2 * layers * TOKENS.shape[0] * heads * 5 * size
+        base = copied(8)
+    # A mask and a few numbers may be longer; keys and values of 32 tokens more are 2 x 3 x 2 x 2 x 8 x 32 elements.
+    assert many - few <= 2 * 32 * 2
+    assert base > 0
 
 
 def test_masks_are_widened_once_for_all_layers(monkeypatch):
@@ -197,3 +287,34 @@ def test_a_frozen_prefix_that_was_used_in_inference_mode_lets_gradients_pass(set
     torch.testing.assert_close(logits, expected)
     logits.sum().backward()
     assert states.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("settings", [{}, MLP], ids=["table", "mlp"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_steps_behind_a_static_cache_are_compiled_once(settings, frozen):
+    """As transformers does it: the prompt as it is, then one graph for all tokens; a prefix that changes is seen."""
+    model = wrapped(**settings)
+    model.requires_grad_(not frozen)
+    plain = copy.deepcopy(model)
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    inner = model.base_model.model
+    forward = torch.compile(inner.forward, backend=count, fullgraph=True)
+
+    def between(step, model, cache):
+        if step == 4:
+            inner.forward = forward
+        if step == 8:
+            write(step, model, cache)
+
+    outputs = in_steps(model, new_cache(StaticCache, model), between)
+    expected = in_steps(plain, AnyOtherCache(), lambda step, *rest: write(step, *rest) if step == 8 else None)
+    torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1
+    joined = [node.meta["example_value"] for node in graphs[0].graph.nodes if node.target is torch.cat]
+    assert not [each for each in joined if each.dim() == 4 and each.shape[2] > 5], "the context is copied"

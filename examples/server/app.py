@@ -20,22 +20,19 @@ import argparse
 import asyncio
 import contextlib
 import re
-import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import prometheus_client as prometheus
-import torch
 import transformers
-import yaml
 from fastapi import FastAPI, HTTPException, Response
 from pydantic import BaseModel, Field
-
-from prefix_adapter import AdapterPool
+from worker import Question, call, load_tokenizer, new_process
 
 MAX_BATCH, MAX_WAITING, MAX_NEW_TOKENS = 64, 1024, 256
 GATHERING = 0.01  # seconds that a batch waits for more requests: those that were answered just now ask again
@@ -45,41 +42,51 @@ GATHERING = 0.01  # seconds that a batch waits for more requests: those that wer
 class Request:
     """A request that waits for its batch."""
 
-    adapter: str | None
-    input_ids: list[int]
-    max_new_tokens: int
+    question: Question
     answer: asyncio.Future
 
 
 class Service:
-    """One base model, its adapters, and the requests that wait for it.
+    """One base model in a process of its own, and the requests that wait for it.
 
     Args:
-        model: the base model.
-        tokenizer: its tokenizer.
+        kind: `"classify"` or `"generate"`.
+        model: the base model's folder or name on the Hub.
         adapters: the folder whose folders are adapters.
-        compute: from the pool, the tokenizer and a batch of requests to an answer for each.
         max_bytes: of the adapters in memory.
         mixed: whether a batch may mix adapters.
+        threads: torch's in the model's process.
     """
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        kind: str,
+        model: str,
         adapters: Path,
-        compute: Callable[[AdapterPool, Any, list[Request]], list[Any]],
         max_bytes: int | None = None,
         mixed: bool = True,
+        threads: int | None = None,
     ) -> None:
-        self.pool, self.tokenizer, self.adapters = AdapterPool(model, max_bytes), tokenizer, adapters
-        self.compute, self.mixed = compute, mixed
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        self.limit = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+        self.new_process = partial(new_process, kind, model, max_bytes, threads)
+        self.process = self.new_process()
+        self.tokenizer, self.adapters, self.mixed = load_tokenizer(model), adapters, mixed
+        config = transformers.AutoConfig.from_pretrained(model)
+        self.limit = getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length
         self.waiting: deque[Request] = deque()
         self.arrived = asyncio.Event()
-        self.tried: set[str] = set()
+        self.tried: dict[str, asyncio.Future] = {}
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """What a method of the worker returns."""
+        process = self.process
+        try:
+            return await asyncio.get_running_loop().run_in_executor(process, call, method, *args)
+        except BrokenExecutor as error:
+            if self.process is process:
+                self.process, self.tried = self.new_process(), {}
+            raise HTTPException(
+                503, "The model's process has ended; a new one starts.", {"Retry-After": "10"}
+            ) from error
 
     def folder(self, adapter: str | None) -> str | None:
         """The folder of an adapter; only names of folders right under `adapters` mean one."""
@@ -100,97 +107,59 @@ class Service:
             )
         if len(self.waiting) >= MAX_WAITING:
             raise HTTPException(503, "Too many requests are waiting.", {"Retry-After": "1"})
-        if folder is not None and folder not in self.tried:
-            try:  # by itself: an adapter that cannot be used is the trouble of those who ask for it alone
-                await asyncio.to_thread(self.pool.load, folder)
-            except (ValueError, OSError) as error:
-                raise HTTPException(422, f"Adapter {adapter!r} cannot be used: {error}") from error
-            self.tried.add(folder)
-        request = Request(folder, input_ids, max_new_tokens, asyncio.get_running_loop().create_future())
+        if folder is not None:
+            await self.try_out(folder)
+        request = Request(Question(folder, input_ids, max_new_tokens), asyncio.get_running_loop().create_future())
         self.waiting.append(request)
         self.arrived.set()
-        return await request.answer
+        answer = await request.answer
+        if "error" in answer:
+            raise HTTPException(500, answer["error"])
+        return answer
+
+    async def try_out(self, folder: str) -> None:
+        """Load an adapter by itself: one that cannot be used is the trouble of those who ask for it alone."""
+        if folder not in self.tried:
+            self.tried[folder] = asyncio.ensure_future(self.call("load", folder))
+        loading = self.tried[folder]
+        try:
+            why = await asyncio.shield(loading)
+        except HTTPException:
+            self.tried.pop(folder, None)
+            raise
+        if why:
+            self.tried.pop(folder, None)  # it may be mended
+            raise HTTPException(422, f"Adapter {Path(folder).name!r} cannot be used: {why}")
 
     def next_batch(self) -> list[Request]:
         """The requests that waited longest; of one adapter alone if batches are not mixed."""
-        first = self.waiting[0].adapter
-        batch = [each for each in self.waiting if self.mixed or each.adapter == first][:MAX_BATCH]
+        first = self.waiting[0].question.adapter
+        batch = [each for each in self.waiting if self.mixed or each.question.adapter == first][:MAX_BATCH]
         taken = {id(each) for each in batch}
         self.waiting = deque(each for each in self.waiting if id(each) not in taken)
         return [each for each in batch if not each.answer.cancelled()]
 
     async def work(self) -> None:
-        """Compute batch after batch, as long as the server runs."""
+        """Have batch after batch computed, as long as the server runs."""
         while True:
             await self.arrived.wait()
             while self.waiting:
                 if len(self.waiting) < MAX_BATCH:
                     await asyncio.sleep(GATHERING)
                 batch = self.next_batch()
-                try:
-                    answers = await asyncio.to_thread(self.compute, self.pool, self.tokenizer, batch)
-                except Exception as error:
-                    if len(batch) > 1:  # one of them is to blame: each by itself
-                        answers = [await asyncio.to_thread(self.alone, each) for each in batch]
-                    else:
-                        answers = [error]
                 BATCHES.observe(len(batch))
+                try:
+                    answers = await self.call("answer", [each.question for each in batch])
+                except Exception as error:
+                    answers = [error] * len(batch)
                 for request, answer in zip(batch, answers, strict=True):
-                    if not request.answer.done():
-                        (request.answer.set_exception if isinstance(answer, Exception) else request.answer.set_result)(
-                            answer
-                        )
+                    if request.answer.done():
+                        continue
+                    if isinstance(answer, Exception):
+                        request.answer.set_exception(answer)
+                    else:
+                        request.answer.set_result(answer)
             self.arrived.clear()
-
-    def alone(self, request: Request) -> Any:
-        """The answer to a request in a batch of its own, or what went wrong."""
-        try:
-            return self.compute(self.pool, self.tokenizer, [request])[0]
-        except Exception as error:
-            return error
-
-
-def classify(pool: AdapterPool, tokenizer: Any, batch: list[Request]) -> list[Any]:
-    """Label and probabilities for each request."""
-    inputs = tokenizer.pad({"input_ids": [each.input_ids for each in batch]}, return_tensors="pt")
-    logits = pool([each.adapter for each in batch], **inputs.to(pool.model.device)).logits
-    answers = []
-    for request, row in zip(batch, logits.float().softmax(-1).tolist(), strict=True):
-        labels = labels_of(request.adapter) or list(range(pool.model.config.num_labels))
-        best = max(range(len(labels)), key=row.__getitem__)
-        answers.append({"label": labels[best], "probability": row[best]})
-    return answers
-
-
-LABELS: dict[str, list[Any]] = {}
-
-
-def labels_of(folder: str | None) -> list[Any] | None:
-    """The labels that an adapter was trained with, if its folder has the recipe."""
-    if folder is None or not (Path(folder) / "recipe.yaml").is_file():
-        return None
-    if folder not in LABELS:
-        LABELS[folder] = yaml.safe_load((Path(folder) / "recipe.yaml").read_text(encoding="utf-8")).get("labels") or []
-    return LABELS[folder]
-
-
-def generate(pool: AdapterPool, tokenizer: Any, batch: list[Request]) -> list[Any]:
-    """The greedy continuation for each request."""
-    ids = {"input_ids": [each.input_ids for each in batch]}
-    inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(pool.model.device)
-    count = max(each.max_new_tokens for each in batch)
-    tokens = pool.generate(
-        [each.adapter for each in batch],
-        **inputs,
-        max_new_tokens=count,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    new = tokens[:, inputs["input_ids"].shape[1] :]
-    return [
-        {"text": tokenizer.decode(row[: each.max_new_tokens], skip_special_tokens=True)}
-        for each, row in zip(batch, new, strict=True)
-    ]
 
 
 REGISTRY = prometheus.CollectorRegistry()
@@ -242,10 +211,13 @@ def create_app(classifier: Service | None = None, generator: Service | None = No
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> Any:
-        workers = [asyncio.create_task(each.work()) for each in services.values()]
+        for each in services.values():
+            await each.call("loaded")  # the model is, or the server does not start
+        tasks = [asyncio.create_task(each.work()) for each in services.values()]
         yield
-        for worker in workers:
-            worker.cancel()
+        for task, each in zip(tasks, services.values(), strict=True):
+            task.cancel()
+            each.process.shutdown(cancel_futures=True)
 
     app = FastAPI(title="Many adapters on one base model", lifespan=lifespan)
 
@@ -264,20 +236,21 @@ def create_app(classifier: Service | None = None, generator: Service | None = No
             return await generator.ask(body.adapter, body.prompt, body.max_new_tokens)
 
     @app.get("/adapters")
-    def _adapters() -> dict[str, Any]:
+    async def _adapters() -> dict[str, Any]:
         return {
             name: {
                 "on_disk": sorted(path.parent.name for path in each.adapters.glob("*/adapter_config.json")),
-                "loaded": {Path(key).name: found.num_bytes for key, found in each.pool.loaded.items()},
+                "loaded": await each.call("loaded"),
             }
             for name, each in services.items()
         }
 
     @app.get("/metrics")
-    def _metrics() -> Response:
+    async def _metrics() -> Response:
         for name, each in services.items():
-            ADAPTERS.labels(name).set(len(each.pool.loaded))
-            ADAPTER_BYTES.labels(name).set(each.pool.num_bytes)
+            loaded = await each.call("loaded")
+            ADAPTERS.labels(name).set(len(loaded))
+            ADAPTER_BYTES.labels(name).set(sum(loaded.values()))
         return Response(prometheus.generate_latest(REGISTRY), media_type=prometheus.CONTENT_TYPE_LATEST)
 
     return app
@@ -293,28 +266,20 @@ def main() -> None:
     parser.add_argument("--generator", help="base model of the adapters for causal language modelling")
     parser.add_argument("--max-bytes", type=int, default=2**30, help="of the adapters in memory, for each base model")
     parser.add_argument("--one-adapter-a-batch", action="store_true", help="for comparison")
-    parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--threads", type=int, help="of torch, for each model")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
     if not args.adapters.is_dir():
         parser.error(f"--adapters: there is no folder {args.adapters}")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    sys.setswitchinterval(5e-4)  # a request that arrives need not wait long for the thread that computes
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    services = {}
-    for kind, auto_class, compute in (
-        ("classifier", transformers.AutoModelForSequenceClassification, classify),
-        ("generator", transformers.AutoModelForCausalLM, generate),
-    ):
-        name = getattr(args, kind)
-        if name:
-            model = auto_class.from_pretrained(name).to(device)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-            services[kind] = Service(
-                model, tokenizer, args.adapters, compute, args.max_bytes, not args.one_adapter_a_batch
-            )
+    services = {
+        option: Service(kind, name, args.adapters, args.max_bytes, not args.one_adapter_a_batch, args.threads)
+        for option, kind, name in (
+            ("classifier", "classify", args.classifier),
+            ("generator", "generate", args.generator),
+        )
+        if name
+    }
     if not services:
         parser.error("give --classifier or --generator, or both")
     uvicorn.run(create_app(**services), host=args.host, port=args.port, log_level="warning")
