@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import PrefixOf, with_prefix
+from .causal import CausalMask
 from .encoder import KeyValueShape
 
 KINDS = ("encoder", "decoder", "cross")
@@ -21,6 +22,10 @@ ENCODER_STATES = ("key_value_states", "encoder_hidden_states")
 SHARED_STATES = "shared_kv_states"
 # Attention implementations whose masks are understood, by the start of their names in transformers.
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention")
+
+# From how many tokens for each of the prefix's on causal attention is faster as a square than with a mask. Measured on
+# one CPU thread: the same at 13, a third less time at 51.
+_ROWS_FOR_A_MASK = 16
 
 
 @dataclass(frozen=True)
@@ -184,11 +189,11 @@ def make_room(
     if target.bias is not None and target.slopes is not None:
         mask = call.first(MASK_ARGUMENTS)
         call.set(target.bias, _widen_bias(call.get(target.bias), target.slopes, length, mask, target.true_hides))
-    given = [name for name in MASK_ARGUMENTS if call.get(name) is not None]
-    for name in given:
-        call.set(name, _widen_once(call.get(name), length, visible, target.true_hides, memo))
+    given = [(name, mask) for name in MASK_ARGUMENTS if (mask := call.get(name)) is not None]
+    for name, mask in given:
+        call.set(name, _widen_once(mask, length, visible, target.true_hides, memo))
     if not given:
-        mask = _missing_mask(call, target, implementation, length, visible)
+        mask = _missing_mask(call, target, implementation, length, visible, memo)
         if mask is not None:
             names = [name for name in MASK_ARGUMENTS if name in call.names]
             # A module that names both (GPT-2) takes the encoder's for cross-attention.
@@ -242,7 +247,12 @@ def widen_mask(mask: Tensor, length: int, visible: Tensor | None, true_hides: bo
 
 
 def _missing_mask(
-    call: Call, target: AttentionTarget, implementation: str, length: int, visible: Tensor | None
+    call: Call,
+    target: AttentionTarget,
+    implementation: str,
+    length: int,
+    visible: Tensor | None,
+    memo: dict[Any, Any],
 ) -> Tensor | None:
     """The mask where the backbone gave none because a kernel's own rule would do; `None` where it still does.
 
@@ -270,11 +280,34 @@ def _missing_mask(
         # Of this layer: those before it have already stored this call's keys, as it has in earlier rounds itself.
         past, layer_idx = min((inner.get_seq_length(index or 0), index or 0) for index in target.slots)
         keys, offset = inner.get_mask_sizes(queries, layer_idx)
-    device = states.device
+    key = ("mask", batch, queries, keys, past, offset, causal, length, id(visible), states.device, states.dtype)
+    if key not in memo:
+        # Beside what is known by its id, so that nothing else gets that.
+        memo[key] = (
+            visible,
+            _make_mask(states, keys, past if causal else None, offset, implementation, length, visible),
+        )
+    return memo[key][-1]
+
+
+def _make_mask(
+    states: Tensor,
+    keys: int,
+    past: int | None,
+    offset: int,
+    implementation: str,
+    length: int,
+    visible: Tensor | None,
+) -> Tensor:
+    """A mask with a prefix in front; causal behind `past` tokens if that is not `None`."""
+    batch, queries, device = *states.shape[:2], states.device
     if implementation.startswith("flash_attention"):
         return widen_mask(torch.ones(batch, keys, dtype=torch.bool, device=device), length, visible)
+    square = visible is None and offset == 0 and past == 0 and keys == queries
+    if square and length * _ROWS_FOR_A_MASK <= queries and not torch.compiler.is_compiling():
+        return CausalMask(queries, length, device)
     mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device)
-    if causal:
+    if past is not None:
         positions = torch.arange(queries, device=device) + past
         mask = mask & (torch.arange(keys, device=device) + offset <= positions[:, None])
     mask = widen_mask(mask, length, visible)

@@ -23,8 +23,9 @@ from .encoder import Pair, prepend
 PrefixOf = Callable[[Tensor, Tensor, Optional[int]], Optional[Pair]]
 
 
-# Tokens that a cache which grows has room for, at least, whenever it is moved.
-_SPARE = 64
+# From how many bytes of keys on a cache that grows is given room to do so, and for how many tokens at least. To copy
+# less than that takes less time than to write it in place, which takes more calls of torch.
+_SMALL, _SPARE = 2**18, 64
 
 
 @dataclass
@@ -183,10 +184,11 @@ class PrefixCache(Cache):
             layer.lazy_initialization(*new)
         past = layer.get_seq_length()
         start, end = self.length + past, self.length + past + new[0].shape[2]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            # To write into what autograd has kept would spoil it.
-            both = prepend(prefix, *new, [(layer.keys, layer.values)] if past else [])
-            layer.keys, layer.values = (side[:, :, self.length :] for side in both)
+        # To write into what autograd has kept would spoil it.
+        kept = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if kept or (layer.keys if past else new[0]).nbytes < _SMALL:
+            both = prepend(prefix, *new, (layer.keys, layer.values) if past else None)
+            layer.keys, layer.values = (side.narrow(2, self.length, end - self.length) for side in both)
             return both
         room = _room_of(layer, prefix, new, end)
         if room is None:

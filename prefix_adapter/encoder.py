@@ -5,7 +5,6 @@ Plain tensors and modules: nothing here knows transformers or PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,19 +47,24 @@ class KeyValueShape:
         return keys, values.transpose(1, 2)
 
 
-def prepend(prefix: Pair, keys: Tensor, values: Tensor, past: Sequence[Pair] = ()) -> Pair:
+def prepend(prefix: Pair, keys: Tensor, values: Tensor, past: Pair | None = None) -> Pair:
     """Put a prefix `[1 or batch, heads, n, size]` in front of keys and values `[batch, heads, length, size]`.
 
     Those of the `past` come between the two. A prefix that serves as both gives one tensor that does.
     """
-    joined = torch.cat([_spread(prefix[0], keys), *(pair[0] for pair in past), keys], dim=2)
+    joined = _join(prefix[0], None if past is None else past[0], keys)
     if prefix[0] is prefix[1]:
         return joined, joined
-    return joined, torch.cat([_spread(prefix[1], values), *(pair[1] for pair in past), values], dim=2)
+    return joined, _join(prefix[1], None if past is None else past[1], values)
 
 
-def _spread(prefix: Tensor, states: Tensor) -> Tensor:
-    return prefix.to(states.device, states.dtype).expand(states.shape[0], -1, -1, -1)
+def _join(prefix: Tensor, past: Tensor | None, states: Tensor) -> Tensor:
+    # In decoding each layer does this for every token, so it asks first what need not be done.
+    if prefix.dtype != states.dtype or prefix.device != states.device:
+        prefix = prefix.to(states.device, states.dtype)
+    if prefix.shape[0] != states.shape[0]:
+        prefix = prefix.expand(states.shape[0], -1, -1, -1)
+    return torch.cat([prefix, states] if past is None else [prefix, past, states], 2)
 
 
 class PrefixEncoder(NamedTuple):

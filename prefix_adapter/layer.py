@@ -64,8 +64,10 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self._watch = Watch(self.targets)
         # In a tuple, or the model would become a child of its own child.
         self._model = (model,)
-        self._handles = self._hook(model)
-        self._shifting = False
+        self._handles: list[Any] = []
+        # Positions with hooks, by their index.
+        self._hooked: set[int] = set()
+        self._hook(model)
 
     @property
     def model(self) -> nn.Module:
@@ -104,9 +106,8 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self.adapters[adapter_name] = Adapter(
             config.num_virtual_tokens, config.prefix_dropout, config.shift_positions, columns
         )
-        if config.shift_positions and not self._shifting:
-            self._handles += self._hook_positions(limited=False)
-            self._shifting = True
+        if config.shift_positions:
+            self._hook_positions(limited=False)
         self._forget_plans()
         config.source = None
 
@@ -222,7 +223,8 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         """Give each row of the batch an adapter of its own, `"__base__"` for none; `None` ends it."""
         self._row_adapters = None if names is None else [() if name == "__base__" else (name,) for name in names]
         self._batch = None
-        self._plans, self._mixed = {}, {}
+        self._forget_plans()
+        self._mixed = {}
         if names is None:
             self.count_rows = False
 
@@ -234,17 +236,11 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             return self._row_adapters
         return [tuple(name for name in self.active_adapters if name in self.adapters)]
 
-    def _active(self) -> frozenset[str]:
-        """The adapters that act on any row."""
-        return frozenset(name for row in self._rows() for name in row)
-
-    def _plan(self, target: AttentionTarget, states: Tensor, memo: dict[Any, Any]) -> Plan | None:
+    def _plan(self, index: int, target: AttentionTarget, states: Tensor, memo: dict[Any, Any]) -> Plan | None:
         """What to put in front of a target that is given hidden states `[batch, ...]`; `None` if nothing."""
-        rows = memo.get("rows")
-        if rows is None:
-            rows = self._rows()
+        rows = memo.get("rows") or self._rows()
         mixed = len(rows) > 1
-        key = (target.name, states.device, states.shape[0]) if mixed else (target.name, rows[0])
+        key = (index, states.device, states.shape[0]) if mixed else (index, rows[0])
         if key in self._plans:
             return self._plans[key]
         plan = make_plan(rows, self.adapters, target, states)
@@ -255,7 +251,9 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     def _prefix(self, slot: Slot, plan: Plan, keys: Tensor, memo: dict[Any, Any]) -> Pair:
         """The prefix `[1 or batch, heads, length, size]` in front of an attention layer's keys and values."""
         if plan.picked is None:
-            return self._row(plan.rows[0], slot, keys, memo)
+            row = plan.rows[0]
+            # The same pair for the same prefix: the cache's view goes by that.
+            return self._piece(row[0], slot, keys, memo) if len(row) == 1 else self._row(row, slot, keys, memo)
         key = (slot, keys.device, keys.dtype, keys.shape[0])
         if key not in self._mixed:
             rows = [self._row(row, slot, keys, memo) for row in plan.rows]
@@ -267,9 +265,6 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     def _row(self, row: tuple[Piece, ...], slot: Slot, keys: Tensor, memo: dict[Any, Any]) -> Pair:
         """The prefix of one row `[1, heads, length, size]`, or `[batch, heads, length, size]` under dropout."""
-        if len(row) == 1:
-            # The same pair for the same prefix: the cache's view goes by that.
-            return self._piece(row[0], slot, keys, memo)
         parts = [self._piece(piece, slot, keys, memo) for piece in row]
         batch = max(part.shape[0] for part, _ in parts)
         joined = [torch.cat([part.expand(batch, -1, -1, -1) for part in side], 2) for side in zip(*parts, strict=True)]
@@ -319,7 +314,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     # ---- Hooks
 
-    def _hook(self, model: nn.Module) -> list[Any]:
+    def _hook(self, model: nn.Module) -> None:
         # Methods and what they are given first: unlike closures they are copied with the model that they hang on.
         before, after = "register_forward_pre_hook", "register_forward_hook"
         always: list[Any] = []
@@ -336,22 +331,25 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             if target.own_mask is not None:
                 restore = partial(self._restore_own_mask, index)
                 always.append(target.module.register_forward_hook(restore, always_call=True))
-        for index, (follower, _) in enumerate(self.followers):
-            hooks.append((follower.module, before, partial(self._before_follower, index)))
+        for follower, source in self.followers:
+            index = next(index for index, target in enumerate(self.targets) if target is source)
+            hooks.append((follower.module, before, partial(self._before_follower, follower, index)))
         handles = [getattr(module, register)(hook, with_kwargs=True) for module, register, hook in hooks]
-        handles += self._hook_positions(limited=True)
+        self._handles = [*always, *handles]
+        self._hook_positions(limited=True)
         # Behind those, as it ends what they look at; also of a forward that fails.
-        return [*always, *handles, model.register_forward_hook(self._forget_forward, always_call=True)]
+        self._handles.append(model.register_forward_hook(self._forget_forward, always_call=True))
 
-    def _hook_positions(self, limited: bool) -> list[Any]:
+    def _hook_positions(self, limited: bool) -> None:
         """Hooks where positions are looked up in a table; without a limit there is nothing to do until they shift."""
-        handles = []
         for index, position in enumerate(self.positions):
-            if (position.limit is not None) == limited:
-                module, before, after = position.module, self._before_positions, self._after_positions
-                handles.append(module.register_forward_pre_hook(partial(before, index), with_kwargs=True))
-                handles.append(module.register_forward_hook(partial(after, index), with_kwargs=True))
-        return handles
+            if index not in self._hooked and (position.limit is not None) == limited:
+                before, after = partial(self._before_positions, index), partial(self._after_positions, index)
+                self._handles += [
+                    position.module.register_forward_pre_hook(before, with_kwargs=True),
+                    position.module.register_forward_hook(after, with_kwargs=True),
+                ]
+                self._hooked.add(index)
 
     def remove_hooks(self) -> None:
         """Take the hooks off the model, which then is what it was."""
@@ -367,17 +365,23 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self._watch.begin()
         memo = self._watch.forward.memo
         memo["rows"] = rows
-        memo["shifts"] = {kind: self._shifts(kind) for kind in {target.kind for target in self.positions}}
-        ids, shape = sequences(args, kwargs)
-        if shape:
-            check_input(self.model, ids, shape[-1], self.positions, max(self._shifts(self.targets[0].kind)))
-            if self.count_rows and shape[0] != len(rows):
-                raise ValueError(f"`adapter_names` has {len(rows)} names for a batch of {shape[0]}.")
+        if self._hooked:
+            memo["shifts"] = {target.kind: self._shifts(target.kind) for target in self.positions}
+            ids, shape = sequences(args, kwargs)
+            if shape:
+                check_input(self.model, ids, shape[-1], self.positions, max(self._shifts(self.targets[0].kind)))
+        if self._row_adapters is not None:
+            self._count_rows(rows, args, kwargs)
+        if self.training and torch.is_grad_enabled():
+            self._watch.prepare_checkpointing(self.model, shares_keys=bool(self.followers))
+
+    def _count_rows(self, rows: list[Row], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        shape = sequences(args, kwargs)[1]
+        if shape and self.count_rows and shape[0] != len(rows):
+            raise ValueError(f"`adapter_names` has {len(rows)} names for a batch of {shape[0]}.")
         # An encoder-decoder's rows are those that it decodes: beams come after the encoder.
         shape = sequences((), kwargs, "decoder_")[1] or shape
         self._batch = math.prod(shape[:-1]) if shape else None
-        if self.training and torch.is_grad_enabled():
-            self._watch.prepare_checkpointing(self.model, shares_keys=bool(self.followers))
 
     def _before_backbone(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("position_ids") is not None:
@@ -393,23 +397,30 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         call.set("position_ids", positions)
         return tuple(call.args), call.kwargs
 
-    def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        active = self._active()
-        if not active:
-            return
-        config = getattr(self.model, "config", None)
-        rates = (getattr(config, name, 0) for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"))
-        given = kwargs.get("encoder_outputs") is not None
-        self._watch.end(self._expected(active, given), drops_layers=self.training and any(rates))
+    def _active(self) -> set[str]:
+        """The adapters that act on any row."""
+        return {name for row in self._rows() for name in row}
 
-    def _expected(self, active: frozenset[str], encoder_rests: bool) -> list[int]:
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        rows = self._watch.forward.memo.get("rows")
+        if rows is None:
+            return
+        drops_layers = False
+        if self.training:
+            config = getattr(self.model, "config", None)
+            names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+            drops_layers = any(getattr(config, name, 0) for name in names)
+        self._watch.end(self._expected(rows, kwargs.get("encoder_outputs") is not None), drops_layers)
+
+    def _expected(self, rows: list[Row], encoder_rests: bool) -> list[int]:
         """Indices of the targets that are to use a prefix."""
-        key = active, encoder_rests
+        key = (encoder_rests, rows[0] if len(rows) == 1 else None)
         if key not in self._expectations:
+            adapters = [self.adapters[name] for row in rows for name in row]
             self._expectations[key] = [
                 index
                 for index, target in enumerate(self.targets)
-                if any(self.adapters[name].fills(target) for name in active)
+                if any(adapter.fills(target) for adapter in adapters)
                 and not (encoder_rests and target.kind == "encoder")
             ]
         return self._expectations[key]
@@ -420,7 +431,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     def _before_attention(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target, forward = self.targets[index], self._watch.forward
         call = Call(target.names, args, kwargs)
-        plan = self._plan(target, call.get(target.names[0]), forward.memo)
+        plan = self._plan(index, target, call.get(target.names[0]), forward.memo)
         if plan is None:
             return None
         forward.called.add(index)
@@ -439,11 +450,16 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             target: Any = self.targets[index]
             setattr(target.module, target.own_mask, self._own_masks.pop(index))
 
-    def _before_follower(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        follower, source = self.followers[index]
-        call = Call(follower.names, args, kwargs)
-        memo = self._watch.forward.memo
-        plan = self._plan(source, call.get(follower.names[0]), memo)
+    def _before_follower(
+        self,
+        follower: AttentionTarget,
+        index: int,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        call, memo = Call(follower.names, args, kwargs), self._watch.forward.memo
+        plan = self._plan(index, self.targets[index], call.get(follower.names[0]), memo)
         if plan is None:
             return None
         make_room(call, follower, self.model, plan.length, plan.visible, memo)

@@ -95,12 +95,15 @@ DYNAMIC, STATIC = (DynamicCache, AnyOtherCache), (StaticCache, AnyOtherStaticCac
 BETWEEN = [write, write_data, switch, switch_to_one_as_long, side_by_side, disable, reorder]
 
 
+# One that is copied, one that is given room to grow, and one that turns from the first to the second.
+@pytest.mark.parametrize("small", [10**9, 0, 2 * 2 * 8 * 6 * 4])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize(
     ("between", "classes"),
     [*((each, DYNAMIC) for each in [*BETWEEN, crop]), *((each, STATIC) for each in BETWEEN)],
 )
-def test_a_plain_cache_is_as_any_other(between, classes, frozen, monkeypatch):
+def test_a_plain_cache_is_as_any_other(between, classes, frozen, small, monkeypatch):
+    monkeypatch.setattr(cache_module, "_SMALL", small)
     monkeypatch.setattr(cache_module, "_SPARE", 2)  # so that there is no more room now and then
     results = []
     for cache_class in classes:
@@ -116,8 +119,9 @@ def test_a_plain_cache_is_as_any_other(between, classes, frozen, monkeypatch):
 
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
 @pytest.mark.parametrize("settings", [{}, MLP], ids=["table", "mlp"])
-def test_a_cache_goes_on_from_a_copy(settings, cache_class):
+def test_a_cache_goes_on_from_a_copy(settings, cache_class, monkeypatch):
     """A prompt that is computed once and copied, as transformers' guide to caches has it; and with a copied model."""
+    monkeypatch.setattr(cache_module, "_SMALL", 0)
     model = wrapped(**settings)
     model.requires_grad_(False)
     expected = in_steps(model, AnyOtherCache())
@@ -133,8 +137,9 @@ def test_a_cache_goes_on_from_a_copy(settings, cache_class):
             torch.testing.assert_close(torch.cat(logits, 1), expected[:, 8:], rtol=1e-5, atol=1e-5)
 
 
-def test_a_layer_that_is_shared_by_two_caches_is_written_by_one():
+def test_a_layer_that_is_shared_by_two_caches_is_written_by_one(monkeypatch):
     """A copy that shares tensors with the original, and both go on: what the base model's own cache can take."""
+    monkeypatch.setattr(cache_module, "_SMALL", 0)
     model, cache = wrapped(), DynamicCache(config=tiny.config("llama"))
     with torch.no_grad():
         model(input_ids=TOKENS[:, :8], past_key_values=cache)
@@ -153,7 +158,8 @@ def test_a_layer_that_is_shared_by_two_caches_is_written_by_one():
 
 
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
-def test_a_cache_of_inference_mode_goes_on_outside(cache_class):
+def test_a_cache_of_inference_mode_goes_on_outside(cache_class, monkeypatch):
+    monkeypatch.setattr(cache_module, "_SMALL", 0)
     model = wrapped()
     expected = in_steps(model, AnyOtherCache())
     cache = new_cache(cache_class, model)
@@ -169,12 +175,14 @@ def test_a_cache_of_inference_mode_goes_on_outside(cache_class):
     torch.testing.assert_close(torch.cat(logits, 1), expected[:, 8:], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("small", [10**9, 0])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("shared", [False, True], ids=["keys and values", "one for both"])
 @pytest.mark.parametrize("layer_class", [DynamicLayer, StaticLayer])
-def test_the_layer_is_left_as_its_own_update_leaves_it(layer_class, shared, grad, graph):
+def test_the_layer_is_left_as_its_own_update_leaves_it(layer_class, shared, grad, graph, small, monkeypatch):
     """What we do in place of `update` of the two layers: should it come to do more than that, this fails."""
+    monkeypatch.setattr(cache_module, "_SMALL", small)
     sides = 1 if shared else 2
     prefix = [torch.randn(1, 2, 5, 4) for _ in range(sides)]
     prefix = prefix[0], prefix[-1]
@@ -222,7 +230,8 @@ class Written(TorchDispatchMode):
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
-def test_a_token_does_not_copy_the_context(cache_class, frozen):
+def test_a_token_does_not_copy_the_context(cache_class, frozen, monkeypatch):
+    monkeypatch.setattr(cache_module, "_SMALL", 0)  # what is small may be copied
     model = wrapped()
     model.requires_grad_(not frozen)
 

@@ -1,6 +1,8 @@
 """The example server: answers are those of the adapter that was asked for, and mistakes are answered with 4xx."""
 
+import os
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from fastapi.testclient import TestClient  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "server"))
 import app as example  # noqa: E402
+from worker import Question, Worker  # noqa: E402
 
 CLASSIFIER, DECODER = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
 LABELS = {"two": 2, "three": 3, "seven": 7}
@@ -53,16 +56,20 @@ def adapters(tmp_path_factory):
     return root
 
 
-@pytest.fixture(params=[True, False], ids=["mixed", "one-adapter"])
-def client(adapters, request):
-    tokenizer = tokenizer_of()
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bases")
+    for name, model in (("bert", tiny.model("bert", CLASSIFIER)), ("llama", tiny.model("llama", DECODER))):
+        model.save_pretrained(root / name)
+        tokenizer_of().save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["mixed", "one-adapter"])
+def client(adapters, bases, request):
     services = {
-        "classifier": (tiny.model("bert", CLASSIFIER), example.classify),
-        "generator": (tiny.model("llama", DECODER), example.generate),
-    }
-    services = {
-        name: example.Service(model, tokenizer, adapters, compute, mixed=request.param)
-        for name, (model, compute) in services.items()
+        "classifier": example.Service("classify", str(bases / "bert"), adapters, mixed=request.param, threads=1),
+        "generator": example.Service("generate", str(bases / "llama"), adapters, mixed=request.param, threads=1),
     }
     with TestClient(example.create_app(**services)) as client:
         client.services = services
@@ -129,27 +136,53 @@ def test_too_many(client, monkeypatch):
     assert answer.status_code == 503 and answer.headers["Retry-After"] == "1"
 
 
-def test_one_row_that_fails_fails_alone(client, monkeypatch):
-    def fails(pool, tokenizer, batch):
+def test_one_row_that_fails_fails_alone(adapters):
+    worker = Worker("classify", tiny.model("bert", CLASSIFIER), tokenizer_of())
+
+    def fails(batch):
         if any(each.input_ids == [13] for each in batch):
             raise RuntimeError("thirteen")
-        return example.classify(pool, tokenizer, batch)
+        return worker.classify(batch)
 
-    service = client.services["classifier"]
-    monkeypatch.setattr(service, "compute", fails)
-    quiet = TestClient(client.app, raise_server_exceptions=False)
-    quiet.portal = client.portal
-    with ThreadPoolExecutor(8) as threads:
-        bodies = [{"adapter": "two", "text": f"w{number}"} for number in range(10, 18)]
-        statuses = list(threads.map(lambda body: quiet.post("/classify", json=body).status_code, bodies))
-    assert statuses == [200, 200, 200, 500, 200, 200, 200, 200]
+    worker.compute = fails
+    answers = worker.answer([Question(str(adapters / "two"), [number]) for number in range(10, 18)])
+    assert answers[3] == {"error": "RuntimeError: thirteen"}
+    assert all("label" in answer for number, answer in enumerate(answers) if number != 3)
+
+
+def test_a_process_that_ends_is_followed_by_another(client):
+    """Those who wait get a sentence, and those who come later an answer."""
+    client.post("/generate", json={"adapter": "prose", "prompt": "w6"})
+    before = client.post("/generate", json={"adapter": "verse", "prompt": "w6"}).json()
+    client.services["generator"].process.submit(os._exit, 1)
+    lost = client.post("/generate", json={"adapter": "verse", "prompt": "w6"})
+    assert lost.status_code == 503 and "has ended" in lost.text and "Retry-After" in lost.headers
+    for _ in range(100):
+        answer = client.post("/generate", json={"adapter": "verse", "prompt": "w6"})
+        if answer.status_code == 200:
+            break
+        time.sleep(0.3)
+    assert answer.json() == before
+
+
+def test_a_base_model_that_cannot_be_loaded(adapters, bases, tmp_path):
+    """The server does not start; it would answer nothing."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in (bases / "bert").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    (broken / "model.safetensors").write_bytes(b"no such thing")
+    app = example.create_app(example.Service("classify", str(broken), adapters, threads=1))
+    with pytest.raises(fastapi.HTTPException, match="has ended"), TestClient(app):
+        pass
 
 
 def test_adapters_and_metrics(client):
-    client.post("/classify", json={"adapter": "two", "text": "w6"})
+    for name in LABELS:
+        client.post("/classify", json={"adapter": name, "text": "w6"})
     found = client.get("/adapters").json()["classify"]
     assert found["on_disk"] == sorted([*LABELS, "broken", "prose", "verse"])
-    assert list(found["loaded"]) == ["two"]
+    assert found["loaded"].keys() == LABELS.keys()
     metrics = client.get("/metrics").text
-    assert 'adapters{service="classify"} 1.0' in metrics
+    assert 'adapters{service="classify"} 3.0' in metrics
     assert 'requests_total{path="/classify",status="200"}' in metrics

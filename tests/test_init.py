@@ -218,13 +218,13 @@ def test_a_window_is_warned_of():
 def test_a_cache_that_is_not_exact_is_found_out(monkeypatch):
     """The outputs are compared: a layer whose keys come out otherwise does not pass."""
     model = wrap(base_of("llama"))
-    row = PrefixTuningV2Layer._row
+    piece = PrefixTuningV2Layer._piece
 
     def rolled(*args):
-        keys, values = row(*args)
+        keys, values = piece(*args)
         return keys.roll(1, -1), values
 
-    monkeypatch.setattr(PrefixTuningV2Layer, "_row", rolled)
+    monkeypatch.setattr(PrefixTuningV2Layer, "_piece", rolled)
     with pytest.raises(ValueError, match="outputs differ by"):
         init_from_text(model, TEXT)
 

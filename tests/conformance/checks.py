@@ -6,6 +6,8 @@ A check takes a `Case` and raises `AssertionError` if it does not hold, `Skip` i
 from __future__ import annotations
 
 import itertools
+import math
+import unittest.mock
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 from zoo import NotBuilt, tiny_inputs, tiny_model
 
 import prefix_adapter
-from prefix_adapter import PrefixTuningV2Config, get_peft_model
+from prefix_adapter import PrefixTuningV2Config, attention, get_peft_model
+from prefix_adapter.causal import CausalMask
 
 TOKENS = 3
 TOLERANCE = 2e-4
@@ -432,6 +435,38 @@ def compiled(case: Case) -> None:
     close(ours, want, "compiled")
 
 
+def causal_rule(case: Case) -> None:
+    """Where no mask is needed but for the prefix, attention by the kernel's own rule is that with a mask."""
+
+    def run(tokens_for_a_mask: float) -> tuple[Tensor, Tensor]:
+        with unittest.mock.patch.object(attention, "_ROWS_FOR_A_MASK", tokens_for_a_mask):
+            torch.manual_seed(0)
+            model = case.wrapped()
+            inputs = {k: v for k, v in case.inputs(model).items() if "attention_mask" not in k}
+            result = outputs(model, inputs)
+            (result * torch.randn(result.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+        gradient = layer_of(model).prefix_tuning_v2_embedding["default"].weight.grad
+        assert gradient is not None
+        return result.detach(), gradient
+
+    used = []
+    with unittest.mock.patch.object(CausalMask, "_attend", _noting(CausalMask._attend, used)):
+        ours, gradient = run(0)
+    if not any(output is not None for output in used):
+        raise Skip("it is never asked")
+    want, want_gradient = run(math.inf)
+    close(ours, want, "outputs")
+    close(gradient, want_gradient, "gradients")
+
+
+def _noting(function: Callable[..., Any], results: list[Any]) -> Callable[..., Any]:
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        results.append(function(*args, **kwargs))
+        return results[-1]
+
+    return noting
+
+
 def two_turns(case: Case) -> None:
     """A user's own cache over two turns gives what one pass over both gives."""
     if case.task != "CAUSAL_LM":
@@ -481,7 +516,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     for check in (
         effect_and_gradients, disabling, masked_prefix, eager_and_sdpa, padding, reload, checkpointing, one_pass,
         generate_greedy, generate_left_padded, generate_beams, generate_sampling, generate_static,
-        generate_prompt_lookup, two_turns, embeddings, compiled,
+        generate_prompt_lookup, two_turns, embeddings, compiled, causal_rule,
         far_window,
     )
 }  # fmt: skip

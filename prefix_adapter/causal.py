@@ -1,0 +1,64 @@
+"""Causal attention behind a prefix, by the kernel that knows the rule and needs no mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+class CausalMask(Tensor):
+    """The mask `[1, 1, tokens, length + tokens]` of tokens that see a prefix, themselves and what is between.
+
+    `scaled_dot_product_attention` has kernels for causal attention that compute half of the scores and read no mask,
+    but only from the upper left corner of a square, and a prefix makes it wider than high. With `length` rows of
+    nothing above the queries it is a square again. Their outputs are dropped: a share of `length / tokens` more work,
+    in place of a mask and of twice the scores. Everything else gets to see the mask itself, element by element.
+    (`torch.nn.attention.bias` has a mask of the same kind for kernels of CUDA.)
+
+    Args:
+        tokens: of the input.
+        length: of the prefix.
+        device: where it is.
+    """
+
+    length: int
+
+    @staticmethod
+    def __new__(cls, tokens: int, length: int, device: torch.device) -> CausalMask:
+        """A tensor of that shape, and of a single element in memory."""
+        element = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        mask = element.expand(1, 1, tokens, length + tokens).as_subclass(cls)
+        mask.length = length
+        return mask
+
+    def plain(self) -> Tensor:
+        """The mask, element by element."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.clone(memory_format=torch.contiguous_format).as_subclass(Tensor).tril_(self.length)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "__get__":  # shape, dtype, device
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            output = cls._attend(*args, **kwargs)
+            if output is not None:
+                return output
+        args, kwargs = tree_map(lambda each: each.plain() if isinstance(each, cls) else each, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _attend(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, *args: Any, is_causal: bool = False, **kwargs: Any
+    ) -> Tensor | None:
+        length = key.shape[-2] - query.shape[-2]
+        if not isinstance(attn_mask, CausalMask) or args or is_causal or length != attn_mask.length:
+            return None
+        padded = F.pad(query, (0, 0, length, 0))
+        return F.scaled_dot_product_attention(padded, key, value, is_causal=True, **kwargs)[..., length:, :]
