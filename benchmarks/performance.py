@@ -3,15 +3,17 @@
     python benchmarks/performance.py --output runs/performance.json
     python benchmarks/performance.py --output runs/performance.json --report docs/performance.md
 
-On a GPU add `--device cuda`, and `--precision tf32` or `bf16`. Each section can be run by itself (`--sections`); what
-is in the output already is replaced. Arms take turns step by step in one process, so that whatever else the machine
-does meets all of them; peak memory is measured in a process for each arm. On a CPU one thread is used.
+On a GPU add `--device cuda`, and `--precision tf32` or `bf16`, and where flash attention is installed `--attention
+flash_attention_2`. Each section can be run by itself (`--sections`, `--shapes`); what is in the output already is
+replaced. Arms take turns step by step in one process, in an order drawn anew each time, so that whatever else the
+machine does meets all of them; peak memory is measured in a process for each arm. On a CPU one thread is used.
 """
 
 import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -31,14 +33,21 @@ if "PERFORMANCE_STARTED" not in os.environ:  # the C library reads them once, at
 import peft
 import torch
 import transformers
-from arms import ARMS, CONFIGS, base_model, build
+from arms import ARMS, SHAPES, base_model, build, config_of
 from peft import PeftModel
+from torch.profiler import ProfilerActivity, profile
 from transformers.cache_utils import DynamicCache, StaticCache
 
-# The rows of the seed's table: virtual tokens and the MLP's width.
+# The rows of the seed's table: virtual tokens and the MLP's width, None for a table. 200 without an MLP is ours.
 ROWS = [(20, None), (100, None), (200, None), (20, 512), (100, 512), (200, 512), (200, 768)]
 CONTEXTS = (64, 1024, 4096)
-GROWTH = {"n": (1, 32, 128, 512), "batch": (1, 4, 16), "tokens": (32, 128, 448), "layers": (1, 2, 4, 6)}
+GROWTH = {
+    "n": (1, 32, 128, 512),
+    "batch": (1, 4, 16),
+    "tokens": (32, 128, 448),
+    "prefixed": (1, 2, 4, 6),
+    "depth": (1, 2, 4, 6),
+}
 
 
 class Bench:
@@ -47,12 +56,17 @@ class Bench:
     def __init__(self, args):
         self.args, self.device = args, torch.device(args.device)
         self.cuda = self.device.type == "cuda"
+        self.order = random.Random(0)
         torch.set_num_threads(1)
         torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
 
     def autocast(self):
         """What a step runs under."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.args.precision == "bf16" else nullcontext()
+
+    def build(self, arm, config, *args, **kwargs):
+        """An arm's model, on the device."""
+        return build(arm, config, *args, **kwargs, attention=self.args.attention).to(self.device)
 
     def run(self, model, **inputs):
         """A forward without gradients."""
@@ -69,39 +83,33 @@ class Bench:
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    @staticmethod
-    def result(times, **about):
-        """The median, and the distance of the quartiles."""
-        low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
-        return {**about, "seconds": statistics.median(times), "spread": high - low}
-
-    def compare(self, steps, rounds=None, **about):
-        """Each step in turn, round by round: the median of each, and the distance of its quartiles."""
+    def compare(self, steps, rounds=None, warmup=None, **about):
+        """Each step in turn, round by round: the seconds of each, the n-th of all arms in the same round."""
         times = {arm: [] for arm in steps}
         rounds = rounds or self.args.rounds
-        for number in range(rounds + self.args.warmup):
-            for arm, step in steps.items():
-                seconds = self.seconds(step)
-                if number >= self.args.warmup:
-                    times[arm].append(seconds)
-        results = [self.result(found, **about, arm=arm) for arm, found in times.items()]
-        print(json.dumps({**about, **{r["arm"]: round(1e3 * r["seconds"], 3) for r in results}}), flush=True)
+        warmup = self.args.warmup if warmup is None else warmup
+        for number in range(rounds + warmup):
+            for arm in self.order.sample(list(steps), len(steps)):
+                seconds = self.seconds(steps[arm])
+                if number >= warmup:
+                    times[arm].append(round(seconds, 7))
+        results = [{**about, "arm": arm, "seconds": found} for arm, found in times.items()]
+        medians = {arm: round(1e3 * statistics.median(found), 3) for arm, found in times.items()}
+        print(json.dumps({**about, "milliseconds": medians}), flush=True)
         return results
 
 
 def batch_of(config, device, batch=32, tokens=128):
     """Random input, all of one length, with labels."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, 5000, (batch, tokens), generator=generator).to(device)
+    ids = torch.randint(1000, 5000, (batch, tokens), generator=generator).to(device)
     labels = ids if config.model_type == "llama" else torch.arange(batch, device=device) % 3
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def training_step(bench, arm, model, batch):
-    """A step of training: forward, loss, backward, AdamW. `frozen` gives gradients to the head alone."""
-    model.to(bench.device).train()
-    if arm == "full":
-        model.requires_grad_(True)
+def training_step(bench, model, batch):
+    """A step of training: forward, loss, backward, AdamW."""
+    model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 
     def step():
@@ -114,15 +122,24 @@ def training_step(bench, arm, model, batch):
     return step
 
 
+def rows_of(shape):
+    """The rows of the table for a shape: all of the seed's for an encoder."""
+    return ROWS if shape != "llama" else [(20, None), (20, 512)]
+
+
+def arms_of(shape):
+    """The reference is written for BERTs."""
+    return [arm for arm in ARMS if shape != "llama" or arm != "reference"]
+
+
 def train(bench):
     """A training step of every arm, for every row of the seed's table."""
     results = []
     for shape in bench.args.shapes:
-        config = CONFIGS[shape]()
+        config = config_of(shape)
         batch = batch_of(config, bench.device, bench.args.batch)
-        for n, width in ROWS if shape != "llama" else ROWS[:1]:
-            arms = [arm for arm in ARMS if shape != "llama" or arm not in ("reference",)]
-            steps = {arm: training_step(bench, arm, build(arm, config, n, width), batch) for arm in arms}
+        for n, width in rows_of(shape):
+            steps = {arm: training_step(bench, bench.build(arm, config, n, width), batch) for arm in arms_of(shape)}
             about = {"section": "train", "shape": shape, "n": n, "width": width, "batch": bench.args.batch}
             results += bench.compare(steps, **about)
     return results
@@ -132,24 +149,40 @@ def memory(bench):
     """Peak memory of a training step, each arm in a process of its own."""
     results = []
     for shape in bench.args.shapes:
-        rows = ROWS if shape != "llama" else ROWS[:1]
-        specs = [{"n": 20, "width": None, "arm": arm, "any_n": True} for arm in ("frozen", "full", "lora")]
-        arms = [arm for arm in ARMS if arm not in ("full", "lora") and (shape != "llama" or arm != "reference")]
-        specs += [{"n": n, "width": width, "arm": arm} for n, width in rows for arm in arms]
-        for spec in specs:
-            spec = {"section": "memory", "shape": shape, "batch": bench.args.batch, **spec}
-            command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", json.dumps(spec)]
-            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            results.append({**spec, **json.loads(output.splitlines()[-1])})
-            print(json.dumps(results[-1]), flush=True)
+        settings = {"section": "memory", "shape": shape, "batch": bench.args.batch}
+        same = [arm for arm in ("frozen", "full", "lora") if arm in (*ARMS, "frozen")]
+        for arm in same:
+            for checkpointing in (False, True):
+                results.append(peak_of(bench, {**settings, "arm": arm, "any_n": True, "checkpointing": checkpointing}))
+        for n, width in rows_of(shape):
+            for arm in (arm for arm in arms_of(shape) if arm not in same):
+                spec = {**settings, "arm": arm, "n": n, "width": width}
+                results.append(peak_of(bench, spec))
+                if arm == "ours":
+                    results.append(peak_of(bench, {**spec, "checkpointing": True}))
     return results
 
 
-def memory_of(bench, spec):
+def peak_of(bench, spec):
+    """The peak of a training step, measured in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", json.dumps(spec)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise RuntimeError(f"{spec}: {finished.stderr}")
+    result = {**spec, **json.loads(finished.stdout.splitlines()[-1])}
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def measure_peak(bench, spec):
     """The peak of tensors in the second step, above what is there before it, in bytes."""
-    config = CONFIGS[spec["shape"]]()
-    batch = batch_of(config, bench.device, bench.args.batch)
-    step = training_step(bench, spec["arm"], build(spec["arm"], config, spec["n"], spec["width"]), batch)
+    config = config_of(spec["shape"])
+    config.num_hidden_layers = spec.get("depth") or config.num_hidden_layers
+    batch = batch_of(config, bench.device, spec["batch"], spec.get("tokens", 128))
+    model = bench.build(spec["arm"], config, spec.get("n", 20), spec.get("width"), spec.get("prefixed"))
+    if spec.get("checkpointing"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    step = training_step(bench, model, batch)
     step()
     if bench.cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -157,48 +190,36 @@ def memory_of(bench, spec):
         step()
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        with Tracked() as peak_of:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             step()
-        peak = peak_of()
+        peak = most_alive(profiled)
     print(json.dumps({"peak": peak}))
 
 
-class Tracked:
-    """Counts the bytes of the tensors that are alive, from inside: what a step holds, whatever the C library does."""
-
-    def __enter__(self):
-        from torch.profiler import ProfilerActivity, profile
-
-        self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        self.profile.__enter__()
-        return self.peak
-
-    def __exit__(self, *error):
-        self.profile.__exit__(*error)
-
-    def peak(self):
-        """The most that was allocated at a time, above the start."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.json"
-            self.profile.export_chrome_trace(str(path))
-            events = json.loads(path.read_text())["traceEvents"]
-        alive = most = 0
-        for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-            alive += event["args"]["Bytes"]
-            most = max(most, alive)
-        return most
+def most_alive(profiled):
+    """The most bytes of tensors that were alive at a time, above the start, as the profiler saw them come and go."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    alive = most = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+        alive += event["args"]["Bytes"]
+        most = max(most, alive)
+    return most
 
 
 def infer(bench):
     """A forward of an encoder with a prefix of 20, and without one."""
     results = []
     for shape in (shape for shape in bench.args.shapes if shape != "llama"):
-        config = CONFIGS[shape]()
+        config = config_of(shape)
         batch = batch_of(config, bench.device, bench.args.batch)
         del batch["labels"]
         steps = {}
         for arm in ("frozen", "peft", "reference", "ours", "floor"):
-            steps[arm] = partial(bench.run, build(arm, config).to(bench.device).eval().requires_grad_(False), **batch)
+            model = bench.build(arm, config).eval().requires_grad_(False)
+            steps[arm] = partial(bench.run, model, **batch)
         results += bench.compare(steps, section="infer", shape=shape, n=20, batch=bench.args.batch)
     return results
 
@@ -206,104 +227,158 @@ def infer(bench):
 def decode(bench):
     """Tokens of a decoder one by one behind a context; the base model has the n tokens more in its cache.
 
-    As in `generate`, where PEFT's wrapper hands over to the model inside once and not for each token.
+    As in `generate`: positions are handed over, and PEFT's wrapper hands over to the model inside once and not for
+    each token. `compiled` is a static cache behind `torch.compile`, for which the prompt is run as it is.
     """
-    config, n, results = CONFIGS["llama"](), 20, []
-    wrapped = {
-        arm: build(arm, config, n).to(bench.device).eval().requires_grad_(False) for arm in ("ours", "peft", "lora")
-    }
-    models = {
-        "base": base_model(config).to(bench.device).eval().requires_grad_(False),
-        "peft": wrapped["peft"].base_model,
-    }
+    config, n, results = config_of("llama"), 20, []
+    models = {"base": base_model(config, bench.args.attention).to(bench.device).eval().requires_grad_(False)}
+    wrapped = {arm: bench.build(arm, config, n).eval().requires_grad_(False) for arm in ("ours", "peft", "lora")}
     models |= {arm: wrapped[arm].base_model.model for arm in ("ours", "lora")}
-    tokens = torch.randint(5, 5000, (1, max(CONTEXTS) + n), generator=torch.Generator().manual_seed(0)).to(
-        bench.device
-    )
+    models["peft"] = wrapped["peft"].base_model
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1000, 5000, (1, max(CONTEXTS) + n), generator=generator).to(bench.device)
+    rounds = 4 * bench.args.rounds
 
-    def first(arm, context, kind):
-        """The cache behind the context."""
+    def prompt(arm, context, kind):
+        """The cache behind the context, and the position that follows."""
         own = context + n if arm == "base" else context
         if arm == "peft":
             cache = wrapped[arm].get_prompt(batch_size=1)
-        elif kind == "static":
-            cache = StaticCache(config, own + 5 * bench.args.rounds + 64)
-        else:
+        elif kind == "dynamic":
             cache = DynamicCache(config=config)
+        else:
+            cache = StaticCache(config, own + rounds + 2 * bench.args.warmup)
         bench.run(models[arm], input_ids=tokens[:, :own], past_key_values=cache, logits_to_keep=1)
-        return cache
+        return cache, torch.tensor([[own + (n if arm == "peft" else 0)]], device=bench.device)
+
+    def token(model, cache, position):
+        with torch.inference_mode(), bench.autocast():
+            model(input_ids=tokens[:, :1], past_key_values=cache, position_ids=position, logits_to_keep=1)
+            position += 1
 
     for context in CONTEXTS:
         about = {"shape": "llama", "n": n, "context": context}
-        firsts = {arm: partial(first, arm, context, "dynamic") for arm in models}
-        results += bench.compare(firsts, rounds=min(3, bench.args.rounds), section="first token", **about)
-        for kind in ("dynamic", "static"):
-            caches = {arm: first(arm, context, kind) for arm in models if kind == "dynamic" or arm != "peft"}
-            steps = {
-                arm: partial(bench.run, models[arm], input_ids=tokens[:, :1], past_key_values=cache, logits_to_keep=1)
-                for arm, cache in caches.items()
-            }
-            results += bench.compare(steps, rounds=4 * bench.args.rounds, section="decode", cache=kind, **about)
+        firsts = {arm: partial(prompt, arm, context, "dynamic") for arm in models}
+        results += bench.compare(firsts, section="first token", **about)
+        for kind in ("dynamic", "static", "compiled"):
+            # What PEFT's prefix tuning is given as a cache holds the prefix, and is no static one.
+            arms = [arm for arm in models if kind == "dynamic" or arm != "peft"]
+            used = dict(models)
+            if kind == "compiled":
+                torch._dynamo.reset()
+                used = {arm: torch.compile(models[arm]) for arm in arms}
+            steps = {arm: partial(token, used[arm], *prompt(arm, context, kind)) for arm in arms}
+            results += bench.compare(steps, rounds, section="decode", cache=kind, **about)
     return results
 
 
 def load(bench):
     """Loading an adapter of bert-base onto a base model in memory, and switching between two that are loaded."""
-    config = CONFIGS["multilingual"]()
+    config = config_of("multilingual")
     config.vocab_size = 30522
-    results = []
     with tempfile.TemporaryDirectory() as folder:
+        models = {}
         for arm in ("ours", "lora"):
             build(arm, config).save_pretrained(f"{folder}/{arm}")
-        models = {
-            arm: PeftModel.from_pretrained(base_model(config), f"{folder}/{arm}").to(bench.device)
-            for arm in ("ours", "lora")
-        }
-        count = iter(range(10**6))
-
-        def loading(arm):
-            def step():
-                name = f"a{next(count)}"
-                models[arm].load_adapter(f"{folder}/{arm}", name)
-                loaded[arm] = name
-
-            return step
-
-        loaded, times = {}, {"ours": [], "lora": []}
-        for number in range(bench.args.rounds + bench.args.warmup):
-            for arm, found in times.items():
-                seconds = bench.seconds(loading(arm))
-                models[arm].delete_adapter(loaded[arm])
+            models[arm] = PeftModel.from_pretrained(base_model(config), f"{folder}/{arm}").to(bench.device)
+            models[arm].load_adapter(f"{folder}/{arm}", "other")
+        times = {arm: [] for arm in models}
+        for number in range(4 * bench.args.rounds + bench.args.warmup):
+            for arm, model in models.items():
+                step = partial(model.load_adapter, f"{folder}/{arm}", "new", torch_device=str(bench.device))
+                seconds = bench.seconds(step)
+                model.delete_adapter("new")
                 if number >= bench.args.warmup:
-                    found.append(seconds)
-        for arm, model in models.items():
-            results.append(bench.result(times[arm], section="load", n=20, arm=arm))
-            model.load_adapter(f"{folder}/{arm}", "other")
-        print(json.dumps(results), flush=True)
+                    times[arm].append(seconds)
+        results = [{"section": "load", "n": 20, "arm": arm, "seconds": found} for arm, found in times.items()]
+        print(json.dumps({arm: 1e3 * statistics.median(found) for arm, found in times.items()}), flush=True)
 
         def switching(model):
             names = iter(["other", "default"] * 10**5)
             return lambda: model.set_adapter(next(names))
 
         steps = {arm: switching(model) for arm, model in models.items()}
-        results += bench.compare(steps, rounds=bench.args.rounds * 4, section="switch", n=20)
-    return results
+        return results + bench.compare(steps, 10 * bench.args.rounds, section="switch", n=20)
 
 
 def growth(bench):
-    """A training step as one thing grows: prefix, batch, input, layers with a prefix."""
+    """Time and memory of a training step as one thing grows."""
     results = []
     for name, values in GROWTH.items():
         for value in values:
-            config = CONFIGS["minilm"]()
-            settings = {"n": 20, "batch": 8, "tokens": 128, "layers": config.num_hidden_layers, name: value}
-            config.num_hidden_layers = settings["layers"]
+            config = config_of("minilm")
+            # One layer after another is given a prefix from the last, so that fewer of them are gone back through.
+            settings = {"n": 20, "batch": 8, "tokens": 128, "prefixed": None, "depth": config.num_hidden_layers}
+            settings[name] = value
+            config.num_hidden_layers = settings["depth"]
             batch = batch_of(config, bench.device, settings["batch"], settings["tokens"])
+            arms = ("ours",) if name == "prefixed" else ("ours", "floor", "frozen")
+            about = {"shape": "minilm", "grows": name, **settings}
             steps = {
-                arm: training_step(bench, arm, build(arm, config, settings["n"]), batch)
-                for arm in ("ours", "floor", "frozen")
+                arm: training_step(bench, bench.build(arm, config, settings["n"], None, settings["prefixed"]), batch)
+                for arm in arms
             }
-            results += bench.compare(steps, section="growth", shape="minilm", grows=name, **settings)
+            results += bench.compare(steps, section="growth", **about)
+            results += [peak_of(bench, {**about, "section": "growth of memory", "arm": arm}) for arm in arms]
+    return results
+
+
+# Operations that move no data.
+_VIEWS = (
+    "view",
+    "reshape",
+    "transpose",
+    "permute",
+    "t",
+    "expand",
+    "slice",
+    "select",
+    "narrow",
+    "unsqueeze",
+    "squeeze",
+)
+_VIEWS += ("detach", "alias", "as_strided", "split", "unflatten", "unbind", "to", "empty", "result_type", "flatten")
+
+
+def operations(bench):
+    """How many operations on data a training step, and a token in decoding, are made of: launches, on a GPU."""
+    results = []
+
+    def count(about, step):
+        step()
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            step()
+        events = [e for e in profiled.events() if e.name.startswith("aten::")]
+        # Only those at the end of a chain of calls do something.
+        found = [e for e in events if not any(child.name.startswith("aten::") for child in e.cpu_children)]
+        names = [e.name.removeprefix("aten::").rstrip("_") for e in found]
+        number = sum(name not in _VIEWS and not name.startswith("empty") for name in names)
+        results.append({"section": "operations", **about, "operations": number})
+        print(json.dumps(results[-1]), flush=True)
+
+    def training(model, batch):
+        model(**batch).loss.backward()
+
+    config = config_of("minilm")
+    batch = batch_of(config, bench.device, 2, 16)
+    for width in (None, 512):
+        for arm in ("frozen", "floor", "ours", "peft", "reference"):
+            if width is None or arm not in ("frozen", "floor"):
+                model = bench.build(arm, config, 20, width).train()
+                count({"what": "training step", "arm": arm, "n": 20, "width": width}, partial(training, model, batch))
+    config = config_of("llama")
+    for arm in ("base", "ours"):
+        model = (base_model(config) if arm == "base" else bench.build("ours", config).base_model.model).to(
+            bench.device
+        )
+        model.eval().requires_grad_(False)
+        for kind, context in (("dynamic", 64), ("dynamic", 1024), ("static", 64)):
+            cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config, 128)
+            ids = torch.randint(1000, 5000, (1, context), device=bench.device)
+            positions = torch.tensor([[context]], device=bench.device)
+            bench.run(model, input_ids=ids, past_key_values=cache)
+            token = partial(bench.run, model, input_ids=ids[:, :1], past_key_values=cache, position_ids=positions)
+            count({"what": f"a token behind {context}, {kind} cache", "arm": arm, "n": 20, "width": None}, token)
     return results
 
 
@@ -314,6 +389,7 @@ SECTIONS = {
     "decode": decode,
     "load": load,
     "growth": growth,
+    "operations": operations,
 }
 
 
@@ -323,36 +399,45 @@ def git_commit():
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
+def processor():
+    """What the processor calls itself."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def main():
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="JSON with all figures; added to")
     parser.add_argument("--report", type=Path, help="write the tables to this page, and measure nothing")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--shapes", nargs="+", choices=CONFIGS, default=["minilm"])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32")
+    parser.add_argument("--attention", default="sdpa", help="transformers' attn_implementation, of all but the floor")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
-        memory_of(Bench(args), json.loads(args.memory_of))
+        measure_peak(Bench(args), json.loads(args.memory_of))
         return
     known = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else []
     if args.report:
         from report import page, plot
 
-        args.report.write_text(page(known), encoding="utf-8")
-        if any(each["section"] == "growth" for each in known):
-            plot(known, args.report.with_name("performance-growth.png"))
+        notes = Path(__file__).with_name("performance_notes.md").read_text(encoding="utf-8")
+        args.report.write_text(page(known, notes), encoding="utf-8")
+        plot(known, args.report.with_name("performance-growth.png"))
         return
     bench = Bench(args)
-    machine = torch.cuda.get_device_name() if bench.cuda else f"{platform.machine()} CPU, one thread"
+    machine = torch.cuda.get_device_name() if bench.cuda else f"{processor()}, one thread"
     made = {
         "machine": machine,
-        "precision": args.precision,
+        "precision": args.precision + ("" if args.attention == "sdpa" else f", {args.attention}"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
         "commit": git_commit(),
     }
@@ -361,12 +446,14 @@ def main():
         found = [{**each, **made} for each in SECTIONS[name](bench)]
 
         def about(each):
-            return [each.get(key) for key in ("section", "shape", "machine", "precision")]
+            return [each.get(key) for key in ("section", "shape", "batch", "machine", "precision")]
 
         replaced = [about(each) for each in found]
         known = [each for each in known if about(each) not in replaced] + found
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        unfinished = args.output.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(known), encoding="utf-8")
+        unfinished.replace(args.output)
         print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
 
 

@@ -1,5 +1,6 @@
-"""The figures of performance.py as a page: tables of ratios, and plots of growth."""
+"""The figures of performance.py as a page: what was aimed at, tables of ratios, and plots of growth."""
 
+import statistics
 from itertools import groupby
 
 WORDS = {
@@ -13,11 +14,21 @@ WORDS = {
     "frozen": "frozen backbone",
     "base": "base, n tokens more",
 }
+# The seed's table: time of an epoch and memory over full fine-tuning's, by virtual tokens and the MLP's width.
+SEED = {
+    (20, None): (50 / 110, 5374 / 8194),
+    (20, 512): (60 / 110, 5507 / 8194),
+    (100, None): (73 / 110, 6411 / 8194),
+    (100, 512): (77 / 110, 6546 / 8194),
+    (200, 512): (93 / 110, 7691 / 8194),
+    (200, 768): (95 / 110, 7791 / 8194),
+}
 HEAD = """# Performance
 
-<!-- Written by benchmarks/performance.py; the text is in benchmarks/report.py. -->
+<!-- Written by benchmarks/performance.py; the text is in benchmarks/report.py and benchmarks/performance_notes.md. -->
 
-Everything is a ratio of two medians, taken in turns in one process (memory: in a process for each arm), by
+Ratios of times are medians of the ratios round by round: all arms take their turn in each round, in one process, in an
+order drawn anew (± is half the distance of the quartiles). Memory is that of a process for each arm. Made by
 
 ```bash
 python benchmarks/performance.py --output runs/performance.json
@@ -28,18 +39,20 @@ python benchmarks/performance.py --output runs/performance.json --report docs/pe
 hook: the least that a prefix can cost. *reference* is P-Tuning v2 as in the paper, with the MLP run for every row of
 the batch. *frozen backbone* has no prefix, and gradients go through it to its embeddings. Input is random, all of one
 length, 128 tokens in training; dropout on the prefix is off. *n* is the number of virtual tokens, *MLP* the width of
-its hidden layer. ± is half the distance of the quartiles, in the same unit.
+its hidden layer. minilm: all-MiniLM-L6-v2, 22.7 million parameters. multilingual: the configuration of
+bert-base-multilingual-cased, 178 million. llama: a decoder of 88 million with grouped queries.
 """
 
 
-def page(results):
+def page(results, notes=""):
     """The page for all results."""
-    parts = [HEAD]
+    parts = [HEAD, notes]
     for (machine, precision), group in _by(results, "machine", "precision"):
         own = list(group)
         versions = ", ".join(f"{name} {number}" for name, number in own[0]["versions"].items())
         commits = ", ".join(sorted({each["commit"] for each in own}))
         parts.append(f"## {machine}, {precision}\n\n{versions}; commit {commits}.\n")
+        parts.append(_targets(own))
         for section, write in SECTIONS.items():
             found = [each for each in own if each["section"] == section]
             if found:
@@ -59,92 +72,209 @@ def _table(columns, rows):
     return "\n".join(f"| {line} |" for line in lines) + "\n"
 
 
-def _rows(results, value, names):
+def _settings(results, names):
     """The results of each setting, by arm, in the order in which they were taken."""
     order = {}
     for each in results:
         order.setdefault(tuple(each.get(name) for name in names), {})[each["arm"]] = each
-    return [(setting, {arm: each[value] for arm, each in arms.items()}, arms) for setting, arms in order.items()]
+    return order
 
 
-def _ratios(results, value, base, unit, title, text, names=("shape", "n", "width")):
-    rows = _rows(results, value, names)
+def ratio(one, other):
+    """The median of the ratios round by round, and half the distance of their quartiles; of memory just the ratio."""
+    if "peak" in one:
+        return one["peak"] / other["peak"], 0.0
+    pairs = [a / b for a, b in zip(one["seconds"], other["seconds"], strict=True)]
+    low, _, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3
+    return statistics.median(pairs), (high - low) / 2
+
+
+def _in_words(value):
+    middle, spread = value
+    return f"{middle:.3f}" + (f" ± {spread:.3f}" if spread else "")
+
+
+def _ratios(results, base, title, text, names=("shape", "batch", "n", "width")):
+    rows = _settings([each for each in results if not each.get("any_n")], names)
     # What does not depend on the prefix is measured once.
-    same = {arm: full[arm] for _, _, full in rows for arm in full if full[arm].get("any_n")}
-    rows = [
-        (about, {**{arm: each[value] for arm, each in same.items() if each["shape"] == about[0]}, **values}, full)
-        for about, values, full in rows
-        if any(not each.get("any_n") for each in full.values())
-    ]
-    arms = [arm for arm in WORDS if any(arm in values for _, values, _ in rows) and arm != base]
-    scale = {"ms": 1e3, "MiB": 2**-20}[unit]
-    columns = [*(("MLP" if name == "width" else name) for name in names), f"{WORDS[base]}, {unit}"]
-    lines = []
-    for setting, values, full in rows:
-        about = [str(each if each is not None else "-") for each in setting]
-        spread = full.get(base, {}).get("spread")
-        first = f"{scale * values[base]:.3g}" + (f" ± {scale * spread / 2:.2g}" if spread is not None else "")
-        lines.append([*about, first, *(f"{values[arm] / values[base]:.3f}" if arm in values else "-" for arm in arms)])
-    return f"### {title}\n\n{text}\n\n" + _table([*columns, *(WORDS[arm] for arm in arms)], lines)
+    same = {(each["shape"], each["arm"]): each for each in results if each.get("any_n")}
+    lines, found = [], {}
+    for setting, arms in rows.items():
+        beside = {arm: each for (shape, arm), each in same.items() if shape == next(iter(arms.values()))["shape"]}
+        found[setting] = {**beside, **arms}
+    arms = [arm for arm in WORDS if arm != base and any(arm in each for each in found.values())]
+    for setting, each in found.items():
+        if "peak" in each[base]:
+            first = f"{each[base]['peak'] / 2**20:.0f} MiB"
+        else:
+            first = f"{1e3 * statistics.median(each[base]['seconds']):.4g} ms"
+        about = [str(value if value is not None else "-") for value in setting]
+        lines.append([*about, first, *(_in_words(ratio(each[a], each[base])) if a in each else "-" for a in arms)])
+    columns = [*("MLP" if name == "width" else name for name in names), WORDS[base], *(WORDS[arm] for arm in arms)]
+    return f"### {title}\n\n{text}\n\n" + _table(columns, lines)
 
 
 def _train(results):
-    return _ratios(results, "seconds", "floor", "ms", "A training step", "Time over the floor's.")
+    return _ratios(results, "floor", "A training step", "Time over the floor's.")
 
 
 def _memory(results):
-    text = (
-        "Peak of the tensors that a step makes, over that of the same frozen backbone with its head alone in training."
-    )
-    return _ratios(results, "peak", "frozen", "MiB", "Memory of a training step", text)
+    plain = [each for each in results if not each.get("checkpointing")]
+    text = "Peak of the tensors of a step, over that of the same frozen backbone with its head alone in training."
+    page = _ratios(plain, "frozen", "Memory of a training step", text)
+    saved = []
+    for each in results:
+        if each.get("checkpointing"):
+            key = [each.get(name) for name in ("shape", "arm", "n", "width")]
+            before = next(p for p in plain if [p.get(name) for name in ("shape", "arm", "n", "width")] == key)
+            size = "-" if each.get("any_n") else f"{each['n']}, {each['width'] or '-'}"
+            saved.append([each["shape"], WORDS[each["arm"]], size, f"{each['peak'] / before['peak']:.3f}"])
+    if saved:
+        page += "\nWith gradient checkpointing, over the same without it:\n\n"
+        page += _table(["shape", "method", "n, MLP", "memory"], saved)
+    return page
 
 
 def _infer(results):
-    return _ratios(
-        results, "seconds", "floor", "ms", "A forward of an encoder", "Time over the floor's.", ("shape", "n")
-    )
+    return _ratios(results, "floor", "A forward of an encoder", "Time over the floor's.", ("shape", "batch", "n"))
 
 
 def _decode(results):
     text = "Time of a token over that of the base model with n tokens more in its cache."
-    return _ratios(results, "seconds", "base", "ms", "A token of a decoder", text, ("n", "context", "cache"))
+    return _ratios(results, "base", "A token of a decoder", text, ("n", "context", "cache"))
 
 
 def _first(results):
     text = "Time until the context is in the cache, over that of the base model with n tokens more."
-    return _ratios(results, "seconds", "base", "ms", "The first token", text, ("n", "context"))
+    return _ratios(results, "base", "The first token", text, ("n", "context"))
 
 
 def _load(results):
     text = "Loading an adapter of bert-base onto a base model in memory, over the time for one of LoRA r=8."
-    return _ratios(results, "seconds", "lora", "ms", "Loading", text, ("n",))
+    return _ratios(results, "lora", "Loading", text, ("n",))
 
 
 def _switch(results):
-    return _ratios(results, "seconds", "lora", "ms", "Switching", "`set_adapter`, over that of LoRA r=8.", ("n",))
+    return _ratios(results, "lora", "Switching", "`set_adapter`, over that of LoRA r=8.", ("n",))
+
+
+_GROWS = ("n", "batch", "tokens", "prefixed", "depth")
 
 
 def _growth(results):
-    text = "Time of a training step over the floor's, as one thing grows: virtual tokens, batch, input, layers."
-    text += "\n\n![Time of a training step](performance-growth.png)"
-    names = ("grows", "n", "batch", "tokens", "layers")
-    return _ratios(results, "seconds", "floor", "ms", "Growth", text, names)
+    text = "Time of a training step over the floor's, as one thing grows: virtual tokens, batch, input, depth."
+    text += " (*prefixed*, the number of layers with a prefix, is in the plot.)"
+    text += "\n\n![Time and memory of a training step](performance-growth.png)"
+    beside = [each for each in results if each["grows"] != "prefixed"]
+    return _ratios(beside, "floor", "Growth", text, ("grows", "n", "batch", "tokens", "depth"))
+
+
+def _operations(results):
+    text = (
+        "Operations on data, which are launches on a GPU: forward and backward of all-MiniLM, a token of the decoder."
+    )
+    rows = _settings(results, ("what", "n", "width"))
+    arms = [arm for arm in WORDS if any(arm in each for each in rows.values())]
+    lines = [
+        [what, str(n), str(width or "-"), *(str(each[arm]["operations"]) if arm in each else "-" for arm in arms)]
+        for (what, n, width), each in rows.items()
+    ]
+    return f"### Operations\n\n{text}\n\n" + _table(["", "n", "MLP", *(WORDS[arm] for arm in arms)], lines)
+
+
+def _targets(results):
+    """What was aimed at, and what came out."""
+    lines = []
+
+    def add(what, aim, found):
+        if found:
+            worst = max(found, key=lambda each: each[1][0] / each[2])
+            reached = all(value[0] <= limit for _, value, limit in found)
+            where = f" ({worst[0]})" if len(found) > 1 else ""
+            lines.append([what, aim, f"{_in_words(worst[1])}{where}", "yes" if reached else "**no**"])
+
+    def over(section, one, other, limit, where=lambda each: True, words=lambda each: each["shape"]):
+        """The ratios of two arms in the settings of a section, with their limit."""
+        names = ("shape", "batch", "n", "width", "context", "cache")
+        own = [e for e in results if e["section"] == section and not e.get("checkpointing")]
+        same = {(e["shape"], e["arm"]): e for e in own if e.get("any_n")}
+        found = []
+        for arms in _settings([e for e in own if not e.get("any_n")], names).values():
+            first = next(iter(arms.values()))
+            arms = {**{arm: e for (shape, arm), e in same.items() if shape == first.get("shape")}, **arms}
+            if where(first) and one in arms and other in arms:
+                limit_here = limit(first) if callable(limit) else limit
+                found.append((words(first), ratio(arms[one], arms[other]), limit_here))
+        return found
+
+    def size(each):
+        return f"{each['shape']}, n {each['n']}, MLP {each['width'] or '-'}"
+
+    def table(n):
+        return lambda each: each["n"] == n and each["width"] is None
+
+    def mlp(n=None):
+        return lambda each: each["width"] == 512 and n in (None, each["n"])
+
+    add("step over the floor's, table, n 20", "1.03", over("train", "ours", "floor", 1.03, table(20)))
+    add("the same, n 200", "1.05", over("train", "ours", "floor", 1.05, table(200)))
+    add("the same with an MLP", "1.10", over("train", "ours", "floor", 1.10, lambda each: each["width"], size))
+    add("step over PEFT's, n 20, MLP 512", "0.90", over("train", "ours", "peft", 0.90, mlp(20)))
+    add("the same, n 200", "0.75", over("train", "ours", "peft", 0.75, mlp(200)))
+
+    def in_the_seed(each):
+        return each["shape"] == "multilingual" and (each["n"], each["width"]) in SEED
+
+    for section, place, words in (("train", 0, "step"), ("memory", 1, "memory")):
+        for name, arm in ((f"{words} over full fine-tuning's", "ours"), ("the floor's, for comparison", "floor")):
+            limit = _seed_limit(place)
+            add(name, "the seed's ratio", over(section, arm, "full", limit, in_the_seed, size))
+    add("step of the last third over full fine-tuning's", "0.50", over("train", "third", "full", 0.50, words=size))
+    add("memory over the frozen backbone's, table, n 20", "1.05", over("memory", "ours", "frozen", 1.05, table(20)))
+    add("memory over PEFT's", "1", over("memory", "ours", "peft", 1, words=size))
+    add("memory over the reference's", "1", over("memory", "ours", "reference", 1, words=size))
+    add("forward over the floor's", "1.05", over("infer", "ours", "floor", 1.05))
+
+    def place(each):
+        return f"{each['context']} tokens, {each.get('cache', 'first')}"
+
+    add("a token over the base model's", "1.031", over("decode", "ours", "base", 1 / 0.97, words=place))
+    add("first token over PEFT's", "1", over("first token", "ours", "peft", 1, words=place))
+    add("loading over LoRA's", "0.50", over("load", "ours", "lora", 0.50, words=str))
+    add("switching over LoRA's", "0.10", over("switch", "ours", "lora", 0.10, words=str))
+    if not lines:
+        return ""
+    text = "### What was aimed at\n\nThe worst of the settings, with its place, and whether all are within.\n\n"
+    return text + _table(["", "at most", "measured", "reached"], lines)
+
+
+def _seed_limit(place):
+    return lambda each: SEED[each["n"], each["width"]][place]
 
 
 def plot(results, path):
-    """Seconds of a training step over each thing that grows."""
+    """Seconds and bytes of a training step over each thing that grows."""
     import matplotlib.pyplot as plt
 
-    grown = [each for each in results if each["section"] == "growth"]
+    sections = {"growth": "milliseconds", "growth of memory": "MiB"}
+    grown = [each for each in results if each["section"] in sections]
+    if not grown:
+        return
     names = list(dict.fromkeys(each["grows"] for each in grown))
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], names, strict=True):
-        for (arm, machine), group in _by([each for each in grown if each["grows"] == name], "arm", "machine"):
-            points = sorted((each[name], each["seconds"]) for each in group)
-            axis.plot(*zip(*points, strict=True), marker="o", label=f"{WORDS[arm]}, {machine}")
-        axis.set(xlabel=name, ylabel="seconds", ylim=(0, None))
-    axes[0][0].legend(fontsize=6)
+    figure, axes = plt.subplots(2, len(names), figsize=(3.2 * len(names), 5.5), squeeze=False, layout="constrained")
+    for row, (section, unit) in zip(axes, sections.items(), strict=True):
+        for axis, name in zip(row, names, strict=True):
+            own = [each for each in grown if each["section"] == section and each["grows"] == name]
+            for (arm, machine, precision), group in _by(own, "arm", "machine", "precision"):
+                points = sorted((each[name], _height(each)) for each in group)
+                axis.plot(*zip(*points, strict=True), marker="o", label=f"{WORDS[arm]}, {machine}, {precision}")
+            axis.set(xlabel=name, ylabel=unit, ylim=(0, None))
+    axes[0][0].legend(fontsize=5)
     figure.savefig(path, dpi=120)
+
+
+def _height(each):
+    return each["peak"] / 2**20 if "peak" in each else 1e3 * statistics.median(each["seconds"])
 
 
 SECTIONS = {
@@ -156,4 +286,5 @@ SECTIONS = {
     "load": _load,
     "switch": _switch,
     "growth": _growth,
+    "operations": _operations,
 }

@@ -34,7 +34,7 @@ from fastapi import FastAPI, HTTPException, Response
 from pydantic import BaseModel, Field
 from worker import Question, call, load_tokenizer, new_process
 
-MAX_BATCH, MAX_WAITING, MAX_NEW_TOKENS = 64, 1024, 256
+MAX_WAITING, MAX_NEW_TOKENS = 1024, 256
 GATHERING = 0.01  # seconds that a batch waits for more requests: those that were answered just now ask again
 
 
@@ -55,6 +55,7 @@ class Service:
         adapters: the folder whose folders are adapters.
         max_bytes: of the adapters in memory.
         mixed: whether a batch may mix adapters.
+        max_batch: its rows at most.
         threads: torch's in the model's process.
     """
 
@@ -65,11 +66,13 @@ class Service:
         adapters: Path,
         max_bytes: int | None = None,
         mixed: bool = True,
+        max_batch: int = 64,
         threads: int | None = None,
     ) -> None:
         self.new_process = partial(new_process, kind, model, max_bytes, threads)
         self.process = self.new_process()
-        self.tokenizer, self.adapters, self.mixed = load_tokenizer(model), adapters, mixed
+        self.tokenizer, self.adapters = load_tokenizer(model), adapters
+        self.mixed, self.max_batch = mixed, max_batch
         config = transformers.AutoConfig.from_pretrained(model)
         self.limit = getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length
         self.waiting: deque[Request] = deque()
@@ -134,7 +137,7 @@ class Service:
     def next_batch(self) -> list[Request]:
         """The requests that waited longest; of one adapter alone if batches are not mixed."""
         first = self.waiting[0].question.adapter
-        batch = [each for each in self.waiting if self.mixed or each.question.adapter == first][:MAX_BATCH]
+        batch = [each for each in self.waiting if self.mixed or each.question.adapter == first][: self.max_batch]
         taken = {id(each) for each in batch}
         self.waiting = deque(each for each in self.waiting if id(each) not in taken)
         return [each for each in batch if not each.answer.cancelled()]
@@ -144,7 +147,7 @@ class Service:
         while True:
             await self.arrived.wait()
             while self.waiting:
-                if len(self.waiting) < MAX_BATCH:
+                if len(self.waiting) < self.max_batch:
                     await asyncio.sleep(GATHERING)
                 batch = self.next_batch()
                 BATCHES.observe(len(batch))
@@ -265,6 +268,7 @@ def main() -> None:
     parser.add_argument("--classifier", help="base model of the adapters for sequence classification")
     parser.add_argument("--generator", help="base model of the adapters for causal language modelling")
     parser.add_argument("--max-bytes", type=int, default=2**30, help="of the adapters in memory, for each base model")
+    parser.add_argument("--max-batch", type=int, default=64, help="rows of a batch at most")
     parser.add_argument("--one-adapter-a-batch", action="store_true", help="for comparison")
     parser.add_argument("--threads", type=int, help="of torch, for each model")
     parser.add_argument("--host", default="127.0.0.1")
@@ -272,14 +276,11 @@ def main() -> None:
     args = parser.parse_args()
     if not args.adapters.is_dir():
         parser.error(f"--adapters: there is no folder {args.adapters}")
-    services = {
-        option: Service(kind, name, args.adapters, args.max_bytes, not args.one_adapter_a_batch, args.threads)
-        for option, kind, name in (
-            ("classifier", "classify", args.classifier),
-            ("generator", "generate", args.generator),
-        )
-        if name
-    }
+    services = {}
+    for option, kind in (("classifier", "classify"), ("generator", "generate")):
+        name, mixed = getattr(args, option), not args.one_adapter_a_batch
+        if name:
+            services[option] = Service(kind, name, args.adapters, args.max_bytes, mixed, args.max_batch, args.threads)
     if not services:
         parser.error("give --classifier or --generator, or both")
     uvicorn.run(create_app(**services), host=args.host, port=args.port, log_level="warning")

@@ -2,10 +2,10 @@
 
     python examples/server/load_test.py --classifier MODEL --generator MODEL --report docs/serving-load.md
 
-For each number of adapters random ones are made for the base model, as large as trained ones. Two servers are started,
-one that mixes adapters in a batch and one that does not: a batch of all that wait for one adapter, then one for
-the next. Closed-loop clients ask one server, then the other, in turns. With one adapter both do the same: how far they
-are apart there says how exact the figures are.
+For each number of adapters random ones are made for the base model, as large as trained ones. Three servers are
+started: one mixes adapters in a batch; one switches from adapter to adapter, with all requests that wait for it in a
+batch; one switches from request to request. Closed-loop clients ask one server, then the next, in turns. With one
+adapter the first two do the same: how far they are apart there says how exact the figures are.
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ CLASSES = {
     "classify": ("classifier", transformers.AutoModelForSequenceClassification, "SEQ_CLS"),
     "generate": ("generator", transformers.AutoModelForCausalLM, "CAUSAL_LM"),
 }
+# The servers that are compared: what each is called, and started with.
+SERVERS = {
+    "mixed": ("mixed", []),
+    "by_adapter": ("switching, a batch for each adapter", ["--one-adapter-a-batch"]),
+    "by_request": ("switching for each request", ["--max-batch", "1"]),
+}
 TEXT = "I still have not received my new card, when will it arrive?"
 BODIES = {
     "classify": {"text": TEXT},
@@ -51,7 +57,7 @@ def make_adapters(folder: Path, name: str, path: str, count: int) -> None:
         get_peft_model(auto_class.from_pretrained(name), config).save_pretrained(folder / f"{path}-{number}")
 
 
-def start(args: argparse.Namespace, adapters: Path, path: str, mixed: bool) -> tuple[subprocess.Popen, str]:
+def start(args: argparse.Namespace, adapters: Path, path: str, options: list[str]) -> tuple[subprocess.Popen, str]:
     """A server, and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -59,7 +65,7 @@ def start(args: argparse.Namespace, adapters: Path, path: str, mixed: bool) -> t
     option = CLASSES[path][0]
     command = [sys.executable, str(Path(__file__).with_name("app.py")), "--adapters", str(adapters), "--threads", "1"]
     command += [f"--{option}", getattr(args, option), "--port", str(port)]
-    server = subprocess.Popen(command + ([] if mixed else ["--one-adapter-a-batch"]))
+    server = subprocess.Popen(command + options)
     address = f"127.0.0.1:{port}"
     for _ in range(240):
         try:
@@ -100,29 +106,28 @@ def load(address: str, path: str, adapters: int, clients: int, seconds: float) -
 
 
 def measure(args: argparse.Namespace, path: str) -> list[dict]:
-    """Both servers at each number of adapters."""
+    """The servers at each number of adapters."""
     results = []
     with tempfile.TemporaryDirectory() as folder:
         make_adapters(Path(folder), getattr(args, CLASSES[path][0]), path, max(args.counts))
-        servers = {mixed: start(args, Path(folder), path, mixed) for mixed in (True, False)}
+        servers = {name: start(args, Path(folder), path, options) for name, (_, options) in SERVERS.items()}
         try:
             for clients, count in itertools.product(args.clients, args.counts):
-                rates: dict[bool, list[float]] = {True: [], False: []}
-                waits: dict[bool, list[float]] = {True: [], False: []}
+                rates: dict[str, list[float]] = {name: [] for name in SERVERS}
+                waits: dict[str, list[float]] = {name: [] for name in SERVERS}
                 for turn in range(args.turns + 1):
-                    for mixed, (_, address) in servers.items():
+                    for name, (_, address) in servers.items():
                         seconds = args.seconds if turn else 1.0  # the first turn loads the adapters
                         found = load(address, path, count, clients, seconds)
                         if turn:
-                            rates[mixed].append(len(found) / seconds)
-                            waits[mixed] += found
+                            rates[name].append(len(found) / seconds)
+                            waits[name] += found
                 result = {"path": path, "clients": clients, "adapters": count}
-                for mixed, name in ((True, "mixed"), (False, "one_at_a_time")):
+                for name in SERVERS:
                     result[name] = {
-                        "requests_per_second": statistics.median(rates[mixed]),
-                        "spread": max(rates[mixed]) - min(rates[mixed]),
-                        "median_seconds": statistics.median(waits[mixed]),
-                        "p95_seconds": statistics.quantiles(waits[mixed], n=20)[-1],
+                        "requests_per_second": statistics.median(rates[name]),
+                        "spread": max(rates[name]) - min(rates[name]),
+                        "p95_seconds": statistics.quantiles(waits[name], n=20)[-1],
                     }
                 print(json.dumps(result), flush=True)
                 results.append(result)
@@ -137,23 +142,16 @@ def report(args: argparse.Namespace, results: list[dict]) -> str:
     """The figures as a page."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    columns = [
-        "request",
-        "clients",
-        "adapters",
-        "mixed, requests/s",
-        "one adapter at a time",
-        "ratio",
-        "p95 mixed, s",
-        "p95 one",
-    ]
+    columns = ["request", "clients", "adapters", "mixed, requests/s"]
+    columns += [f"{words}, requests/s (mixed over it)" for name, (words, _) in SERVERS.items() if name != "mixed"]
+    columns += ["95% of requests within, s"]
     lines = [
         "# The example server under load",
         "",
         "<!-- Written by examples/server/load_test.py. -->",
         "",
         f"Clients on the same machine ({machine}), each with one request at a time; one torch thread; batches of up "
-        f"to 64; adapters of 20 tokens; median of {args.turns} turns of {args.seconds:g} s, the two servers in turns, "
+        f"to 64; adapters of 20 tokens; median of {args.turns} turns of {args.seconds:g} s, the servers in turns, "
         f"and half the distance of the fastest and slowest; torch {torch.__version__}, transformers "
         f"{transformers.__version__}, commit {commit.stdout.strip()}.",
         "",
@@ -161,12 +159,13 @@ def report(args: argparse.Namespace, results: list[dict]) -> str:
         "|---" * len(columns) + "|",
     ]
     for each in results:
-        both = each["mixed"], each["one_at_a_time"]
-        rates = [f"{one['requests_per_second']:.0f} ± {one['spread'] / 2:.0f}" for one in both]
-        ratio = both[0]["requests_per_second"] / both[1]["requests_per_second"]
-        late = [f"{one['p95_seconds']:.2f}" for one in both]
-        first = [each["path"], str(each["clients"]), str(each["adapters"])]
-        lines.append(f"| {' | '.join([*first, *rates, f'{ratio:.1f}', *late])} |")
+        rates = {name: each[name]["requests_per_second"] for name in SERVERS}
+        cells = [each["path"], str(each["clients"]), str(each["adapters"])]
+        for name, rate in rates.items():
+            ratio = "" if name == "mixed" else f" ({rates['mixed'] / rate:.1f})"
+            cells.append(f"{rate:.0f} ± {each[name]['spread'] / 2:.0f}{ratio}")
+        cells.append(", ".join(f"{each[name]['p95_seconds']:.2f}" for name in SERVERS))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
