@@ -40,11 +40,12 @@ class KeyValueShape:
 
     def split(self, prefix: Tensor) -> Pair:
         """`[batch, n, columns]` to keys `[batch, key_heads, n, key_size]` and values, likewise; no copies."""
-        keys = prefix[..., : self.key_columns].unflatten(-1, (self.key_heads, self.key_size)).transpose(1, 2)
+        # Not two slices: the gradient of each would be as large as both.
+        keys, values = prefix.split([self.key_columns, self.columns - self.key_columns], dim=-1)
+        keys = keys.unflatten(-1, (self.key_heads, self.key_size)).transpose(1, 2)
         if not self.value_heads:
             return keys, keys
-        values = prefix[..., self.key_columns :].unflatten(-1, (self.value_heads, self.value_size))
-        return keys, values.transpose(1, 2)
+        return keys, values.unflatten(-1, (self.value_heads, self.value_size)).transpose(1, 2)
 
 
 def prepend(prefix: Pair, keys: Tensor, values: Tensor, past: Pair | None = None) -> Pair:

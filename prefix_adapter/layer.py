@@ -27,6 +27,10 @@ PREFIX = "prefix_tuning_v2_"
 LAYER_NAME = "prefix_tuning_v2"
 
 
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     """All prefixes of a model.
 
@@ -276,18 +280,18 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             return slot.shape.split(keys.new_zeros(1, piece.length, slot.shape.columns))
         dropout = self.adapters[name].dropout if self.training else 0.0
         if dropout:
-            part = self._encode(name, slot).to(keys.device, keys.dtype)
+            part = self._encode(name, slot, memo).to(keys.device, keys.dtype)
             return slot.shape.split(F.dropout(part.expand(keys.shape[0], -1, -1), dropout))
         if ("state", name) not in memo:
             memo["state", name] = self._state(name)
         state, known = memo["state", name], self._ready.get((name, slot))
         if state is None:
-            pair = slot.shape.split(self._encode(name, slot))
+            pair = slot.shape.split(self._encode(name, slot, memo))
         elif known is not None and known[0] == state:
             pair = known[1]
         else:
             with torch.no_grad():
-                pair = slot.shape.split(self._encode(name, slot))
+                pair = slot.shape.split(self._encode(name, slot, memo))
             self._ready[name, slot] = (state, pair)
         return pair if pair[0].device == keys.device else (pair[0].to(keys.device), pair[1].to(keys.device))
 
@@ -304,9 +308,35 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             return None
         return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
 
-    def _encode(self, adapter_name: str, slot: Slot) -> Tensor:
+    def _encode_whole(self, memo: dict[Any, Any]) -> None:
+        """Encode what learns for all layers at once, for this forward.
+
+        A layer's own columns have a gradient as large as the whole table, which is zero but for them, and each layer
+        would run the MLP's first half anew.
+        """
+        for name in self._rows()[0]:
+            memo["state", name] = self._state(name)
+            if memo["state", name] is None:
+                columns = self.adapters[name].columns
+                parts = (
+                    self.encoder_of(name)
+                    .encode(slice(None))
+                    .split([each.stop - each.start for each in columns.values()], 1)
+                )
+                memo["encoded", name] = dict(zip(columns, parts, strict=True))
+
+    def _encode(self, adapter_name: str, slot: Slot, memo: dict[Any, Any]) -> Tensor:
         """An adapter's prefix for a slot, `[1, n, columns]`."""
-        return self.encoder_of(adapter_name).encode(self.adapters[adapter_name].columns[slot]).unsqueeze(0)
+        whole = memo.get(("encoded", adapter_name))
+        if whole is not None:
+            return whole[slot].unsqueeze(0)
+        encoder, columns = self.encoder_of(adapter_name), self.adapters[adapter_name].columns[slot]
+        if encoder.output is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return encoder.encode(columns).unsqueeze(0)
+        # A layer by itself: checkpointing repeats it. That counts what is kept for the backward pass, which has to be
+        # what it was in the forward, and there the encoder was run before.
+        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            return encoder.encode(columns).unsqueeze(0)
 
     def forget(self) -> None:
         """Drop what is kept of prefixes; needed only after writing to their parameters through `.data`."""
@@ -365,6 +395,8 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self._watch.begin()
         memo = self._watch.forward.memo
         memo["rows"] = rows
+        if self._row_adapters is None and not torch.compiler.is_compiling():
+            self._encode_whole(memo)
         if self._hooked:
             memo["shifts"] = {target.kind: self._shifts(target.kind) for target in self.positions}
             ids, shape = sequences(args, kwargs)

@@ -1,8 +1,12 @@
 """Virtual tokens to keys and values: plain tensors."""
 
+from functools import partial
+
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from prefix_adapter import PrefixTuningV2Config, get_peft_model
@@ -60,5 +64,72 @@ def test_the_mlp_costs_n_rows_whatever_the_batch():
         return flops[0] - flops[1]
 
     columns, hidden = tiny.LAYERS * 2 * tiny.HIDDEN, tiny.HIDDEN
-    # Each layer computes the first matrix anew, and its own columns of the last.
-    assert extra(1) == extra(16) == 2 * 6 * hidden * (tiny.LAYERS * hidden + columns)
+    assert extra(1) == extra(16) == 2 * 6 * hidden * (hidden + columns)
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of operations, and how many elements came out."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements.append((func.overloadpacket.__name__, result.numel()))
+        return result
+
+
+@pytest.mark.parametrize("settings", [{}, {"prefix_projection": True, "encoder_hidden_size": 7}])
+def test_no_layer_makes_a_gradient_as_large_as_that_of_all(settings):
+    """That would cost time and memory by the square of the number of layers."""
+    config = PrefixTuningV2Config(num_virtual_tokens=6, prefix_dropout=0.0, **settings)
+    model = get_peft_model(tiny.model("bert"), config)
+    table = 6 * 2 * tiny.LAYERS * tiny.HIDDEN
+    with Operations() as operations:
+        model(input_ids=tiny.ids()).last_hidden_state.sum().backward()
+    large = [name for name, elements in operations.elements if elements == table]
+    assert large and "slice_backward" not in large
+    assert large.count("cat") + large.count("addmm") + large.count("mm") < tiny.LAYERS
+
+
+def in_checkpoint(forward, reentrant):
+    def run(states, *args, **kwargs):
+        return checkpoint(partial(forward, **kwargs), states, *args, use_reentrant=reentrant)
+
+    return run
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["each layer", "the model"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+@pytest.mark.parametrize("settings", [{}, {"prefix_projection": True, "encoder_hidden_size": 7}], ids=["table", "mlp"])
+def test_checkpointing_of_which_transformers_knows_nothing(settings, reentrant, whole):
+    """As FSDP's, Accelerate's or one's own: the model has no flag that says so."""
+    config = PrefixTuningV2Config(num_virtual_tokens=6, prefix_dropout=0.0, **settings)
+    states = torch.randn(2, 7, tiny.HIDDEN)
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny.model("bert"), config)
+        tiny.randomize(model, std=0.3)
+        inputs = states.clone().requires_grad_()
+        if checkpointed and not whole:
+            for layer in model.base_model.model.encoder.layer:
+                layer.forward = in_checkpoint(layer.forward, reentrant)
+
+        def run(embeddings, model=model):
+            # Two forwards before the backward: what is repeated is not to be taken for the last one.
+            return model(inputs_embeds=embeddings).last_hidden_state
+
+        outputs = []
+        for scale in (1.0, 0.5):
+            if checkpointed and whole:
+                outputs.append(checkpoint(run, scale * inputs, use_reentrant=reentrant))
+            else:
+                outputs.append(run(scale * inputs))
+        (outputs[0].square().sum() + outputs[1].sum()).backward()
+        encoder = model.base_model.prefix_layer.encoder_of("default")
+        gradients.append([inputs.grad, *(p.grad for p in encoder.parameters())])
+    for ours, right in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)

@@ -432,7 +432,11 @@ def test_trainer_gradient_checkpointing(kind, encoder, container, use_reentrant,
     changes = layer_changes(before, trainable(model), container)
     assert (changes > 1e-3).all(), changes
     plain, _ = train()
-    assert_same_tensors(trainable(model), trainable(plain))
+    if encoder == "mlp" and use_reentrant:
+        # Each layer runs the MLP anew, and autograd adds up what comes of it in another order.
+        torch.testing.assert_close(trainable(model), trainable(plain), rtol=1e-4, atol=1e-5)
+    else:
+        assert_same_tensors(trainable(model), trainable(plain))
 
 
 @pytest.mark.parametrize("kind", KINDS)
