@@ -23,6 +23,7 @@ class PositionTarget:
         names: the arguments of its `forward`, in order.
         positions: which of them are the positions, if they are given.
         limit: how many positions it has; `None` if it computes them.
+        absolute: whether what it gives is as wide as the hidden states, to be added to them.
         kind: the self-attention, `"encoder"` or `"decoder"`, whose input it places.
     """
 
@@ -31,6 +32,7 @@ class PositionTarget:
     names: list[str]
     positions: str
     limit: int | None
+    absolute: bool = False
     kind: str = ""
 
     @property
@@ -41,8 +43,8 @@ class PositionTarget:
 
     @property
     def relative(self) -> bool:
-        """Whether only differences of positions count, as with rotary embeddings: there is no table."""
-        return self.limit is None and self.positions in self.names
+        """Whether only differences of positions count, as with rotary embeddings: there is no table, nor sinusoids."""
+        return self.limit is None and not self.absolute and self.positions in self.names
 
     def shift(self, by: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """The call's arguments with positions `by` higher."""
@@ -83,7 +85,10 @@ class PositionProbe:
             layers |= inner
         modules = dict(model.named_modules())
         self._tables: dict[str, PositionTarget] = {}
-        self._called: set[str] = set()
+        # Of those that were called, whether what they gave is as wide as the hidden states.
+        self._called: dict[str, bool] = {}
+        get_embeddings: Any = getattr(model, "get_input_embeddings", None)
+        self._width = getattr(get_embeddings() if get_embeddings else None, "embedding_dim", None)
         self._named = {
             name: module
             for name, module in modules.items()
@@ -93,7 +98,7 @@ class PositionProbe:
             module.register_forward_pre_hook(self._look_at_table(name))
             for name, module in modules.items()
             if type(module).forward is nn.Embedding.forward
-        ] + [module.register_forward_pre_hook(self._note_call(name)) for name, module in self._named.items()]
+        ] + [module.register_forward_hook(self._note_call(name)) for name, module in self._named.items()]
 
     def _look_at_table(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -106,8 +111,8 @@ class PositionProbe:
         return hook
 
     def _note_call(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._called.add(name)
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._called[name] = isinstance(output, Tensor) and output.shape[-1] == self._width
 
         return hook
 
@@ -125,7 +130,7 @@ class PositionProbe:
                 if isinstance(module, nn.Embedding):
                     offset: Any = getattr(module, "offset", 0)
                     limit = module.num_embeddings - offset
-                targets.append(PositionTarget(name, module, parameter_names(module), _IDS, limit))
+                targets.append(PositionTarget(name, module, parameter_names(module), _IDS, limit, self._called[name]))
         return targets
 
 

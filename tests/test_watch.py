@@ -151,3 +151,19 @@ def test_a_prefix_stands_before_the_first_token_and_not_before_its_padding(posit
         rest = {"input_ids": inputs["input_ids"][:, 5:], "past_key_values": first.past_key_values}
         again = model(**rest, attention_mask=mask).logits
     torch.testing.assert_close(again[1, 0:5], alone[1, 2:], atol=1e-5, rtol=1e-4)
+
+
+def test_computed_positions_that_are_added_stay_the_backbones_own():
+    """XGLM's sinusoids are no table, but where a row starts is not all the same to them, as it is to rotary ones."""
+    config = tr.XGLMConfig(vocab_size=99, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4)
+    torch.manual_seed(0)
+    model = get_peft_model(tr.XGLMForCausalLM(config), PrefixTuningV2Config(task_type="CAUSAL_LM")).eval()
+    ids, mask, seen = tiny.ids(), torch.ones(2, 7, dtype=torch.long), []
+    mask[0, :3] = 0
+    positions = model.base_model.model.model.embed_positions
+    positions.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+        with model.disable_adapter():
+            model(input_ids=ids, attention_mask=mask)
+    assert torch.equal(*seen)
