@@ -55,9 +55,10 @@ TRIALS, BEST, TABLE = "trials", "best.yaml", "trials.csv"
 _PROJECTION = "adapter.prefix_projection"
 _SPACE: dict[str, Any] = {
     _PROJECTION: [False, True],
-    # The settings published with P-Tuning v2 lie between 5e-3 and 6e-2 for a table, and at 1e-4 for an MLP.
+    # The settings published with P-Tuning v2 lie between 5e-3 and 6e-2 for a table, and at 1e-4 for an MLP. In few
+    # steps a table learns best at 1e-1 (docs/learning.md).
     "learning_rate": [
-        {"when": {_PROJECTION: False}, "low": 3e-3, "high": 5e-2, "log": True},
+        {"when": {_PROJECTION: False}, "low": 3e-3, "high": 2e-1, "log": True},
         {"when": {_PROJECTION: True}, "low": 1e-4, "high": 3e-3, "log": True},
     ],
     "adapter.num_virtual_tokens": {"low": 4, "high": 128, "log": True},
@@ -179,6 +180,11 @@ def default_space(recipe: Recipe) -> dict[str, Any]:
             f"`space`: the default one is for PREFIX_TUNING_V2. Say what is to be varied for {kind}, for instance "
             '{"learning_rate": {"low": 1e-5, "high": 1e-3, "log": true}}.'
         )
+    if recipe.init_text or recipe.init_from:
+        # What it starts from decides on its length, and whether it is a table.
+        rates = _SPACE["learning_rate"][bool(recipe.adapter.get("prefix_projection"))]
+        rate = {key: value for key, value in rates.items() if key != "when"}
+        return {"learning_rate": rate, "adapter.prefix_dropout": _SPACE["adapter.prefix_dropout"]}
     width = recipe.adapter.get("encoder_hidden_size")  # a table must not have it
     own = {"adapter.encoder_hidden_size": {"when": {_PROJECTION: True}, "choices": [width]}} if width else {}
     return {**_SPACE, **own}

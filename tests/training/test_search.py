@@ -1,6 +1,7 @@
 """Hyper-parameter search: what is tried, what is left, and what survives an interruption."""
 
 import csv
+import dataclasses
 import importlib
 import itertools
 import json
@@ -237,9 +238,22 @@ def test_default_space(recipe, fake):
         PrefixTuningV2Config(**{key: value for key, value in own.adapter.items() if key != "peft_type"})
         mlp = own.adapter["prefix_projection"]
         assert own.adapter.get("encoder_hidden_size") == (24 if mlp else None)
-        assert (1e-4 <= own.learning_rate <= 3e-3) if mlp else (3e-3 <= own.learning_rate <= 5e-2)
+        assert (1e-4 <= own.learning_rate <= 3e-3) if mlp else (3e-3 <= own.learning_rate <= 2e-1)
     assert {own.adapter["prefix_projection"] for own in seen} == {False, True}
     assert len({own.adapter["num_virtual_tokens"] for own in seen}) > 5
+
+
+@pytest.mark.parametrize("mlp", [False, True])
+def test_default_space_of_a_prefix_that_starts_from_something(recipe, fake, mlp):
+    """Its length, and whether it is a table, are what it starts from."""
+    seen = fake(lambda own: 0.01)
+    adapter = {"num_virtual_tokens": 3, **({"prefix_projection": True, "encoder_hidden_size": 24} if mlp else {})}
+    start = dataclasses.replace(recipe, init_from="somewhere", adapter=adapter)
+    search(start, Search(n_trials=6, sampler="random", pruner="none"))
+    assert all(own.init_from == "somewhere" and own.adapter.items() >= adapter.items() for own in seen)
+    low, high = (1e-4, 3e-3) if mlp else (3e-3, 2e-1)
+    assert all(low <= own.learning_rate <= high for own in seen)
+    assert len({own.learning_rate for own in seen}) == len({own.adapter["prefix_dropout"] for own in seen}) == 6
 
 
 def test_default_space_is_for_a_prefix(recipe):
