@@ -87,8 +87,8 @@ class Recipe:
         data: Where the rows come from.
         adapter: A PEFT configuration as a mapping. `peft_type` is PREFIX_TUNING_V2 unless it says otherwise; the other
             keys are the configuration's own (`num_virtual_tokens`, `prefix_projection`, ...), with its defaults; but a
-            table starts at `init_std: 0.5`. For comparisons, `peft_type` may be any type of PEFT's, FULL (everything
-            is trained) or HEAD (the task head alone).
+            table beside a new task head starts at `init_std: 0.5`. For comparisons, `peft_type` may be any type of
+            PEFT's, FULL (everything is trained) or HEAD (the task head alone).
         init_from: The saved adapter, a folder or a name on the Hub, whose prefix training starts from. `adapter` must
             have its `num_virtual_tokens`, and what else shapes a prefix; the task head starts anew.
         init_text: The text whose keys and values the prefix starts as, for causal-lm. Its tokens are the virtual

@@ -71,7 +71,7 @@ def recipes(tmp_path_factory) -> dict[str, dict]:
     }
     bert = save_base(folder / "bert", "bert")
     adapter = {"num_virtual_tokens": 4, "prefix_dropout": 0.0}
-    rates = {"learning_rate": 0.03, "head_learning_rate": 0.02, "logging_steps": 1}
+    rates = {"learning_rate": 0.03, "head_learning_rate": 0.005, "logging_steps": 1}
     topic = {
         "task": "sequence-classification",
         "model": bert,
