@@ -4,8 +4,9 @@
 
 For each number of adapters random ones are made for the base model, as large as trained ones. Three servers are
 started: one mixes adapters in a batch; one switches from adapter to adapter, with all requests that wait for it in a
-batch; one switches from request to request. Closed-loop clients ask one server, then the next, in turns. With one
-adapter the first two do the same: how far they are apart there says how exact the figures are.
+batch; one switches from request to request. Closed-loop clients, which draw an adapter for each request, ask one
+server, then the next, in turns. With one adapter the first two do the same: how far they are apart there says how
+exact the figures are.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import random
 import socket
 import statistics
 import subprocess
@@ -80,29 +82,34 @@ def start(args: argparse.Namespace, adapters: Path, path: str, options: list[str
     raise SystemExit("The server did not start.")
 
 
-def load(address: str, path: str, adapters: int, clients: int, seconds: float) -> list[float]:
-    """Seconds of each request that was answered within the time, of clients that ask again when they are answered."""
+def load(address: str, path: str, adapters: int, clients: int, seconds: float) -> tuple[int, list[float]]:
+    """How many requests were answered within the time, and the seconds of all that were asked in it.
+
+    Clients ask again when they are answered.
+    """
+    answered: list[bool] = []
     latencies: list[float] = []
     end = time.perf_counter() + seconds
 
     def client(number: int) -> None:
         # The standard library's: httpx, which looks through all connections for each request, would be the bottleneck.
         http = HTTPConnection(address, timeout=120)
-        for turn in itertools.count(number, clients + 1):
-            body = json.dumps({**BODIES[path], "adapter": f"{path}-{turn % adapters}"})
-            started = time.perf_counter()
+        # Drawn: clients that went through the adapters in order, and were answered together, would ask for the same.
+        drawn = random.Random(number)
+        while (started := time.perf_counter()) < end:
+            body = json.dumps({**BODIES[path], "adapter": f"{path}-{drawn.randrange(adapters)}"})
             http.request("POST", f"/{path}", body, {"Content-Type": "application/json"})
             answer = http.getresponse()
             text = answer.read()
             if answer.status != 200:
                 raise RuntimeError(f"{answer.status}: {text!r}")
-            if time.perf_counter() > end:
-                return
-            latencies.append(time.perf_counter() - started)
+            finished = time.perf_counter()
+            answered.append(finished <= end)
+            latencies.append(finished - started)
 
     with ThreadPoolExecutor(clients) as threads:
         list(threads.map(client, range(clients)))
-    return latencies
+    return sum(answered), latencies
 
 
 def measure(args: argparse.Namespace, path: str) -> list[dict]:
@@ -118,10 +125,10 @@ def measure(args: argparse.Namespace, path: str) -> list[dict]:
                 for turn in range(args.turns + 1):
                     for name, (_, address) in servers.items():
                         seconds = args.seconds if turn else 1.0  # the first turn loads the adapters
-                        found = load(address, path, count, clients, seconds)
+                        number, latencies = load(address, path, count, clients, seconds)
                         if turn:
-                            rates[name].append(len(found) / seconds)
-                            waits[name] += found
+                            rates[name].append(number / seconds)
+                            waits[name] += latencies
                 result = {"path": path, "clients": clients, "adapters": count}
                 for name in SERVERS:
                     result[name] = {
