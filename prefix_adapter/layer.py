@@ -35,8 +35,8 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     """All prefixes of a model.
 
     It is a child of the model, so its parameters are saved, moved and frozen like any others, but it is never called:
-    hooks on the attention modules put each layer's own keys and values in front. A layer computes its part from the
-    parameters when it is called. Nothing is kept from a forward, so gradient checkpointing may repeat any of them.
+    hooks on the attention modules put each layer's own keys and values in front. What learns is encoded when a forward
+    begins and forgotten when it ends; a layer that gradient checkpointing repeats encodes its own part anew.
 
     Args:
         model: the transformers model to serve.
