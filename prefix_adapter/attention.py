@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -191,7 +192,8 @@ def make_room(
         call.set(target.bias, _widen_bias(call.get(target.bias), target.slopes, length, mask, target.true_hides))
     given = [(name, mask) for name in MASK_ARGUMENTS if (mask := call.get(name)) is not None]
     for name, mask in given:
-        call.set(name, _widen_once(mask, length, visible, target.true_hides, memo))
+        widen = partial(widen_mask, mask, length, visible, target.true_hides)
+        call.set(name, _once(memo, ("wide", length, target.true_hides), (mask, visible), widen))
     if not given:
         mask = _missing_mask(call, target, implementation, length, visible, memo)
         if mask is not None:
@@ -214,12 +216,16 @@ def widen_own_mask(target: AttentionTarget, name: str, length: int) -> Tensor:
     return own
 
 
-def _widen_once(mask: Tensor, length: int, visible: Tensor | None, true_hides: bool, memo: dict[Any, Any]) -> Tensor:
-    key = (id(mask), length, id(visible), true_hides)
+def _once(memo: dict[Any, Any], key: Any, tensors: tuple[Tensor | None, ...], make: Callable[[], Tensor]) -> Tensor:
+    """What `make` makes, made once for the layers of a forward with the same key that are given the same tensors."""
+    if torch.compiler.is_compiling():
+        # Tensors of a graph have no id, and it finds by itself what is made twice.
+        return make()
+    key = (key, *(id(tensor) for tensor in tensors))
     if key not in memo:
         # Beside what is known by its id, so that nothing else gets that.
-        memo[key] = (mask, visible, widen_mask(mask, length, visible, true_hides))
-    return memo[key][-1]
+        memo[key] = tensors, make()
+    return memo[key][1]
 
 
 def widen_mask(mask: Tensor, length: int, visible: Tensor | None, true_hides: bool = False) -> Tensor:
@@ -268,7 +274,8 @@ def _missing_mask(
     if visible is None and not causal:
         return None
     inner = call.get(target.cache)
-    past, keys, offset = 0, queries, 0
+    past: int | None = 0
+    keys, offset = queries, 0
     if target.kind == "cross":
         keys = call.first(ENCODER_STATES).shape[1]
     elif target.follows:
@@ -280,14 +287,10 @@ def _missing_mask(
         # Of this layer: those before it have already stored this call's keys, as it has in earlier rounds itself.
         past, layer_idx = min((inner.get_seq_length(index or 0), index or 0) for index in target.slots)
         keys, offset = inner.get_mask_sizes(queries, layer_idx)
-    key = ("mask", batch, queries, keys, past, offset, causal, length, id(visible), states.device, states.dtype)
-    if key not in memo:
-        # Beside what is known by its id, so that nothing else gets that.
-        memo[key] = (
-            visible,
-            _make_mask(states, keys, past if causal else None, offset, implementation, length, visible),
-        )
-    return memo[key][-1]
+    past = past if causal else None
+    key = ("mask", implementation, batch, queries, keys, past, offset, length, states.device, states.dtype)
+    make = partial(_make_mask, states, keys, past, offset, implementation, length, visible)
+    return _once(memo, key, (visible,), make)
 
 
 def _make_mask(

@@ -246,10 +246,13 @@ def test_a_token_does_not_copy_the_context(cache_class, frozen, monkeypatch):
 
     few, many = copied(8), copied(40)
     with model.disable_adapter():
-        base = copied(8)
-    # A mask and a few numbers may be longer; keys and values of 32 tokens more are 2 x 3 x 2 x 2 x 8 x 32 elements.
-    assert many - few <= 2 * 32 * 2
-    assert base > 0
+        base_few, base_many = copied(8), copied(40)
+    assert base_few > 0
+    # What a dynamic cache of its own copies, we do not. A static one copies nothing, but attention may (repeated heads
+    # in older transformers). A mask and a few numbers may be longer; keys and values of 32 tokens more are
+    # 2 x 3 x 2 x 2 x 8 x 32 elements.
+    attention = base_many - base_few if cache_class is StaticCache else 0
+    assert many - few <= attention + 2 * 32 * 2
 
 
 def test_masks_are_widened_once_for_all_layers(monkeypatch):
