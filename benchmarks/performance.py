@@ -110,7 +110,9 @@ def batch_of(config, device, batch=32, tokens=128):
 def training_step(bench, model, batch):
     """A step of training: forward, loss, backward, AdamW."""
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    # A frozen decoder has no head of the task's, and so nothing to train.
+    trained = [p for p in model.parameters() if p.requires_grad] or [torch.zeros(1)]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
 
     def step():
         with bench.autocast():
