@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from .cache import PrefixOf, with_prefix
 from .causal import CausalMask
 from .encoder import KeyValueShape
+
+T = TypeVar("T")
 
 KINDS = ("encoder", "decoder", "cross")
 # What attention modules call their masks, the states of an encoder, and keys and values of other layers.
@@ -130,13 +132,10 @@ def implementation_of(module: nn.Module, model: nn.Module) -> str:
     return getattr(config, "_attn_implementation", None) or "eager"
 
 
-def _implementation(target: AttentionTarget, model: nn.Module, memo: dict[Any, Any]) -> str:
-    """The same, checked; a config takes its time to answer."""
-    key = ("implementation", id(getattr(target.module, "config", None)))
-    if key not in memo:
-        memo[key] = implementation_of(target.module, model)
-        check_implementation(memo[key])
-    return memo[key]
+def _checked_implementation(module: nn.Module, model: nn.Module) -> str:
+    implementation = implementation_of(module, model)
+    check_implementation(implementation)
+    return implementation
 
 
 def check_implementation(implementation: str) -> None:
@@ -180,7 +179,9 @@ def make_room(
         memo: where to keep what is the same for other layers of the forward, such as wide masks.
     """
     memo = {} if memo is None else memo
-    implementation = _implementation(target, model, memo)
+    # A config takes its time to answer.
+    config, ask = getattr(target.module, "config", None), partial(_checked_implementation, target.module, model)
+    implementation = _once(memo, "implementation", (config,), ask)
     flash = implementation.startswith("flash_attention")
     if flash and _window_of(target.module):
         raise ValueError(
@@ -216,15 +217,15 @@ def widen_own_mask(target: AttentionTarget, name: str, length: int) -> Tensor:
     return own
 
 
-def _once(memo: dict[Any, Any], key: Any, tensors: tuple[Tensor | None, ...], make: Callable[[], Tensor]) -> Tensor:
-    """What `make` makes, made once for the layers of a forward with the same key that are given the same tensors."""
+def _once(memo: dict[Any, Any], key: Any, given: tuple[Any, ...], make: Callable[[], T]) -> T:
+    """What `make` makes, made once for the layers of a forward with the same key that are given the same objects."""
     if torch.compiler.is_compiling():
-        # Tensors of a graph have no id, and it finds by itself what is made twice.
+        # What a graph holds has no id, and it finds by itself what is made twice.
         return make()
-    key = (key, *(id(tensor) for tensor in tensors))
+    key = (key, *(id(each) for each in given))
     if key not in memo:
         # Beside what is known by its id, so that nothing else gets that.
-        memo[key] = tensors, make()
+        memo[key] = given, make()
     return memo[key][1]
 
 
