@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.functional import set_adapter
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .check import check_tensors, tensors_of
@@ -85,6 +86,12 @@ class PrefixTuningV2Model(BaseTuner):
                 )
         # PEFT's own loop replaces no module of this method, and does the housekeeping.
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's, which looks for a method's layers in all of the model: this one has one, and the heads."""
+        for module in [*_heads(self.model), self.prefix_layer]:
+            set_adapter(module, adapter_name, inference_mode, layer_cls=self.tuner_layer_cls)
+        self.active_adapter = adapter_name
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -193,6 +200,20 @@ def _prepare_task(model: nn.Module, config: Any) -> None:
         )
     if config.source and config.task_type in _LATE_HEADS:
         config.modules_to_save = [*(config.modules_to_save or ()), *_LATE_HEADS[config.task_type]]
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that PEFT keeps for each adapter."""
+    found: list[nn.Module] = []
+    pending = [model]
+    while pending:
+        module = pending.pop()
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            found.append(module)
+        else:
+            # Not `modules()`: it remembers and names them all, and most of a switch would be that.
+            pending += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 def _head_of_rows(head: ModulesToSaveWrapper, names: list[str], states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

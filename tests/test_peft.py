@@ -9,6 +9,8 @@ import tiny
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 
 import prefix_adapter
 from prefix_adapter import PrefixTuningV2Config
@@ -273,6 +275,24 @@ def test_second_adapter_leaves_the_first_alone(kind):
     model.set_adapter("a")
     assert torch.equal(answers(model, kind), first)
     assert torch.equal(base_of(model, kind), base)
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+@pytest.mark.parametrize("names", ["b", ["b"], ["a"]])
+def test_switching_is_what_pefts_own_walk_through_the_model_does(names, inference_mode):
+    """Heads at the end and inside of the backbone (the pooler) included."""
+    found = []
+    for switch in (type(wrap("bert").base_model).set_adapter, BaseTuner.set_adapter):
+        model = wrap("bert", MODELS["bert"], name="a", modules_to_save=["classifier", "pooler"])
+        model.add_adapter("b", config(**OTHER, modules_to_save=["classifier", "pooler"]))
+        before = {name: p.requires_grad for name, p in model.named_parameters()}
+        switch(model.base_model, names, inference_mode)
+        after = {name: p.requires_grad for name, p in model.named_parameters()}
+        assert any(".pooler." in name for name in after) and (after != before or names == ["a"])
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        active = {name: m.active_adapters for name, m in model.named_modules() if isinstance(m, kinds)}
+        found.append((after, active))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("kind", MODELS)
