@@ -1,6 +1,7 @@
 """The view of a cache: a token is written once and nothing else copied, and nothing of an old prefix is left in it."""
 
 import copy
+import operator
 
 import pytest
 import tiny
@@ -328,5 +329,8 @@ def test_steps_behind_a_static_cache_are_compiled_once(settings, frozen):
     expected = in_steps(plain, AnyOtherCache(), lambda step, *rest: write(step, *rest) if step == 8 else None)
     torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-5)
     assert len(graphs) == 1
-    joined = [node.meta["example_value"] for node in graphs[0].graph.nodes if node.target is torch.cat]
-    assert not [each for each in joined if each.dim() == 4 and each.shape[2] > 5], "the context is copied"
+    nodes = graphs[0].graph.nodes
+    joined = [node.meta["example_value"] for node in nodes if node.target is torch.cat]
+    assert not [each for each in joined if each.dim() == 4 and each.shape[2] > 5 + 1], "the context is copied"
+    # Inductor copies all of a tensor to write into a part of it, if that tensor is written to again.
+    assert not [node for node in nodes if node.target is operator.setitem], "the context is copied"
