@@ -267,7 +267,8 @@ def plot(results, path):
             own = [each for each in grown if each["section"] == section and each["grows"] == name]
             for (arm, machine, precision), group in _by(own, "arm", "machine", "precision"):
                 points = sorted((each[name], _height(each)) for each in group)
-                axis.plot(*zip(*points, strict=True), marker="o", label=f"{WORDS[arm]}, {machine}, {precision}")
+                look = {"marker": "o", "color": f"C{list(WORDS).index(arm)}"}  # of an arm the same in all plots
+                axis.plot(*zip(*points, strict=True), **look, label=f"{WORDS[arm]}, {machine}, {precision}")
             axis.set(xlabel=name, ylabel=unit, ylim=(0, None))
     axes[0][0].legend(fontsize=5)
     figure.savefig(path, dpi=120)
