@@ -163,8 +163,9 @@ def test_a_signal_ends_the_run_with_a_checkpoint(dropping, few, tmp_path, monkey
 
 def test_a_second_signal_ends_the_run_at_once(dropping, few, tmp_path, monkeypatch):
     def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        # To this thread, one after the other: of a process, a second that comes before the first is dealt with is none.
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     before_step(monkeypatch, 4, twice)
     handler = signal.getsignal(signal.SIGINT)
