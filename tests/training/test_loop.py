@@ -163,7 +163,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(dropping, few, tmp_path, monkey
 
 def test_a_second_signal_ends_the_run_at_once(dropping, few, tmp_path, monkeypatch):
     def twice():
-        # To this thread, one after the other: of a process, a second that comes before the first is dealt with is none.
+        # To this thread, one after the other. Of two to a process, a second that comes too early is none.
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
