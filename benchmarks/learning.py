@@ -35,12 +35,6 @@ ARMS = {
     "lora": ("LoRA, r = 8", LORA, [2e-3, 5e-3], []),
     "table": ("P-Tuning v2, table, 20 tokens", PREFIX, [3e-2, 1e-1], []),
     "wide": ("P-Tuning v2, table that starts at N(0, 0.5²)", {**PREFIX, "init_std": 0.5}, [3e-2, 1e-1], []),
-    "long": (
-        "P-Tuning v2, table of 60 tokens that starts at N(0, 0.5²), no dropout",
-        {**PREFIX, "num_virtual_tokens": 60, "init_std": 0.5, "prefix_dropout": 0.0},
-        [2e-2, 5e-2],
-        [],
-    ),
     "mlp": (
         "P-Tuning v2, MLP of 512, 20 tokens",
         {**PREFIX, "prefix_projection": True, "encoder_hidden_size": 512},
