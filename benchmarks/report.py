@@ -73,10 +73,18 @@ def _table(columns, rows):
 
 
 def _settings(results, names):
-    """The results of each setting, by arm, in the order in which they were taken."""
+    """The results of each setting, by arm, in the order in which they were taken.
+
+    What does not depend on the prefix is measured once for a shape, and is behind the others of all its settings.
+    """
     order = {}
     for each in results:
-        order.setdefault(tuple(each.get(name) for name in names), {})[each["arm"]] = each
+        if not each.get("any_n"):
+            order.setdefault(tuple(each.get(name) for name in names), {})[each["arm"]] = each
+    once = [each for each in results if each.get("any_n")]
+    for arms in order.values():
+        shape = next(iter(arms.values())).get("shape")
+        arms |= {each["arm"]: each for each in once if each["shape"] == shape and each["arm"] not in arms}
     return order
 
 
@@ -95,13 +103,7 @@ def _in_words(value):
 
 
 def _ratios(results, base, title, text, names=("shape", "batch", "n", "width")):
-    rows = _settings([each for each in results if not each.get("any_n")], names)
-    # What does not depend on the prefix is measured once.
-    same = {(each["shape"], each["arm"]): each for each in results if each.get("any_n")}
-    lines, found = [], {}
-    for setting, arms in rows.items():
-        beside = {arm: each for (shape, arm), each in same.items() if shape == next(iter(arms.values()))["shape"]}
-        found[setting] = {**beside, **arms}
+    lines, found = [], _settings(results, names)
     arms = [arm for arm in WORDS if arm != base and any(arm in each for each in found.values())]
     for setting, each in found.items():
         if "peak" in each[base]:
@@ -197,11 +199,9 @@ def _targets(results):
         """The ratios of two arms in the settings of a section, with their limit."""
         names = ("shape", "batch", "n", "width", "context", "cache")
         own = [e for e in results if e["section"] == section and not e.get("checkpointing")]
-        same = {(e["shape"], e["arm"]): e for e in own if e.get("any_n")}
         found = []
-        for arms in _settings([e for e in own if not e.get("any_n")], names).values():
+        for arms in _settings(own, names).values():
             first = next(iter(arms.values()))
-            arms = {**{arm: e for (shape, arm), e in same.items() if shape == first.get("shape")}, **arms}
             if where(first) and one in arms and other in arms:
                 limit_here = limit(first) if callable(limit) else limit
                 found.append((words(first), ratio(arms[one], arms[other]), limit_here))

@@ -224,10 +224,9 @@ class PrefixCache(Cache):
         room = getattr(layer, "prefix_room", None)
         if room is None or room.own[0] is not layer.keys or room.prefix[0].shape[2] != self.length:
             return prepend(prefix, *layer.update(*new))
-        tokens, start = new[0].shape[2], layer.cumulative_length + self.length
-        positions = torch.arange(-self.length, tokens, device=layer.device)
-        positions = torch.where(positions < 0, positions + self.length, positions + start)
-        layer.cumulative_length.add_(tokens)
+        tokens = torch.arange(new[0].shape[2], device=layer.device) + layer.cumulative_length + self.length
+        positions = torch.cat([torch.arange(self.length, device=layer.device), tokens])
+        layer.cumulative_length.add_(new[0].shape[2])
         # At once, or the compiler makes a copy of all of the room between the two.
         for side, states in zip(room.both, prepend(prefix, *new), strict=True):
             side.index_copy_(2, positions, states)

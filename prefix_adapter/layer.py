@@ -240,14 +240,14 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             return self._row_adapters
         return [tuple(name for name in self.active_adapters if name in self.adapters)]
 
-    def _plan(self, index: int, target: AttentionTarget, states: Tensor, memo: dict[Any, Any]) -> Plan | None:
+    def _plan(self, index: int, states: Tensor, memo: dict[Any, Any]) -> Plan | None:
         """What to put in front of a target that is given hidden states `[batch, ...]`; `None` if nothing."""
         rows = memo.get("rows") or self._rows()
         mixed = len(rows) > 1
         key = (index, states.device, states.shape[0]) if mixed else (index, rows[0])
         if key in self._plans:
             return self._plans[key]
-        plan = make_plan(rows, self.adapters, target, states)
+        plan = make_plan(rows, self.adapters, self.targets[index], states)
         if mixed or plan is None or plan.visible is None:
             self._plans[key] = plan
         return plan
@@ -308,22 +308,18 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             return None
         return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
 
-    def _encode_whole(self, memo: dict[Any, Any]) -> None:
-        """Encode what learns for all layers at once, for this forward.
+    def _encode_whole(self, row: Row, memo: dict[Any, Any]) -> None:
+        """Encode what learns of a row's adapters for all layers at once, for this forward.
 
         A layer's own columns have a gradient as large as the whole table, which is zero but for them, and each layer
         would run the MLP's first half anew.
         """
-        for name in self._rows()[0]:
+        for name in row:
             memo["state", name] = self._state(name)
             if memo["state", name] is None:
-                columns = self.adapters[name].columns
-                parts = (
-                    self.encoder_of(name)
-                    .encode(slice(None))
-                    .split([each.stop - each.start for each in columns.values()], 1)
-                )
-                memo["encoded", name] = dict(zip(columns, parts, strict=True))
+                slots = list(self.adapters[name].columns)
+                parts = self.encoder_of(name).encode(slice(None)).split([slot.shape.columns for slot in slots], 1)
+                memo["encoded", name] = dict(zip(slots, parts, strict=True))
 
     def _encode(self, adapter_name: str, slot: Slot, memo: dict[Any, Any]) -> Tensor:
         """An adapter's prefix for a slot, `[1, n, columns]`."""
@@ -396,7 +392,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         memo = self._watch.forward.memo
         memo["rows"] = rows
         if self._row_adapters is None and not torch.compiler.is_compiling():
-            self._encode_whole(memo)
+            self._encode_whole(rows[0], memo)
         if self._hooked:
             memo["shifts"] = {target.kind: self._shifts(target.kind) for target in self.positions}
             ids, shape = sequences(args, kwargs)
@@ -418,7 +414,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     def _before_backbone(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("position_ids") is not None:
             return None
-        active = self._active()
+        active = {name for row in self._rows() for name in row}
         # With `shift_positions` padding is counted as PEFT counts it.
         if not active or any(self.adapters[name].shifts for name in active):
             return None
@@ -428,10 +424,6 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             return None
         call.set("position_ids", positions)
         return tuple(call.args), call.kwargs
-
-    def _active(self) -> set[str]:
-        """The adapters that act on any row."""
-        return {name for row in self._rows() for name in row}
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         rows = self._watch.forward.memo.get("rows")
@@ -463,7 +455,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     def _before_attention(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target, forward = self.targets[index], self._watch.forward
         call = Call(target.names, args, kwargs)
-        plan = self._plan(index, target, call.get(target.names[0]), forward.memo)
+        plan = self._plan(index, call.get(target.names[0]), forward.memo)
         if plan is None:
             return None
         forward.called.add(index)
@@ -491,7 +483,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         kwargs: dict[str, Any],
     ) -> Any:
         call, memo = Call(follower.names, args, kwargs), self._watch.forward.memo
-        plan = self._plan(index, self.targets[index], call.get(follower.names[0]), memo)
+        plan = self._plan(index, call.get(follower.names[0]), memo)
         if plan is None:
             return None
         make_room(call, follower, self.model, plan.length, plan.visible, memo)

@@ -159,7 +159,7 @@ class PrefixTuningV2Model(BaseTuner):
             yield
             return
         names = self._check_adapter_names(names, args, kwargs)
-        heads = [module for module in self.modules() if isinstance(module, ModulesToSaveWrapper)]
+        heads = [module for module in _heads(self.model) if isinstance(module, ModulesToSaveWrapper)]
         for head in heads:
             head.forward = partial(_head_of_rows, head, names)  # type: ignore[method-assign]
         self.prefix_layer.set_row_adapters(names)
