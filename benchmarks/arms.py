@@ -145,7 +145,12 @@ def _attend(module, query, key, value, attention_mask, **kwargs):
         attention_mask = F.pad(attention_mask, (n, 0), value=seen)
     elif module.is_causal and tokens > 1:
         attention_mask = torch.ones(tokens, key.shape[2], dtype=torch.bool, device=key.device).tril(n)[None, None]
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if query.device.type != "cpu" or query.shape[1] == key.shape[1]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    # With a mask transformers repeats keys and values for each query of a group; the CPU's kernel need not.
+    scale, dropout = kwargs.get("scaling"), kwargs.get("dropout", 0.0)
+    output = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scale, enable_gqa=True)
+    return output.transpose(1, 2).contiguous(), None
 
 
 class Reference(nn.Module):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import PrefixOf, with_prefix
-from .causal import CausalMask
+from .causal import CausalMask, without_mask
 from .encoder import KeyValueShape
 
 T = TypeVar("T")
@@ -23,12 +23,11 @@ KINDS = ("encoder", "decoder", "cross")
 MASK_ARGUMENTS = ("attention_mask", "mask", "causal_mask", "encoder_attention_mask")
 ENCODER_STATES = ("key_value_states", "encoder_hidden_states")
 SHARED_STATES = "shared_kv_states"
+# Where a module says how many heads of its queries share one of its keys; and where kernels know how to.
+GROUPS = "num_key_value_groups"
+GROUPING_DEVICES = ("cpu", "cuda")
 # Attention implementations whose masks are understood, by the start of their names in transformers.
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention")
-
-# From how many tokens for each of the prefix's on causal attention is faster as a square than with a mask. Measured on
-# one CPU thread: the same at 13, a third less time at 51.
-_ROWS_FOR_A_MASK = 16
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class AttentionTarget:
         follows: whether it attends to the keys and values of another module instead of its own (Gemma 3n).
         own_mask: the buffer with which the module hides keys by itself (GPT-Neo's local attention); else `None`.
         true_hides: whether True in its bool masks hides a key (MPT) instead of showing it.
+        grouped: whether sdpa can be left to give several heads of its queries the same of its keys.
     """
 
     name: str
@@ -75,6 +75,7 @@ class AttentionTarget:
     true_hides: bool = False
     follows: bool = False
     own_mask: str | None = None
+    grouped: bool = False
 
     @cached_property
     def kind(self) -> str:
@@ -210,11 +211,24 @@ def _window_of(module: nn.Module) -> Any:
     return getattr(module, "sliding_window", shared)
 
 
-def widen_own_mask(target: AttentionTarget, name: str, length: int) -> Tensor:
-    """Put a wider mask in the place of a module's own `[1, 1, tokens, keys]`, and return that for later."""
-    own = getattr(target.module, name)
-    setattr(target.module, name, F.pad(own, (length, 0, length, 0), value=True))
-    return own
+def change_module(module: nn.Module, target: AttentionTarget, call: Call, length: int) -> dict[str, Any]:
+    """Change what a module looks up in itself, for one call with a prefix.
+
+    Its own mask gets room for the prefix. And transformers repeats the heads of keys and values for `sdpa` wherever
+    there is a mask; `CausalMask` leaves that to the kernel, which keeps them once for all queries of a group.
+
+    Returns:
+        What was there, by attribute, to be put back behind the call.
+    """
+    changed: dict[str, Any] = {}
+    if target.own_mask is not None:
+        changed[target.own_mask] = F.pad(getattr(module, target.own_mask), (length, 0, length, 0), value=True)
+    if target.grouped and any(isinstance(call.get(name), CausalMask) for name in MASK_ARGUMENTS):
+        changed[GROUPS] = 1
+    before = {name: getattr(module, name) for name in changed}
+    for name, value in changed.items():
+        setattr(module, name, value)
+    return before
 
 
 def _once(memo: dict[Any, Any], key: Any, given: tuple[Any, ...], make: Callable[[], T]) -> T:
@@ -289,8 +303,9 @@ def _missing_mask(
         past, layer_idx = min((inner.get_seq_length(index or 0), index or 0) for index in target.slots)
         keys, offset = inner.get_mask_sizes(queries, layer_idx)
     past = past if causal else None
-    key = ("mask", implementation, batch, queries, keys, past, offset, length, states.device, states.dtype)
-    make = partial(_make_mask, states, keys, past, offset, implementation, length, visible)
+    grouped = target.grouped and states.device.type in GROUPING_DEVICES
+    key = ("mask", implementation, batch, queries, keys, past, offset, length, states.device, states.dtype, grouped)
+    make = partial(_make_mask, states, keys, past, offset, implementation, length, visible, grouped)
     return _once(memo, key, (visible,), make)
 
 
@@ -302,13 +317,14 @@ def _make_mask(
     implementation: str,
     length: int,
     visible: Tensor | None,
+    grouped: bool,
 ) -> Tensor:
     """A mask with a prefix in front; causal behind `past` tokens if that is not `None`."""
     batch, queries, device = *states.shape[:2], states.device
     if implementation.startswith("flash_attention"):
         return widen_mask(torch.ones(batch, keys, dtype=torch.bool, device=device), length, visible)
     square = visible is None and offset == 0 and past == 0 and keys == queries
-    if square and length * _ROWS_FOR_A_MASK <= queries and not torch.compiler.is_compiling():
+    if square and (grouped or without_mask(queries, length)) and not torch.compiler.is_compiling():
         return CausalMask(queries, length, device)
     mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device)
     if past is not None:

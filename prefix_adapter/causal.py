@@ -9,6 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+# From how many tokens for each of the prefix's on causal attention is faster as a square than with a mask. Measured on
+# one CPU thread: the same at 13, a third less time at 51.
+_ROWS_FOR_A_MASK = 16
+
+
+def without_mask(tokens: int, length: int) -> bool:
+    """Whether attention of that many tokens behind a prefix of that length is faster as a square."""
+    return length * _ROWS_FOR_A_MASK <= tokens
+
 
 class CausalMask(Tensor):
     """The mask `[1, 1, tokens, length + tokens]` of tokens that see a prefix, themselves and what is between.
@@ -18,6 +27,8 @@ class CausalMask(Tensor):
     nothing above the queries it is a square again. Their outputs are dropped: a share of `length / tokens` more work,
     in place of a mask and of twice the scores. Everything else gets to see the mask itself, element by element.
     (`torch.nn.attention.bias` has a mask of the same kind for kernels of CUDA.)
+
+    Keys and values may have fewer heads than the queries: each serves as many of them as it has to.
 
     Args:
         tokens: of the input.
@@ -57,8 +68,16 @@ class CausalMask(Tensor):
     def _attend(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, *args: Any, is_causal: bool = False, **kwargs: Any
     ) -> Tensor | None:
-        length = key.shape[-2] - query.shape[-2]
+        tokens, length = query.shape[-2], key.shape[-2] - query.shape[-2]
         if not isinstance(attn_mask, CausalMask) or args or is_causal or length != attn_mask.length:
             return None
+        groups = query.shape[-3] // key.shape[-3]
+        if groups > 1:
+            kwargs["enable_gqa"] = True
+        if not without_mask(tokens, length):
+            if groups > 1 and query.device.type != "cpu":
+                # With a mask only the CPU's kernel does that by itself: others would fall back to whole scores.
+                key, value = (each.repeat_interleave(groups, -3) for each in (key, value))
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask.plain(), **kwargs)
         padded = F.pad(query, (0, 0, length, 0))
         return F.scaled_dot_product_attention(padded, key, value, is_causal=True, **kwargs)[..., length:, :]

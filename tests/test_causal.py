@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from prefix_adapter import PrefixTuningV2Config, attention, get_peft_model
+from prefix_adapter import PrefixTuningV2Config, attention, causal, get_peft_model
 from prefix_adapter.causal import CausalMask
 
 TOKENS, LENGTH = 40, 3
@@ -25,10 +25,12 @@ def tensors(heads=4, groups=4, keys=LENGTH + TOKENS, size=8, values=8, dtype=tor
 
 @pytest.mark.parametrize(
     ("shapes", "settings"),
-    [({}, {}), ({}, {"scale": 0.3}), ({"groups": 2}, {"enable_gqa": True}), ({"values": 6}, {})],
+    [({}, {}), ({}, {"scale": 0.3}), ({"groups": 2}, {"enable_gqa": True}), ({"groups": 1}, {}), ({"values": 6}, {})],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_attention_with_the_mask(shapes, settings, dtype):
+@pytest.mark.parametrize("rows", [0, 10**9], ids=["square", "mask"])
+def test_it_is_attention_with_the_mask(shapes, settings, dtype, rows, monkeypatch):
+    monkeypatch.setattr(causal, "_ROWS_FOR_A_MASK", rows)
     results = []
     for mask in (CausalMask(TOKENS, LENGTH, torch.device("cpu")), by_hand()):
         inputs = tensors(**shapes, dtype=dtype)
@@ -81,16 +83,17 @@ def test_a_mask_to_everything_else():
 
 
 class SdpaCalls(TorchFunctionMode):
-    """Notes the masks that sdpa is called with."""
+    """Notes the masks that sdpa is called with, and the heads of the keys."""
 
     def __init__(self):
         super().__init__()
-        self.masks = []
+        self.masks, self.heads = [], set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self.masks.append((type(kwargs.get("attn_mask")), kwargs.get("is_causal", False)))
+            self.masks.append(type(kwargs.get("attn_mask")))
+            self.heads.add(args[1].shape[1])
         return func(*args, **kwargs)
 
 
@@ -107,17 +110,89 @@ def test_where_it_is_used(kind, monkeypatch):
     def masks(**inputs):
         with SdpaCalls() as calls:
             result = model(**inputs).logits
-        return result, {kind for kind, _ in calls.masks} - {type(None)}
+        return result, set(calls.masks) - {type(None)}
 
+    for target in model.base_model.prefix_layer.targets:
+        assert target.grouped == (kind == "llama")
+        target.grouped = False  # by itself below
     ours, kinds = masks(input_ids=long)
     assert kinds == {CausalMask}
     assert masks(input_ids=long, attention_mask=torch.ones_like(long))[1] == {CausalMask}
     assert masks(input_ids=short)[1] == {torch.Tensor}
     assert masks(input_ids=long, attention_mask=padded)[1] == {torch.Tensor}
-    monkeypatch.setattr(attention, "_ROWS_FOR_A_MASK", 10**9)
+    monkeypatch.setattr(causal, "_ROWS_FOR_A_MASK", 10**9)
     right, kinds = masks(input_ids=long)
     assert kinds == {torch.Tensor}
     torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [40, 7], ids=["long", "short"])
+def test_keys_stay_one_for_all_queries_of_a_group(tokens):
+    """As transformers has it where there is no mask: with a mask it would repeat keys and values for each query."""
+    base = tiny.model("llama", "AutoModelForCausalLM", attn="sdpa")
+    few, many = base.config.num_key_value_heads, base.config.num_attention_heads
+    assert few < many
+    ids = tiny.ids(2, tokens)
+
+    def heads():
+        with SdpaCalls() as calls:
+            result = model(input_ids=ids).logits
+        result.sum().backward()
+        found = model.base_model.prefix_layer.prefix_tuning_v2_embedding["default"].weight
+        gradient, found.grad = found.grad, None
+        return result, gradient, calls.heads
+
+    with SdpaCalls() as calls:
+        base(input_ids=ids)
+    assert calls.heads == {few}
+    model = get_peft_model(base, PrefixTuningV2Config(task_type="CAUSAL_LM", num_virtual_tokens=2, prefix_dropout=0.0))
+    tiny.randomize(model)
+    result, gradient, found = heads()
+    assert found == {few}
+    modules = [target.module for target in model.base_model.prefix_layer.targets]
+    assert {module.num_key_value_groups for module in modules} == {many // few}
+    for target in model.base_model.prefix_layer.targets:
+        target.grouped = False
+    right, right_gradient, found = heads()
+    assert found == {many}
+    torch.testing.assert_close(result, right, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, right_gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_forward_that_fails_leaves_the_groups_as_they_are(monkeypatch):
+    model = tiny.model("llama", "AutoModelForCausalLM", attn="sdpa")
+    model = get_peft_model(model, PrefixTuningV2Config(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    module = model.base_model.prefix_layer.targets[-1].module
+    groups, seen = module.num_key_value_groups, []
+
+    def fail(*args, **kwargs):
+        seen.append(module.num_key_value_groups)
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.o_proj, "forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(input_ids=tiny.ids())
+    assert (seen, module.num_key_value_groups) == ([1], groups)
+
+
+def test_a_module_that_asks_for_its_groups_itself_keeps_them():
+    model = tiny.model("llama", "AutoModelForCausalLM", attn="sdpa")
+    first, second = (layer.self_attn for layer in model.model.layers[:2])
+
+    class Own(type(first)):
+        def forward(
+            self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
+        ):
+            output, weights = super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+            return output * self.num_key_value_groups, weights
+
+    first.__class__ = Own
+    model = get_peft_model(model, PrefixTuningV2Config(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    grouped = {target.module: target.grouped for target in model.base_model.prefix_layer.targets}
+    assert grouped[second] and not grouped[first]
 
 
 def test_a_mask_is_made_once_for_all_layers(monkeypatch):

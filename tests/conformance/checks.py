@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from zoo import NotBuilt, tiny_inputs, tiny_model
 
 import prefix_adapter
-from prefix_adapter import PrefixTuningV2Config, attention, get_peft_model
+from prefix_adapter import PrefixTuningV2Config, causal, get_peft_model
 from prefix_adapter.causal import CausalMask
 
 TOKENS = 3
@@ -436,12 +436,14 @@ def compiled(case: Case) -> None:
 
 
 def causal_rule(case: Case) -> None:
-    """Where no mask is needed but for the prefix, attention by the kernel's own rule is that with a mask."""
+    """Where no mask is needed but for the prefix, attention by the kernel's own rules is that with a mask."""
 
-    def run(tokens_for_a_mask: float) -> tuple[Tensor, Tensor]:
-        with unittest.mock.patch.object(attention, "_ROWS_FOR_A_MASK", tokens_for_a_mask):
+    def run(tokens_for_a_mask: float, grouped: bool) -> tuple[Tensor, Tensor]:
+        with unittest.mock.patch.object(causal, "_ROWS_FOR_A_MASK", tokens_for_a_mask):
             torch.manual_seed(0)
             model = case.wrapped()
+            for target in layer_of(model).targets:
+                target.grouped = target.grouped and grouped
             inputs = {k: v for k, v in case.inputs(model).items() if "attention_mask" not in k}
             result = outputs(model, inputs)
             (result * torch.randn(result.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
@@ -451,12 +453,13 @@ def causal_rule(case: Case) -> None:
 
     used = []
     with unittest.mock.patch.object(CausalMask, "_attend", _noting(CausalMask._attend, used)):
-        ours, gradient = run(0)
+        ours = [run(0, True), run(math.inf, True)]
     if not any(output is not None for output in used):
         raise Skip("it is never asked")
-    want, want_gradient = run(math.inf)
-    close(ours, want, "outputs")
-    close(gradient, want_gradient, "gradients")
+    want, want_gradient = run(math.inf, False)
+    for outputs_, gradient in ours:
+        close(outputs_, want, "outputs")
+        close(gradient, want_gradient, "gradients")
 
 
 def _noting(function: Callable[..., Any], results: list[Any]) -> Callable[..., Any]:
