@@ -3,8 +3,8 @@
 `floor` is the least that any prefix method must do: bare leaf tensors of keys and values in front of attention, no
 encoder, no hook. `reference` is P-Tuning v2 as the paper describes it (Liu et al. 2022, sections 3.2 and 3.3): the
 prompt's embedding and its MLP are computed for every row of the batch and handed to the backbone as `past_key_values`.
-Dropout on the prefix is off in all of them. `third` is ours in the last third of the layers, `frozen` the backbone by
-itself with gradients that go through it to its embeddings.
+Dropout on the prefix is off in all of them. `third` is ours in the last third of the layers, `floor_third` the floor
+there, `frozen` the backbone by itself with gradients that go through it to its embeddings.
 """
 
 import copy
@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from prefix_adapter import PrefixTuningV2Config
 
-ARMS = ("full", "lora", "peft", "reference", "ours", "third", "floor")
+ARMS = ("full", "lora", "peft", "reference", "ours", "third", "floor", "floor_third")
 # A real BERT; the configuration of the seed's experiment; a decoder of 88 million parameters with grouped queries.
 SHAPES = ("minilm", "multilingual", "llama")
 
@@ -81,12 +81,14 @@ def build(arm, config, n=20, width=None, prefixed=None, attention="sdpa"):
         config: of the backbone.
         n: virtual tokens.
         width: of the MLP; `None` for a table.
-        prefixed: how many layers, counted from the last, get a prefix of ours; all if `None`.
+        prefixed: how many layers, counted from the last, get a prefix; all if `None`.
         attention: transformers' `attn_implementation`, of all but the floor.
     """
     task = "CAUSAL_LM" if isinstance(config, LlamaConfig) else "SEQ_CLS"
-    if arm == "floor":
-        return floor(config, n)
+    layers = config.num_hidden_layers
+    prefixed = layers // 3 if arm.endswith("third") else prefixed or layers
+    if arm.startswith("floor"):
+        return floor(config, n, prefixed)
     if arm == "reference":
         return Reference(config, n, width, attention)
     model = base_model(config, attention)
@@ -104,8 +106,6 @@ def build(arm, config, n=20, width=None, prefixed=None, attention="sdpa"):
     if arm == "peft":
         settings = {"prefix_projection": width is not None, "encoder_hidden_size": width}
         return get_peft_model(model, PrefixTuningConfig(task_type=task, num_virtual_tokens=n, **settings))
-    layers = config.num_hidden_layers
-    prefixed = layers // 3 if arm == "third" else prefixed or layers
     return get_peft_model(
         model,
         PrefixTuningV2Config(
@@ -119,17 +119,19 @@ def build(arm, config, n=20, width=None, prefixed=None, attention="sdpa"):
     )
 
 
-def floor(config, n):
-    """A frozen backbone whose attention reads leaf tensors `[1, heads, n, size]`."""
+def floor(config, n, prefixed):
+    """A frozen backbone whose attention reads leaf tensors `[1, heads, n, size]` in so many of its last layers."""
     AttentionInterface.register("floor", _attend)
     AttentionMaskInterface.register("floor", AttentionMaskInterface()["sdpa"])
     model = base_model(config, "floor").requires_grad_(False)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = config.hidden_size // config.num_attention_heads
-    for module in model.modules():
-        if any(hasattr(module, name) for name in ("q_proj", "query")):
-            for name in ("prefix_keys", "prefix_values"):
-                module.register_parameter(name, nn.Parameter(0.02 * torch.randn(1, heads, n, size)))
+    modules = [module for module in model.modules() if any(hasattr(module, name) for name in ("q_proj", "query"))]
+    for depth, module in enumerate(modules, start=1 - len(modules)):
+        length = n if depth > -prefixed else 0
+        for name in ("prefix_keys", "prefix_values"):
+            prefix = nn.Parameter(0.02 * torch.randn(1, heads, length, size), requires_grad=bool(length))
+            module.register_parameter(name, prefix)
     for parameter in head_of(model):
         parameter.requires_grad_(True)
     return model
@@ -138,6 +140,8 @@ def floor(config, n):
 def _attend(module, query, key, value, attention_mask, **kwargs):
     batch, _, tokens, _ = query.shape
     n = module.prefix_keys.shape[2]
+    if not n:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     key = torch.cat([module.prefix_keys.to(key.dtype).expand(batch, -1, -1, -1), key], dim=2)
     value = torch.cat([module.prefix_values.to(value.dtype).expand(batch, -1, -1, -1), value], dim=2)
     if attention_mask is not None:

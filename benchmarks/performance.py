@@ -136,33 +136,29 @@ def arms_of(shape):
 
 def train(bench):
     """A training step of every arm, for every row of the seed's table."""
-    results = []
     for shape in bench.args.shapes:
         config = config_of(shape)
         batch = batch_of(config, bench.device, bench.args.batch)
         for n, width in rows_of(shape):
             steps = {arm: training_step(bench, bench.build(arm, config, n, width), batch) for arm in arms_of(shape)}
             about = {"section": "train", "shape": shape, "n": n, "width": width, "batch": bench.args.batch}
-            results += bench.compare(steps, **about)
-    return results
+            yield from bench.compare(steps, **about)
 
 
 def memory(bench):
     """Peak memory of a training step, each arm in a process of its own."""
-    results = []
     for shape in bench.args.shapes:
         settings = {"section": "memory", "shape": shape, "batch": bench.args.batch}
         same = ("frozen", "full", "lora")
         for arm in same:
             for checkpointing in (False, True):
-                results.append(peak_of(bench, {**settings, "arm": arm, "any_n": True, "checkpointing": checkpointing}))
+                yield peak_of(bench, {**settings, "arm": arm, "any_n": True, "checkpointing": checkpointing})
         for n, width in rows_of(shape):
             for arm in (arm for arm in arms_of(shape) if arm not in same):
                 spec = {**settings, "arm": arm, "n": n, "width": width}
-                results.append(peak_of(bench, spec))
+                yield peak_of(bench, spec)
                 if arm == "ours":
-                    results.append(peak_of(bench, {**spec, "checkpointing": True}))
-    return results
+                    yield peak_of(bench, {**spec, "checkpointing": True})
 
 
 def peak_of(bench, spec):
@@ -213,7 +209,6 @@ def most_alive(profiled):
 
 def infer(bench):
     """A forward of an encoder with a prefix of 20, and without one."""
-    results = []
     for shape in (shape for shape in bench.args.shapes if shape != "llama"):
         config = config_of(shape)
         batch = batch_of(config, bench.device, bench.args.batch)
@@ -222,8 +217,7 @@ def infer(bench):
         for arm in ("frozen", "peft", "reference", "ours", "floor"):
             model = bench.build(arm, config).eval().requires_grad_(False)
             steps[arm] = partial(bench.run, model, **batch)
-        results += bench.compare(steps, section="infer", shape=shape, n=20, batch=bench.args.batch)
-    return results
+        yield from bench.compare(steps, section="infer", shape=shape, n=20, batch=bench.args.batch)
 
 
 def decode(bench):
@@ -232,7 +226,7 @@ def decode(bench):
     As in `generate`: positions are handed over, and PEFT's wrapper hands over to the model inside once and not for
     each token. `compiled` is a static cache behind `torch.compile`, for which the prompt is run as it is.
     """
-    config, n, results = config_of("llama"), 20, []
+    config, n = config_of("llama"), 20
     models = {"base": base_model(config, bench.args.attention).to(bench.device).eval().requires_grad_(False)}
     wrapped = {arm: bench.build(arm, config, n).eval().requires_grad_(False) for arm in ("ours", "peft", "lora")}
     models |= {arm: wrapped[arm].base_model.model for arm in ("ours", "lora")}
@@ -263,7 +257,7 @@ def decode(bench):
         firsts = {arm: partial(prompt, arm, context, "dynamic") for arm in models}
         # A short prompt is quick, and differs by little.
         often = bench.args.rounds * max(1, 1024 // context)
-        results += bench.compare(firsts, often, section="first token", **about)
+        yield from bench.compare(firsts, often, section="first token", **about)
         for kind in ("dynamic", "static", "compiled"):
             # What PEFT's prefix tuning is given as a cache holds the prefix, and is no static one.
             arms = [arm for arm in models if kind == "dynamic" or arm != "peft"]
@@ -272,8 +266,7 @@ def decode(bench):
                 torch._dynamo.reset()
                 used = {arm: torch.compile(models[arm]) for arm in arms}
             steps = {arm: partial(token, used[arm], *prompt(arm, context, kind)) for arm in arms}
-            results += bench.compare(steps, rounds, section="decode", cache=kind, **about)
-    return results
+            yield from bench.compare(steps, rounds, section="decode", cache=kind, **about)
 
 
 def load(bench):
@@ -294,7 +287,7 @@ def load(bench):
                 model.delete_adapter("new")
                 if number >= bench.args.warmup:
                     times[arm].append(seconds)
-        results = [{"section": "load", "n": 20, "arm": arm, "seconds": found} for arm, found in times.items()]
+        yield from ({"section": "load", "n": 20, "arm": arm, "seconds": found} for arm, found in times.items())
         print(json.dumps({arm: 1e3 * statistics.median(found) for arm, found in times.items()}), flush=True)
 
         def switching(model):
@@ -302,12 +295,11 @@ def load(bench):
             return lambda: model.set_adapter(next(names))
 
         steps = {arm: switching(model) for arm, model in models.items()}
-        return results + bench.compare(steps, 10 * bench.args.rounds, section="switch", n=20)
+        yield from bench.compare(steps, 10 * bench.args.rounds, section="switch", n=20)
 
 
 def growth(bench):
     """Time and memory of a training step as one thing grows."""
-    results = []
     for name, values in GROWTH.items():
         for value in values:
             config = config_of("minilm")
@@ -322,9 +314,8 @@ def growth(bench):
                 arm: training_step(bench, bench.build(arm, config, settings["n"], None, settings["prefixed"]), batch)
                 for arm in arms
             }
-            results += bench.compare(steps, section="growth", **about)
-            results += [peak_of(bench, {**about, "section": "growth of memory", "arm": arm}) for arm in arms]
-    return results
+            yield from bench.compare(steps, section="growth", **about)
+            yield from (peak_of(bench, {**about, "section": "growth of memory", "arm": arm}) for arm in arms)
 
 
 # Operations that move no data.
@@ -411,6 +402,21 @@ def processor():
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def save(path, known, found):
+    """Write all results to `path`, with those of the same kind replaced by what was found; return them."""
+
+    def about(each):
+        return [each.get(key) for key in ("section", "shape", "batch", "machine", "precision")]
+
+    replaced = [about(each) for each in found]
+    results = [each for each in known if about(each) not in replaced] + found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(results), encoding="utf-8")
+    unfinished.replace(path)
+    return results
+
+
 def main():
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -446,18 +452,11 @@ def main():
         "commit": git_commit(),
     }
     for name in args.sections:
-        started = time.perf_counter()
-        found = [{**each, **made} for each in SECTIONS[name](bench)]
-
-        def about(each):
-            return [each.get(key) for key in ("section", "shape", "batch", "machine", "precision")]
-
-        replaced = [about(each) for each in found]
-        known = [each for each in known if about(each) not in replaced] + found
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = args.output.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(known), encoding="utf-8")
-        unfinished.replace(args.output)
+        started, found = time.perf_counter(), []
+        for each in SECTIONS[name](bench):
+            found.append({**each, **made})
+            save(args.output, known, found)
+        known = save(args.output, known, found)
         print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
 
 

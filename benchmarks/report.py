@@ -11,6 +11,7 @@ WORDS = {
     "ours": "ours",
     "third": "ours, last third",
     "floor": "floor",
+    "floor_third": "floor, last third",
     "frozen": "frozen backbone",
     "base": "base, n tokens more",
 }
@@ -230,6 +231,8 @@ def _targets(results):
             limit = _seed_limit(place)
             add(name, "the seed's ratio", over(section, arm, "full", limit, in_the_seed, size))
     add("step of the last third over full fine-tuning's", "0.50", over("train", "third", "full", 0.50, words=size))
+    third = over("train", "floor_third", "full", 0.50, words=size)
+    add("the floor's, for comparison", "0.50", third)
     add("memory over the frozen backbone's, table, n 20", "1.05", over("memory", "ours", "frozen", 1.05, table(20)))
     add("memory over PEFT's", "1", over("memory", "ours", "peft", 1, words=size))
     add("memory over the reference's", "1", over("memory", "ours", "reference", 1, words=size))

@@ -41,9 +41,15 @@ def outputs(model, kind):
     return [model(input_ids=ids, attention_mask=each).logits[:, :5] for each in (torch.ones_like(ids), mask)]
 
 
-@pytest.mark.parametrize(("arm", "kind"), [("floor", "bert"), ("floor", "llama"), ("reference", "bert")])
+@pytest.mark.parametrize(
+    ("arm", "kind"),
+    [("floor", "bert"), ("floor", "llama"), ("floor_third", "bert"), ("floor_third", "llama"), ("reference", "bert")],
+)
 def test_the_same_prefix_gives_the_same_output(arm, kind):
-    ours, other = built("ours", kind), arms.build(arm, tiny.config(kind), N).eval()
+    ours, other = (
+        built("third" if arm.endswith("third") else "ours", kind),
+        arms.build(arm, tiny.config(kind), N).eval(),
+    )
     layer = ours.base_model.prefix_layer
     table = layer.encoder_of("default").embedding.weight.data
     copy_backbone(backbone_of(ours), other.model if arm == "reference" else other)
@@ -53,9 +59,8 @@ def test_the_same_prefix_gives_the_same_output(arm, kind):
         layer.adapters["default"] = dataclasses.replace(layer.adapters["default"], shifts=True)
     else:
         attention = [module for module in other.modules() if hasattr(module, "prefix_keys")]
-        for module, target in zip(attention, layer.targets, strict=True):
-            slot = next(iter(target.slots.values()))
-            columns = layer.adapters["default"].columns[slot]
+        attention = [module for module in attention if module.prefix_keys.requires_grad]
+        for module, (slot, columns) in zip(attention, layer.adapters["default"].columns.items(), strict=True):
             keys, values = slot.shape.split(table[None, :, columns])
             module.prefix_keys.data.copy_(keys)
             module.prefix_values.data.copy_(values)
