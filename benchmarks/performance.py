@@ -10,6 +10,7 @@ machine does meets all of them; peak memory is measured in a process for each ar
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -129,9 +130,9 @@ def rows_of(shape):
     return ROWS if shape != "llama" else [(20, None), (20, 512)]
 
 
-def arms_of(shape):
-    """The reference is written for BERTs."""
-    return [arm for arm in ARMS if shape != "llama" or arm != "reference"]
+def arms_of(bench, shape):
+    """Those asked for; the reference is written for BERTs."""
+    return [arm for arm in bench.args.arms if shape != "llama" or arm != "reference"]
 
 
 def train(bench):
@@ -140,7 +141,9 @@ def train(bench):
         config = config_of(shape)
         batch = batch_of(config, bench.device, bench.args.batch)
         for n, width in rows_of(shape):
-            steps = {arm: training_step(bench, bench.build(arm, config, n, width), batch) for arm in arms_of(shape)}
+            steps = {
+                arm: training_step(bench, bench.build(arm, config, n, width), batch) for arm in arms_of(bench, shape)
+            }
             about = {"section": "train", "shape": shape, "n": n, "width": width, "batch": bench.args.batch}
             yield from bench.compare(steps, **about)
 
@@ -150,11 +153,11 @@ def memory(bench):
     for shape in bench.args.shapes:
         settings = {"section": "memory", "shape": shape, "batch": bench.args.batch}
         same = ("frozen", "full", "lora")
-        for arm in same:
+        for arm in (arm for arm in same if arm in ("frozen", *bench.args.arms)):
             for checkpointing in (False, True):
                 yield peak_of(bench, {**settings, "arm": arm, "any_n": True, "checkpointing": checkpointing})
         for n, width in rows_of(shape):
-            for arm in (arm for arm in arms_of(shape) if arm not in same):
+            for arm in (arm for arm in arms_of(bench, shape) if arm not in same):
                 spec = {**settings, "arm": arm, "n": n, "width": width}
                 yield peak_of(bench, spec)
                 if arm == "ours":
@@ -173,7 +176,7 @@ def peak_of(bench, spec):
 
 
 def measure_peak(bench, spec):
-    """The peak of tensors in the second step, above what is there before it, in bytes."""
+    """The peak of tensors in the second step, above what is there before it, and that, in bytes."""
     config = config_of(spec["shape"])
     config.num_hidden_layers = spec.get("depth") or config.num_hidden_layers
     batch = batch_of(config, bench.device, spec["batch"], spec.get("tokens", 128))
@@ -188,10 +191,17 @@ def measure_peak(bench, spec):
         step()
         peak = torch.cuda.max_memory_allocated() - before
     else:
+        before = allocated()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             step()
         peak = most_alive(profiled)
-    print(json.dumps({"peak": peak}))
+    print(json.dumps({"peak": peak, "before": before}))
+
+
+def allocated():
+    """The bytes of all tensors."""
+    storages = (each.untyped_storage() for each in gc.get_objects() if isinstance(each, torch.Tensor))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def most_alive(profiled):
@@ -221,18 +231,23 @@ def infer(bench):
 
 
 def decode(bench):
-    """Tokens of a decoder one by one behind a context; the base model has the n tokens more in its cache.
+    """Tokens of a decoder one by one behind a context; the base model has the n tokens more in its cache."""
+    yield from tokens_of(bench, config_of("llama"), CONTEXTS, ("dynamic", "static", "compiled"))
+
+
+def tokens_of(bench, config, contexts, kinds):
+    """The first token and those that follow, for each context and kind of cache.
 
     As in `generate`: positions are handed over, and PEFT's wrapper hands over to the model inside once and not for
     each token. `compiled` is a static cache behind `torch.compile`, for which the prompt is run as it is.
     """
-    config, n = config_of("llama"), 20
+    n = 20
     models = {"base": base_model(config, bench.args.attention).to(bench.device).eval().requires_grad_(False)}
     wrapped = {arm: bench.build(arm, config, n).eval().requires_grad_(False) for arm in ("ours", "peft", "lora")}
     models |= {arm: wrapped[arm].base_model.model for arm in ("ours", "lora")}
     models["peft"] = wrapped["peft"].base_model
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(1000, 5000, (1, max(CONTEXTS) + n), generator=generator).to(bench.device)
+    tokens = torch.randint(1000, 5000, (1, max(contexts) + n), generator=generator).to(bench.device)
     rounds = 4 * bench.args.rounds
 
     def prompt(arm, context, kind):
@@ -252,13 +267,13 @@ def decode(bench):
             model(input_ids=tokens[:, :1], past_key_values=cache, position_ids=position, logits_to_keep=1)
             position += 1
 
-    for context in CONTEXTS:
+    for context in contexts:
         about = {"shape": "llama", "n": n, "context": context}
         firsts = {arm: partial(prompt, arm, context, "dynamic") for arm in models}
         # A short prompt is quick, and differs by little.
         often = bench.args.rounds * max(1, 1024 // context)
         yield from bench.compare(firsts, often, section="first token", **about)
-        for kind in ("dynamic", "static", "compiled"):
+        for kind in kinds:
             # What PEFT's prefix tuning is given as a cache holds the prefix, and is no static one.
             arms = [arm for arm in models if kind == "dynamic" or arm != "peft"]
             used = dict(models)
@@ -267,6 +282,19 @@ def decode(bench):
                 used = {arm: torch.compile(models[arm]) for arm in arms}
             steps = {arm: partial(token, used[arm], *prompt(arm, context, kind)) for arm in arms}
             yield from bench.compare(steps, rounds, section="decode", cache=kind, **about)
+
+
+def host(bench):
+    """Steps and tokens of a decoder so narrow that what takes time is Python and the start of operations."""
+    config = config_of("llama")
+    config.hidden_size, config.intermediate_size, config.head_dim = 96, 128, 8
+    batch = batch_of(config, bench.device, 1, 32)
+    arms = ("full", "lora", "peft", "ours", "floor", "frozen")
+    steps = {arm: training_step(bench, bench.build(arm, config), batch) for arm in arms}
+    yield from bench.compare(steps, 10 * bench.args.rounds, section="host", what="training step", n=20)
+    for each in tokens_of(bench, config, (64,), ("dynamic", "static")):
+        if each["section"] == "decode":
+            yield {**each, "section": "host", "what": f"a token, {each['cache']} cache"}
 
 
 def load(bench):
@@ -382,6 +410,7 @@ SECTIONS = {
     "memory": memory,
     "infer": infer,
     "decode": decode,
+    "host": host,
     "load": load,
     "growth": growth,
     "operations": operations,
@@ -424,6 +453,7 @@ def main():
     parser.add_argument("--report", type=Path, help="write the tables to this page, and measure nothing")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="of training steps")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=2)

@@ -24,6 +24,7 @@ SEED = {
     (200, 512): (93 / 110, 7691 / 8194),
     (200, 768): (95 / 110, 7791 / 8194),
 }
+SEED_SHAPE = ("multilingual", 32)
 HEAD = """# Performance
 
 <!-- Written by benchmarks/performance.py; the text is in benchmarks/report.py and benchmarks/performance_notes.md. -->
@@ -53,7 +54,7 @@ def page(results, notes=""):
         versions = ", ".join(f"{name} {number}" for name, number in own[0]["versions"].items())
         commits = ", ".join(sorted({each["commit"] for each in own}))
         parts.append(f"## {machine}, {precision}\n\n{versions}; commit {commits}.\n")
-        parts.append(_targets(own))
+        parts += [_targets(own), _beside_the_seed(own)]
         for section, write in SECTIONS.items():
             found = [each for each in own if each["section"] == section]
             if found:
@@ -84,15 +85,19 @@ def _settings(results, names):
             order.setdefault(tuple(each.get(name) for name in names), {})[each["arm"]] = each
     once = [each for each in results if each.get("any_n")]
     for arms in order.values():
-        shape = next(iter(arms.values())).get("shape")
-        arms |= {each["arm"]: each for each in once if each["shape"] == shape and each["arm"] not in arms}
+        first = next(iter(arms.values()))
+        same = (each for each in once if all(each[name] == first[name] for name in ("shape", "batch")))
+        arms |= {each["arm"]: each for each in same if each["arm"] not in arms}
     return order
 
 
-def ratio(one, other):
-    """The median of the ratios round by round, and half the distance of their quartiles; of memory just the ratio."""
+def ratio(one, other, whole=False):
+    """The median of the ratios round by round, and half the distance of their quartiles.
+
+    Of memory just the ratio: of what a step adds, or of the whole with what is there before it.
+    """
     if "peak" in one:
-        return one["peak"] / other["peak"], 0.0
+        return (one["peak"] + whole * one.get("before", 0)) / (other["peak"] + whole * other.get("before", 0)), 0.0
     pairs = [a / b for a, b in zip(one["seconds"], other["seconds"], strict=True)]
     low, _, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3
     return statistics.median(pairs), (high - low) / 2
@@ -128,14 +133,44 @@ def _memory(results):
     saved = []
     for each in results:
         if each.get("checkpointing"):
-            key = [each.get(name) for name in ("shape", "arm", "n", "width")]
-            before = next(p for p in plain if [p.get(name) for name in ("shape", "arm", "n", "width")] == key)
+            names = ("shape", "batch", "arm", "n", "width")
+            before = next(p for p in plain if all(p.get(name) == each.get(name) for name in names))
             size = "-" if each.get("any_n") else f"{each['n']}, {each['width'] or '-'}"
-            saved.append([each["shape"], WORDS[each["arm"]], size, f"{each['peak'] / before['peak']:.3f}"])
+            saved.append(
+                [each["shape"], str(each["batch"]), WORDS[each["arm"]], size, f"{each['peak'] / before['peak']:.3f}"]
+            )
     if saved:
         page += "\nWith gradient checkpointing, over the same without it:\n\n"
-        page += _table(["shape", "method", "n, MLP", "memory"], saved)
+        page += _table(["shape", "batch", "method", "n, MLP", "memory"], saved)
     return page
+
+
+def _beside_the_seed(results):
+    """The seed's table again: time and memory over full fine-tuning's, in its own shape."""
+    found = {"train": {}, "memory": {}}
+    for section, rows in found.items():
+        own = [each for each in results if each["section"] == section and not each.get("checkpointing")]
+        for (shape, batch, n, width), arms in _settings(own, ("shape", "batch", "n", "width")).items():
+            if (shape, batch) == SEED_SHAPE and (n, width) in SEED:
+                rows[n, width] = arms
+    if not any(found.values()):
+        return ""
+    lines = []
+    for (n, width), limits in SEED.items():
+        line = [str(n), str(width or "-")]
+        for limit, rows in zip(limits, found.values(), strict=True):
+            arms, whole = rows.get((n, width), {}), rows is found["memory"]
+            ours = (
+                _in_words(ratio(arms[arm], arms["full"], whole)) if arm in arms else "-" for arm in ("ours", "floor")
+            )
+            line += [f"{limit:.3f}", *ours]
+        lines.append(line)
+    text = (
+        "Over full fine-tuning, in the shape of the seed's experiment (batch 32, 128 tokens). Its figures are of epochs "
+        "on a GPU; memory here is all of it, with weights and the optimizer's state."
+    )
+    columns = ["n", "MLP", *(f"{what}, {whose}" for what in ("time", "memory") for whose in ("seed", "ours", "floor"))]
+    return f"### Beside the seed's table\n\n{text}\n\n" + _table(columns, lines)
 
 
 def _infer(results):
@@ -150,6 +185,14 @@ def _decode(results):
 def _first(results):
     text = "Time until the context is in the cache, over that of the base model with n tokens more."
     return _ratios(results, "base", "The first token", text, ("n", "context"))
+
+
+def _host(results):
+    text = (
+        "A decoder of the same depth, and 96 wide: what takes time is Python and the start of operations, as on a GPU "
+        "that waits for them. Time over that of LoRA r=8."
+    )
+    return _ratios(results, "lora", "Host time", text, ("what", "n"))
 
 
 def _load(results):
@@ -196,7 +239,7 @@ def _targets(results):
             where = f" ({worst[0]})" if len(found) > 1 else ""
             lines.append([what, aim, f"{_in_words(worst[1])}{where}", "yes" if reached else "**no**"])
 
-    def over(section, one, other, limit, where=lambda each: True, words=lambda each: each["shape"]):
+    def over(section, one, other, limit, where=lambda each: True, words=lambda each: each["shape"], whole=False):
         """The ratios of two arms in the settings of a section, with their limit."""
         names = ("shape", "batch", "n", "width", "context", "cache")
         own = [e for e in results if e["section"] == section and not e.get("checkpointing")]
@@ -205,7 +248,7 @@ def _targets(results):
             first = next(iter(arms.values()))
             if where(first) and one in arms and other in arms:
                 limit_here = limit(first) if callable(limit) else limit
-                found.append((words(first), ratio(arms[one], arms[other]), limit_here))
+                found.append((words(first), ratio(arms[one], arms[other], whole), limit_here))
         return found
 
     def size(each):
@@ -224,12 +267,12 @@ def _targets(results):
     add("the same, n 200", "0.75", over("train", "ours", "peft", 0.75, mlp(200)))
 
     def in_the_seed(each):
-        return each["shape"] == "multilingual" and (each["n"], each["width"]) in SEED
+        return (each["shape"], each["batch"]) == SEED_SHAPE and (each["n"], each["width"]) in SEED
 
     for section, place, words in (("train", 0, "step"), ("memory", 1, "memory")):
         for name, arm in ((f"{words} over full fine-tuning's", "ours"), ("the floor's, for comparison", "floor")):
             limit = _seed_limit(place)
-            add(name, "the seed's ratio", over(section, arm, "full", limit, in_the_seed, size))
+            add(name, "the seed's ratio", over(section, arm, "full", limit, in_the_seed, size, whole=True))
     add("step of the last third over full fine-tuning's", "0.50", over("train", "third", "full", 0.50, words=size))
     third = over("train", "floor_third", "full", 0.50, words=size)
     add("the floor's, for comparison", "0.50", third)
@@ -287,6 +330,7 @@ SECTIONS = {
     "infer": _infer,
     "decode": _decode,
     "first token": _first,
+    "host": _host,
     "load": _load,
     "switch": _switch,
     "growth": _growth,

@@ -156,11 +156,15 @@ def put_in_front(
     visible: Tensor | None,
     prefix_of: PrefixOf,
     memo: dict[Any, Any] | None = None,
-) -> None:
-    """Change a module's arguments so that it sees `length` keys and values more: those of a prefix."""
-    if length:
-        make_room(call, target, model, length, visible, memo)
+) -> Tensor | None:
+    """Change a module's arguments so that it sees `length` keys and values more: those of a prefix.
+
+    Returns:
+        The mask that was made where none was given, if one was.
+    """
+    made = make_room(call, target, model, length, visible, memo) if length else None
     call.set(target.cache, target.view(call.get(target.cache), length, prefix_of))
+    return made
 
 
 def make_room(
@@ -170,7 +174,7 @@ def make_room(
     length: int,
     visible: Tensor | None,
     memo: dict[Any, Any] | None = None,
-) -> None:
+) -> Tensor | None:
     """Widen what a module is given for its keys, masks and biases, on the left by a prefix's columns.
 
     Args:
@@ -178,6 +182,9 @@ def make_room(
         length: the number of columns.
         visible: bool `[batch, length]` where rows see different parts of the prefix; `None` if all is visible.
         memo: where to keep what is the same for other layers of the forward, such as wide masks.
+
+    Returns:
+        The mask that was made where none was given, if one was.
     """
     memo = {} if memo is None else memo
     # A config takes its time to answer.
@@ -196,12 +203,14 @@ def make_room(
     for name, mask in given:
         widen = partial(widen_mask, mask, length, visible, target.true_hides)
         call.set(name, _once(memo, ("wide", length, target.true_hides), (mask, visible), widen))
-    if not given:
-        mask = _missing_mask(call, target, implementation, length, visible, memo)
-        if mask is not None:
-            names = [name for name in MASK_ARGUMENTS if name in call.names]
-            # A module that names both (GPT-2) takes the encoder's for cross-attention.
-            call.set(names[-1] if target.kind == "cross" else names[0], mask)
+    if given:
+        return None
+    made = _missing_mask(call, target, implementation, length, visible, memo)
+    if made is not None:
+        names = [name for name in MASK_ARGUMENTS if name in call.names]
+        # A module that names both (GPT-2) takes the encoder's for cross-attention.
+        call.set(names[-1] if target.kind == "cross" else names[0], made)
+    return made
 
 
 def _window_of(module: nn.Module) -> Any:
@@ -211,8 +220,8 @@ def _window_of(module: nn.Module) -> Any:
     return getattr(module, "sliding_window", shared)
 
 
-def change_module(module: nn.Module, target: AttentionTarget, call: Call, length: int) -> dict[str, Any]:
-    """Change what a module looks up in itself, for one call with a prefix.
+def change_module(module: nn.Module, target: AttentionTarget, mask: Tensor | None, length: int) -> dict[str, Any]:
+    """Change what a module looks up in itself, for one call with a prefix and the mask that was made for it.
 
     Its own mask gets room for the prefix. And transformers repeats the heads of keys and values for `sdpa` wherever
     there is a mask; `CausalMask` leaves that to the kernel, which keeps them once for all queries of a group.
@@ -223,7 +232,7 @@ def change_module(module: nn.Module, target: AttentionTarget, call: Call, length
     changed: dict[str, Any] = {}
     if target.own_mask is not None:
         changed[target.own_mask] = F.pad(getattr(module, target.own_mask), (length, 0, length, 0), value=True)
-    if target.grouped and any(isinstance(call.get(name), CausalMask) for name in MASK_ARGUMENTS):
+    if target.grouped and isinstance(mask, CausalMask):
         changed[GROUPS] = 1
     before = {name: getattr(module, name) for name in changed}
     for name, value in changed.items():
@@ -236,7 +245,7 @@ def _once(memo: dict[Any, Any], key: Any, given: tuple[Any, ...], make: Callable
     if torch.compiler.is_compiling():
         # What a graph holds has no id, and it finds by itself what is made twice.
         return make()
-    key = (key, *(id(each) for each in given))
+    key = (key, *map(id, given))
     if key not in memo:
         # Beside what is known by its id, so that nothing else gets that.
         memo[key] = given, make()

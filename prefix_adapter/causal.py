@@ -37,19 +37,23 @@ class CausalMask(Tensor):
     """
 
     length: int
+    _plain: Tensor | None
 
     @staticmethod
     def __new__(cls, tokens: int, length: int, device: torch.device) -> CausalMask:
         """A tensor of that shape, and of a single element in memory."""
         element = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         mask = element.expand(1, 1, tokens, length + tokens).as_subclass(cls)
-        mask.length = length
+        mask.length, mask._plain = length, None
         return mask
 
     def plain(self) -> Tensor:
-        """The mask, element by element."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.clone(memory_format=torch.contiguous_format).as_subclass(Tensor).tril_(self.length)
+        """The mask, element by element; the same for whoever asks again, which is each layer."""
+        if self._plain is None:
+            with torch._C.DisableTorchFunctionSubclass():
+                whole = self.clone(memory_format=torch.contiguous_format)
+                self._plain = whole.as_subclass(Tensor).tril_(self.length)
+        return self._plain
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -71,13 +75,27 @@ class CausalMask(Tensor):
         tokens, length = query.shape[-2], key.shape[-2] - query.shape[-2]
         if not isinstance(attn_mask, CausalMask) or args or is_causal or length != attn_mask.length:
             return None
-        groups = query.shape[-3] // key.shape[-3]
-        if groups > 1:
-            kwargs["enable_gqa"] = True
-        if not without_mask(tokens, length):
-            if groups > 1 and query.device.type != "cpu":
-                # With a mask only the CPU's kernel does that by itself: others would fall back to whole scores.
-                key, value = (each.repeat_interleave(groups, -3) for each in (key, value))
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask.plain(), **kwargs)
-        padded = F.pad(query, (0, 0, length, 0))
-        return F.scaled_dot_product_attention(padded, key, value, is_causal=True, **kwargs)[..., length:, :]
+        square = without_mask(tokens, length)
+        if square:
+            query = F.pad(query, (0, 0, length, 0))
+        if key.shape[-3] < query.shape[-3]:
+            if _shares_heads(query, key, value, square, kwargs.get("dropout_p", 0.0)):
+                kwargs["enable_gqa"] = True
+            else:
+                key, value = (each.repeat_interleave(query.shape[-3] // key.shape[-3], -3) for each in (key, value))
+        if square:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, **kwargs)[..., length:, :]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask.plain(), **kwargs)
+
+
+def _shares_heads(query: Tensor, key: Tensor, value: Tensor, square: bool, dropout: float) -> bool:
+    """Whether a kernel takes fewer heads of keys than of queries; without one, sdpa would keep all of the scores.
+
+    On a CPU it does. On CUDA it is flash attention's, which takes no mask.
+    """
+    if query.device.type == "cpu":
+        return True
+    if not square:
+        return False
+    cuda = torch.backends.cuda
+    return cuda.can_use_flash_attention(cuda.SDPAParams(query, key, value, None, dropout, True, True))

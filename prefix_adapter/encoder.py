@@ -48,6 +48,19 @@ class KeyValueShape:
         return keys, values.unflatten(-1, (self.value_heads, self.value_size)).transpose(1, 2)
 
 
+def split_layers(prefix: Tensor, shapes: list[KeyValueShape]) -> list[Pair]:
+    """`[n, columns]` of several layers to the keys and values of each, as `KeyValueShape.split` has them for one.
+
+    Of layers that are alike in a few operations for all, in the backward pass too.
+    """
+    shape = shapes[0]
+    if any(s != shape for s in shapes) or (shape.key_heads, shape.key_size) != (shape.value_heads, shape.value_size):
+        parts = prefix.unsqueeze(0).split([s.columns for s in shapes], dim=-1)
+        return [s.split(part) for s, part in zip(shapes, parts, strict=True)]
+    sides = prefix.unflatten(-1, (1, 2 * len(shapes), shape.key_heads, shape.key_size)).permute(2, 1, 3, 0, 4).unbind()
+    return list(zip(sides[::2], sides[1::2], strict=True))
+
+
 def prepend(prefix: Pair, keys: Tensor, values: Tensor, past: Pair | None = None) -> Pair:
     """Put a prefix `[1 or batch, heads, n, size]` in front of keys and values `[batch, heads, length, size]`.
 

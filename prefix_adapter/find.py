@@ -303,8 +303,8 @@ def _try_out(model: nn.Module, target: AttentionTarget, recorded: Call) -> None:
         def prefix_of(*_: Any) -> Pair:
             return slot.shape.split(drawn[:, :length])
 
-        put_in_front(call, target, model, length, visible, prefix_of)
-        before = change_module(target.module, target, call, length)
+        made = put_in_front(call, target, model, length, visible, prefix_of)
+        before = change_module(target.module, target, made, length)
         try:
             output = target.module(*call.args, **call.kwargs)
         finally:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .attention import AttentionTarget, Call, Slot, change_module, make_room, put_in_front
 from .check import SAVED, Spec, check_file, check_size, find_heads, shorten, tensors_of
 from .config import PrefixTuningV2Config
-from .encoder import Pair, PrefixEncoder
+from .encoder import Pair, PrefixEncoder, split_layers
 from .find import find_targets
 from .positions import positions_behind_padding
 from .probe import parameter_names
@@ -286,7 +286,9 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         if ("state", name) not in memo:
             memo["state", name] = self._state(name)
         state, known = memo["state", name], self._ready.get((name, slot))
-        if state is None:
+        if ("pairs", name) in memo:
+            pair = memo["pairs", name][slot]
+        elif state is None:
             pair = slot.shape.split(self._encode(name, slot, memo))
         elif known is not None and known[0] == state:
             pair = known[1]
@@ -318,9 +320,13 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         for name in row:
             memo["state", name] = self._state(name)
             if memo["state", name] is None:
-                slots = list(self.adapters[name].columns)
-                parts = self.encoder_of(name).encode(slice(None)).split([slot.shape.columns for slot in slots], 1)
-                memo["encoded", name] = dict(zip(slots, parts, strict=True))
+                adapter, whole = self.adapters[name], self.encoder_of(name).encode(slice(None))
+                shapes = [slot.shape for slot in adapter.columns]
+                if adapter.dropout and self.training:
+                    parts = whole.split([shape.columns for shape in shapes], 1)
+                    memo["encoded", name] = dict(zip(adapter.columns, parts, strict=True))
+                else:
+                    memo["pairs", name] = dict(zip(adapter.columns, split_layers(whole, shapes), strict=True))
 
     def _encode(self, adapter_name: str, slot: Slot, memo: dict[Any, Any]) -> Tensor:
         """An adapter's prefix for a slot, `[1, n, columns]`."""
@@ -465,9 +471,9 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             self._watch.served(index, forward)
             return self._prefix(target.slot(layer_idx), plan, keys, forward.memo)
 
-        put_in_front(call, target, self.model, plan.length, plan.visible, prefix_of, forward.memo)
-        if target.own_mask is not None or target.grouped:
-            self._changed[index] = change_module(module, target, call, plan.length)
+        made = put_in_front(call, target, self.model, plan.length, plan.visible, prefix_of, forward.memo)
+        if target.own_mask is not None or made is not None:
+            self._changed[index] = change_module(module, target, made, plan.length)
         return tuple(call.args), call.kwargs
 
     def _restore(self, index: int, module: nn.Module, *_: Any) -> None:

@@ -56,6 +56,7 @@ class Watch:
         # Attributes, not a set: what a graph has read of that, it is compiled anew for when it changes.
         self._traces = [_Trace() for _ in targets]
         self._input_gradients = False
+        self._may_checkpoint: list[Any] | None = None
 
     def begin(self) -> None:
         """A forward of the whole model begins."""
@@ -126,7 +127,10 @@ class Watch:
         Raises:
             ValueError: where that cannot be helped.
         """
-        modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+        if self._may_checkpoint is None:
+            # To go through all modules takes its time, and what can be switched on says so from the beginning.
+            self._may_checkpoint = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+        modules = [module for module in self._may_checkpoint if module.gradient_checkpointing]
         if not modules:
             return
         # transformers keeps the function, with its settings, under a private name.

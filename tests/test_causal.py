@@ -82,6 +82,25 @@ def test_a_mask_to_everything_else():
         assert mask.untyped_storage().nbytes() == 1  # one element, whatever its shape
 
 
+@pytest.mark.parametrize("rows", [0, 10**9], ids=["square", "mask"])
+@pytest.mark.parametrize("flash", [True, False])
+def test_on_a_device_keys_are_repeated_unless_flash_attention_shares_them(flash, rows, monkeypatch):
+    """Neither with a mask nor where flash attention cannot run would a kernel of CUDA's take fewer keys."""
+    monkeypatch.setattr(causal, "_ROWS_FOR_A_MASK", rows)
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda params: flash and params.enable_gqa)
+    queries, keys, values = (each.to("meta") for each in tensors(groups=2))
+    sdpa, called = F.scaled_dot_product_attention, []
+
+    def note(query, key, value, **kwargs):
+        called.append((key.shape[1], value.shape[1], kwargs.get("enable_gqa", False)))
+        return sdpa(query, key, value, **kwargs)
+
+    mask = CausalMask(TOKENS, LENGTH, torch.device("meta"))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    assert CausalMask._attend(queries, keys, values, attn_mask=mask).shape == queries.shape
+    assert called == [(2, 2, True) if flash and not rows else (4, 4, False)]
+
+
 class SdpaCalls(TorchFunctionMode):
     """Notes the masks that sdpa is called with, and the heads of the keys."""
 

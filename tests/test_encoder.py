@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from prefix_adapter import PrefixTuningV2Config, get_peft_model
-from prefix_adapter.encoder import KeyValueShape, PrefixEncoder, prepend
+from prefix_adapter.encoder import KeyValueShape, PrefixEncoder, prepend, split_layers
 
 SHAPE = KeyValueShape(key_heads=2, key_size=3, value_heads=1, value_size=4)
 
@@ -23,6 +23,32 @@ def test_columns_are_in_the_order_of_the_reference():
     for row, token in ((0, 0), (1, 4)):
         flat = torch.cat([keys[row, :, token].flatten(), values[row, :, token].flatten()])
         assert torch.equal(flat, prefix[row, token])
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        3 * [KeyValueShape(2, 4, 2, 4)],
+        2 * [SHAPE],
+        [SHAPE, KeyValueShape(2, 4, 2, 4)],
+        2 * [KeyValueShape(2, 3, 0, 0)],
+    ],
+    ids=["alike", "values apart", "layers apart", "keys alone"],
+)
+def test_all_layers_at_once_are_each_by_itself(shapes):
+    columns = [shape.columns for shape in shapes]
+    results = []
+    for at_once in (True, False):
+        prefix = torch.randn(5, sum(columns), generator=torch.Generator().manual_seed(0)).requires_grad_()
+        parts = prefix.unsqueeze(0).split(columns, dim=-1)
+        pairs = (
+            split_layers(prefix, shapes) if at_once else [s.split(part) for s, part in zip(shapes, parts, strict=True)]
+        )
+        weights = torch.Generator().manual_seed(1)
+        sum((side * torch.randn(side.shape, generator=weights)).sum() for pair in pairs for side in pair).backward()
+        results.append([prefix.grad, *(side.detach() for pair in pairs for side in pair)])
+    for ours, right in zip(*results, strict=True):
+        assert torch.equal(ours, right)
 
 
 def test_join_puts_the_prefix_in_front_in_the_type_of_what_is_there():
