@@ -166,8 +166,8 @@ def _beside_the_seed(results):
             line += [f"{limit:.3f}", *ours]
         lines.append(line)
     text = (
-        "Over full fine-tuning, in the shape of the seed's experiment (batch 32, 128 tokens). Its figures are of epochs "
-        "on a GPU; memory here is all of it, with weights and the optimizer's state."
+        "Over full fine-tuning, in the shape of the seed's experiment (batch 32, 128 tokens). Its figures are of "
+        "epochs on a GPU; memory here is all of it, with weights and the optimizer's state."
     )
     columns = ["n", "MLP", *(f"{what}, {whose}" for what in ("time", "memory") for whose in ("seed", "ours", "floor"))]
     return f"### Beside the seed's table\n\n{text}\n\n" + _table(columns, lines)

@@ -117,14 +117,25 @@ def test_a_page_of_results(tmp_path):
     growth = [{**grown, "arm": arm, "n": n, "seconds": [1.0, 1.0]} for arm in ("ours", "floor") for n in (1, 2)]
     peaks = [{**grown, "section": "growth of memory", "arm": "ours", "n": n, "peak": 2**20} for n in (1, 2)]
     steps = [{**about, "section": "operations", "what": "w", "arm": arm, "operations": 7} for arm in ("ours", "floor")]
-    results = json.loads(json.dumps([*results, same, *own, saved, *growth, *peaks, *steps]))
+    # What is measured once for a shape is that of a batch.
+    larger = [{**same, "batch": 4, "peak": 2**21}, {**own[0], "batch": 4, "peak": 2**21}]
+    seeds = {**about, "shape": "multilingual", "batch": 32}
+    seeds = [{**seeds, "arm": arm, "seconds": 3 * [s]} for arm, s in {"full": 4.0, "ours": 3.0, "floor": 2.0}.items()]
+    whole = {"section": "memory", "shape": "multilingual", "batch": 32, "checkpointing": False, **made}
+    seeds += [{**whole, "arm": arm, "any_n": True, "peak": 2**20, "before": 3 * 2**20} for arm in ("full", "frozen")]
+    seeds += [{**whole, "arm": "ours", "n": 20, "width": None, "peak": 2**20, "before": 2**20}]
+    results = json.loads(json.dumps([*results, same, *own, saved, *growth, *peaks, *steps, *larger, *seeds]))
     page = report.page(results, "Some notes.")
     assert "Some notes." in page
     assert "| s | 2 | 20 | - | 2000 ms | 2.000 ± 0.250 | 1.050 ± 0.038 | 1.000 ± 0.150 |" in page
-    assert "| s | 2 | 3 | - | 1 MiB | 3.000 |" in page and "| s | 2 | 4 | - | 1 MiB | 4.000 |" in page
-    assert "| s | ours | 3, - | 0.333 |" in page
+    assert "| s | 2 | 3 | - | 1 MiB | - | 3.000 |" in page and "| s | 2 | 4 | - | 1 MiB | - | 4.000 |" in page
+    assert "| s | 4 | 3 | - | 2 MiB | - | 1.000 |" in page
+    assert "| s | 2 | ours | 3, - | 0.333 |" in page
+    assert "| 20 | - | 0.455 | 0.750 | 0.500 | 0.656 | 0.500 | - |" in page
+    assert "| step over full fine-tuning's | the seed's ratio | 0.750 | **no** |" in page
+    assert "| memory over full fine-tuning's | the seed's ratio | 0.500 | yes |" in page
     assert "| w | 20 | - | 7 | 7 |" in page
-    assert "| step over the floor's, table, n 20 | 1.03 | 1.050 ± 0.038 | **no** |" in page
+    assert "| step over the floor's, table, n 20 | 1.03 | 1.500 (multilingual) | **no** |" in page
     assert "| step of the last third over full fine-tuning's | 0.50 | 0.500 ± 0.010 | yes |" in page
     report.plot(results, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 1000
