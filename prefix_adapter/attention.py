@@ -23,9 +23,6 @@ KINDS = ("encoder", "decoder", "cross")
 MASK_ARGUMENTS = ("attention_mask", "mask", "causal_mask", "encoder_attention_mask")
 ENCODER_STATES = ("key_value_states", "encoder_hidden_states")
 SHARED_STATES = "shared_kv_states"
-# Where a module says how many heads of its queries share one of its keys; and where kernels know how to.
-GROUPS = "num_key_value_groups"
-GROUPING_DEVICES = ("cpu", "cuda")
 # Attention implementations whose masks are understood, by the start of their names in transformers.
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention")
 
@@ -59,7 +56,7 @@ class AttentionTarget:
         follows: whether it attends to the keys and values of another module instead of its own (Gemma 3n).
         own_mask: the buffer with which the module hides keys by itself (GPT-Neo's local attention); else `None`.
         true_hides: whether True in its bool masks hides a key (MPT) instead of showing it.
-        grouped: whether sdpa can be left to give several heads of its queries the same of its keys.
+        groups: how many heads of its queries share one of its keys, if it repeats them before attention.
     """
 
     name: str
@@ -75,7 +72,7 @@ class AttentionTarget:
     true_hides: bool = False
     follows: bool = False
     own_mask: str | None = None
-    grouped: bool = False
+    groups: int = 1
 
     @cached_property
     def kind(self) -> str:
@@ -156,15 +153,11 @@ def put_in_front(
     visible: Tensor | None,
     prefix_of: PrefixOf,
     memo: dict[Any, Any] | None = None,
-) -> Tensor | None:
-    """Change a module's arguments so that it sees `length` keys and values more: those of a prefix.
-
-    Returns:
-        The mask that was made where none was given, if one was.
-    """
-    made = make_room(call, target, model, length, visible, memo) if length else None
+) -> None:
+    """Change a module's arguments so that it sees `length` keys and values more: those of a prefix."""
+    if length:
+        make_room(call, target, model, length, visible, memo)
     call.set(target.cache, target.view(call.get(target.cache), length, prefix_of))
-    return made
 
 
 def make_room(
@@ -174,7 +167,7 @@ def make_room(
     length: int,
     visible: Tensor | None,
     memo: dict[Any, Any] | None = None,
-) -> Tensor | None:
+) -> None:
     """Widen what a module is given for its keys, masks and biases, on the left by a prefix's columns.
 
     Args:
@@ -182,9 +175,6 @@ def make_room(
         length: the number of columns.
         visible: bool `[batch, length]` where rows see different parts of the prefix; `None` if all is visible.
         memo: where to keep what is the same for other layers of the forward, such as wide masks.
-
-    Returns:
-        The mask that was made where none was given, if one was.
     """
     memo = {} if memo is None else memo
     # A config takes its time to answer.
@@ -203,14 +193,12 @@ def make_room(
     for name, mask in given:
         widen = partial(widen_mask, mask, length, visible, target.true_hides)
         call.set(name, _once(memo, ("wide", length, target.true_hides), (mask, visible), widen))
-    if given:
-        return None
-    made = _missing_mask(call, target, implementation, length, visible, memo)
-    if made is not None:
-        names = [name for name in MASK_ARGUMENTS if name in call.names]
-        # A module that names both (GPT-2) takes the encoder's for cross-attention.
-        call.set(names[-1] if target.kind == "cross" else names[0], made)
-    return made
+    if not given:
+        mask = _missing_mask(call, target, implementation, length, visible, memo)
+        if mask is not None:
+            names = [name for name in MASK_ARGUMENTS if name in call.names]
+            # A module that names both (GPT-2) takes the encoder's for cross-attention.
+            call.set(names[-1] if target.kind == "cross" else names[0], mask)
 
 
 def _window_of(module: nn.Module) -> Any:
@@ -220,24 +208,11 @@ def _window_of(module: nn.Module) -> Any:
     return getattr(module, "sliding_window", shared)
 
 
-def change_module(module: nn.Module, target: AttentionTarget, mask: Tensor | None, length: int) -> dict[str, Any]:
-    """Change what a module looks up in itself, for one call with a prefix and the mask that was made for it.
-
-    Its own mask gets room for the prefix. And transformers repeats the heads of keys and values for `sdpa` wherever
-    there is a mask; `CausalMask` leaves that to the kernel, which keeps them once for all queries of a group.
-
-    Returns:
-        What was there, by attribute, to be put back behind the call.
-    """
-    changed: dict[str, Any] = {}
-    if target.own_mask is not None:
-        changed[target.own_mask] = F.pad(getattr(module, target.own_mask), (length, 0, length, 0), value=True)
-    if target.grouped and isinstance(mask, CausalMask):
-        changed[GROUPS] = 1
-    before = {name: getattr(module, name) for name in changed}
-    for name, value in changed.items():
-        setattr(module, name, value)
-    return before
+def widen_own_mask(target: AttentionTarget, name: str, length: int) -> Tensor:
+    """Put a wider mask in the place of a module's own `[1, 1, tokens, keys]`, and return that for later."""
+    own = getattr(target.module, name)
+    setattr(target.module, name, F.pad(own, (length, 0, length, 0), value=True))
+    return own
 
 
 def _once(memo: dict[Any, Any], key: Any, given: tuple[Any, ...], make: Callable[[], T]) -> T:
@@ -312,9 +287,9 @@ def _missing_mask(
         past, layer_idx = min((inner.get_seq_length(index or 0), index or 0) for index in target.slots)
         keys, offset = inner.get_mask_sizes(queries, layer_idx)
     past = past if causal else None
-    grouped = target.grouped and states.device.type in GROUPING_DEVICES
-    key = ("mask", implementation, batch, queries, keys, past, offset, length, states.device, states.dtype, grouped)
-    make = partial(_make_mask, states, keys, past, offset, implementation, length, visible, grouped)
+    groups = target.groups if torch.is_grad_enabled() else 1
+    key = ("mask", implementation, batch, queries, keys, past, offset, length, states.device, states.dtype, groups)
+    make = partial(_make_mask, states, keys, past, offset, implementation, length, visible, groups)
     return _once(memo, key, (visible,), make)
 
 
@@ -326,15 +301,15 @@ def _make_mask(
     implementation: str,
     length: int,
     visible: Tensor | None,
-    grouped: bool,
+    groups: int,
 ) -> Tensor:
     """A mask with a prefix in front; causal behind `past` tokens if that is not `None`."""
     batch, queries, device = *states.shape[:2], states.device
     if implementation.startswith("flash_attention"):
         return widen_mask(torch.ones(batch, keys, dtype=torch.bool, device=device), length, visible)
     square = visible is None and offset == 0 and past == 0 and keys == queries
-    if square and (grouped or without_mask(queries, length)) and not torch.compiler.is_compiling():
-        return CausalMask(queries, length, device)
+    if square and (groups > 1 or without_mask(queries, length)) and not torch.compiler.is_compiling():
+        return CausalMask(queries, length, device, groups)
     mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device)
     if past is not None:
         positions = torch.arange(queries, device=device) + past

@@ -28,23 +28,27 @@ class CausalMask(Tensor):
     in place of a mask and of twice the scores. Everything else gets to see the mask itself, element by element.
     (`torch.nn.attention.bias` has a mask of the same kind for kernels of CUDA.)
 
-    Keys and values may have fewer heads than the queries: each serves as many of them as it has to.
+    Where several heads of queries share one of keys, transformers leaves that to the kernel if there is no mask, and
+    else repeats keys and values for each. Autograd would keep all of that: of repeated heads the kernel is given one,
+    if it takes that.
 
     Args:
         tokens: of the input.
         length: of the prefix.
         device: where it is.
+        groups: how many times in a row each head of keys and values is repeated, if they are.
     """
 
     length: int
+    groups: int
     _plain: Tensor | None
 
     @staticmethod
-    def __new__(cls, tokens: int, length: int, device: torch.device) -> CausalMask:
+    def __new__(cls, tokens: int, length: int, device: torch.device, groups: int = 1) -> CausalMask:
         """A tensor of that shape, and of a single element in memory."""
         element = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         mask = element.expand(1, 1, tokens, length + tokens).as_subclass(cls)
-        mask.length, mask._plain = length, None
+        mask.length, mask.groups, mask._plain = length, groups, None
         return mask
 
     def plain(self) -> Tensor:
@@ -78,11 +82,11 @@ class CausalMask(Tensor):
         square = without_mask(tokens, length)
         if square:
             query = F.pad(query, (0, 0, length, 0))
-        if key.shape[-3] < query.shape[-3]:
-            if _shares_heads(query, key, value, square, kwargs.get("dropout_p", 0.0)):
-                kwargs["enable_gqa"] = True
-            else:
-                key, value = (each.repeat_interleave(query.shape[-3] // key.shape[-3], -3) for each in (key, value))
+        if attn_mask.groups > 1 and key.shape[-3] == query.shape[-3]:
+            one_key, one_value = (each.unflatten(-3, (-1, attn_mask.groups)).select(-3, 0) for each in (key, value))
+            if _shares_heads(query, one_key, one_value, square, kwargs.get("dropout_p", 0.0)):
+                # Copies, or all would be kept for the one.
+                key, value, kwargs["enable_gqa"] = one_key.contiguous(), one_value.contiguous(), True
         if square:
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, **kwargs)[..., length:, :]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask.plain(), **kwargs)

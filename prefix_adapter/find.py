@@ -19,13 +19,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from .attention import (
-    GROUPS,
     KINDS,
     SHARED_STATES,
     AttentionTarget,
     Call,
     Slot,
-    change_module,
     check_implementation,
     implementation_of,
     put_in_front,
@@ -303,13 +301,8 @@ def _try_out(model: nn.Module, target: AttentionTarget, recorded: Call) -> None:
         def prefix_of(*_: Any) -> Pair:
             return slot.shape.split(drawn[:, :length])
 
-        made = put_in_front(call, target, model, length, visible, prefix_of)
-        before = change_module(target.module, target, made, length)
-        try:
-            output = target.module(*call.args, **call.kwargs)
-        finally:
-            for name, value in before.items():
-                setattr(target.module, name, value)
+        put_in_front(call, target, model, length, visible, prefix_of)
+        output = target.module(*call.args, **call.kwargs)
         return (output[0] if isinstance(output, tuple) else output).detach().float()
 
     def gap(one: Tensor, other: Tensor) -> float:
@@ -333,12 +326,9 @@ def _try_out(model: nn.Module, target: AttentionTarget, recorded: Call) -> None:
         elif gap(plain, without) == 0 and without.any():
             why = "does not see it"
         else:
-            if getattr(target.module, GROUPS, 1) > 1:
-                target.grouped = True
-                try:
-                    target.grouped = gap(run(PROBE_LENGTH, None), plain) <= tolerance
-                except Exception:  # it does something of its own with its groups
-                    target.grouped = False
+            target.groups = getattr(target.module, "num_key_value_groups", 1)
+            if target.groups > 1 and not (plain.any() and gap(run(PROBE_LENGTH, None), plain) <= tolerance):
+                target.groups = 1  # it does not repeat them, or not as all do
             return
     raise UnsupportedBackboneError(
         model, f"tried with a prefix, {target.name} ({type(target.module).__name__}) {why}."

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .attention import AttentionTarget, Call, Slot, change_module, make_room, put_in_front
+from .attention import AttentionTarget, Call, Slot, make_room, put_in_front, widen_own_mask
 from .check import SAVED, Spec, check_file, check_size, find_heads, shorten, tensors_of
 from .config import PrefixTuningV2Config
 from .encoder import Pair, PrefixEncoder, split_layers
@@ -64,8 +64,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self._plans: dict[Any, Plan | None] = {}
         self._expectations: dict[Any, list[int]] = {}
         self._mixed: dict[Any, Pair] = {}
-        # What was changed in an attention module for the time of its call.
-        self._changed: dict[int, dict[str, Any]] = {}
+        self._own_masks: dict[int, Tensor] = {}
         self._watch = Watch(self.targets)
         # In a tuple, or the model would become a child of its own child.
         self._model = (model,)
@@ -361,8 +360,8 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             hooks.append((backbone, before, self._before_backbone))
         for index, target in enumerate(self.targets):
             hooks.append((target.module, before, partial(self._before_attention, index)))
-            if target.own_mask is not None or target.grouped:
-                restore = partial(self._restore, index)
+            if target.own_mask is not None:
+                restore = partial(self._restore_own_mask, index)
                 always.append(target.module.register_forward_hook(restore, always_call=True))
         for follower, source in self.followers:
             index = next(index for index, target in enumerate(self.targets) if target is source)
@@ -471,14 +470,15 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             self._watch.served(index, forward)
             return self._prefix(target.slot(layer_idx), plan, keys, forward.memo)
 
-        made = put_in_front(call, target, self.model, plan.length, plan.visible, prefix_of, forward.memo)
-        if target.own_mask is not None or made is not None:
-            self._changed[index] = change_module(module, target, made, plan.length)
+        put_in_front(call, target, self.model, plan.length, plan.visible, prefix_of, forward.memo)
+        if target.own_mask is not None:
+            self._own_masks[index] = widen_own_mask(target, target.own_mask, plan.length)
         return tuple(call.args), call.kwargs
 
-    def _restore(self, index: int, module: nn.Module, *_: Any) -> None:
-        for name, value in self._changed.pop(index, {}).items():
-            setattr(module, name, value)
+    def _restore_own_mask(self, index: int, *_: Any) -> None:
+        if index in self._own_masks:
+            target: Any = self.targets[index]
+            setattr(target.module, target.own_mask, self._own_masks.pop(index))
 
     def _before_follower(
         self,

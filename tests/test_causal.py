@@ -5,6 +5,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from transformers.integrations import sdpa_attention
 
 from prefix_adapter import PrefixTuningV2Config, attention, causal, get_peft_model
 from prefix_adapter.causal import CausalMask
@@ -25,7 +26,7 @@ def tensors(heads=4, groups=4, keys=LENGTH + TOKENS, size=8, values=8, dtype=tor
 
 @pytest.mark.parametrize(
     ("shapes", "settings"),
-    [({}, {}), ({}, {"scale": 0.3}), ({"groups": 2}, {"enable_gqa": True}), ({"groups": 1}, {}), ({"values": 6}, {})],
+    [({}, {}), ({}, {"scale": 0.3}), ({"groups": 2}, {"enable_gqa": True}), ({"values": 6}, {})],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 10**9], ids=["square", "mask"])
@@ -83,36 +84,55 @@ def test_a_mask_to_everything_else():
 
 
 @pytest.mark.parametrize("rows", [0, 10**9], ids=["square", "mask"])
+def test_of_repeated_keys_one_is_kept(rows, monkeypatch):
+    monkeypatch.setattr(causal, "_ROWS_FOR_A_MASK", rows)
+    results = []
+    for mask in (CausalMask(TOKENS, LENGTH, torch.device("cpu"), groups=2), by_hand()):
+        queries, keys, values = tensors(groups=2)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda each, kept=kept: kept.append(each) or each, lambda each: each
+        ):
+            repeated = [each.repeat_interleave(2, dim=1) for each in (keys, values)]
+            output = F.scaled_dot_product_attention(queries, *repeated, attn_mask=mask)
+        output.square().sum().backward()
+        results.append([output.detach(), queries.grad, keys.grad, values.grad])
+        single = [each for each in kept if each.shape == keys.shape and each.untyped_storage().nbytes() == keys.nbytes]
+        assert len(single) == (2 if isinstance(mask, CausalMask) else 0)
+    for ours, right in zip(*results, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [0, 10**9], ids=["square", "mask"])
 @pytest.mark.parametrize("flash", [True, False])
-def test_on_a_device_keys_are_repeated_unless_flash_attention_shares_them(flash, rows, monkeypatch):
+def test_on_a_device_keys_stay_repeated_unless_flash_attention_shares_them(flash, rows, monkeypatch):
     """Neither with a mask nor where flash attention cannot run would a kernel of CUDA's take fewer keys."""
     monkeypatch.setattr(causal, "_ROWS_FOR_A_MASK", rows)
     monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda params: flash and params.enable_gqa)
-    queries, keys, values = (each.to("meta") for each in tensors(groups=2))
+    inputs = [each.to("meta") for each in tensors()]
     sdpa, called = F.scaled_dot_product_attention, []
 
     def note(query, key, value, **kwargs):
         called.append((key.shape[1], value.shape[1], kwargs.get("enable_gqa", False)))
         return sdpa(query, key, value, **kwargs)
 
-    mask = CausalMask(TOKENS, LENGTH, torch.device("meta"))
+    mask = CausalMask(TOKENS, LENGTH, torch.device("meta"), groups=2)
     monkeypatch.setattr(F, "scaled_dot_product_attention", note)
-    assert CausalMask._attend(queries, keys, values, attn_mask=mask).shape == queries.shape
+    assert CausalMask._attend(*inputs, attn_mask=mask).shape == inputs[0].shape
     assert called == [(2, 2, True) if flash and not rows else (4, 4, False)]
 
 
 class SdpaCalls(TorchFunctionMode):
-    """Notes the masks that sdpa is called with, and the heads of the keys."""
+    """Notes the masks that sdpa is called with."""
 
     def __init__(self):
         super().__init__()
-        self.masks, self.heads = [], set()
+        self.masks = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             self.masks.append(type(kwargs.get("attn_mask")))
-            self.heads.add(args[1].shape[1])
         return func(*args, **kwargs)
 
 
@@ -131,14 +151,16 @@ def test_where_it_is_used(kind, monkeypatch):
             result = model(**inputs).logits
         return result, set(calls.masks) - {type(None)}
 
-    for target in model.base_model.prefix_layer.targets:
-        assert target.grouped == (kind == "llama")
-        target.grouped = False  # by itself below
     ours, kinds = masks(input_ids=long)
     assert kinds == {CausalMask}
     assert masks(input_ids=long, attention_mask=torch.ones_like(long))[1] == {CausalMask}
-    assert masks(input_ids=short)[1] == {torch.Tensor}
+    # In training it keeps keys that are one for several queries from being kept for each.
+    assert masks(input_ids=short)[1] == {CausalMask if kind == "llama" else torch.Tensor}
+    with torch.no_grad():
+        assert masks(input_ids=short)[1] == {torch.Tensor}
     assert masks(input_ids=long, attention_mask=padded)[1] == {torch.Tensor}
+    for target in model.base_model.prefix_layer.targets:
+        target.groups = 1
     monkeypatch.setattr(causal, "_ROWS_FOR_A_MASK", 10**9)
     right, kinds = masks(input_ids=long)
     assert kinds == {torch.Tensor}
@@ -146,72 +168,41 @@ def test_where_it_is_used(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", [40, 7], ids=["long", "short"])
-def test_keys_stay_one_for_all_queries_of_a_group(tokens):
-    """As transformers has it where there is no mask: with a mask it would repeat keys and values for each query."""
+def test_training_keeps_one_key_for_all_queries_of_a_group(tokens):
+    """As without a prefix, where there is no mask: with one transformers repeats keys and values for each query."""
     base = tiny.model("llama", "AutoModelForCausalLM", attn="sdpa")
-    few, many = base.config.num_key_value_heads, base.config.num_attention_heads
+    few, many, size = base.config.num_key_value_heads, base.config.num_attention_heads, base.config.head_dim
     assert few < many
-    ids = tiny.ids(2, tokens)
-
-    def heads():
-        with SdpaCalls() as calls:
-            result = model(input_ids=ids).logits
-        result.sum().backward()
-        found = model.base_model.prefix_layer.prefix_tuning_v2_embedding["default"].weight
-        gradient, found.grad = found.grad, None
-        return result, gradient, calls.heads
-
-    with SdpaCalls() as calls:
-        base(input_ids=ids)
-    assert calls.heads == {few}
     model = get_peft_model(base, PrefixTuningV2Config(task_type="CAUSAL_LM", num_virtual_tokens=2, prefix_dropout=0.0))
     tiny.randomize(model)
-    result, gradient, found = heads()
-    assert found == {few}
-    modules = [target.module for target in model.base_model.prefix_layer.targets]
-    assert {module.num_key_value_groups for module in modules} == {many // few}
-    for target in model.base_model.prefix_layer.targets:
-        target.grouped = False
-    right, right_gradient, found = heads()
-    assert found == {many}
-    torch.testing.assert_close(result, right, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradient, right_gradient, rtol=1e-4, atol=1e-5)
-
-
-def test_a_forward_that_fails_leaves_the_groups_as_they_are(monkeypatch):
-    model = tiny.model("llama", "AutoModelForCausalLM", attn="sdpa")
-    model = get_peft_model(model, PrefixTuningV2Config(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    module = model.base_model.prefix_layer.targets[-1].module
-    groups, seen = module.num_key_value_groups, []
-
-    def fail(*args, **kwargs):
-        seen.append(module.num_key_value_groups)
-        raise RuntimeError("out of memory")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(module.o_proj, "forward", fail)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            model(input_ids=tiny.ids())
-    assert (seen, module.num_key_value_groups) == ([1], groups)
-
-
-def test_a_module_that_asks_for_its_groups_itself_keeps_them():
-    model = tiny.model("llama", "AutoModelForCausalLM", attn="sdpa")
-    first, second = (layer.self_attn for layer in model.model.layers[:2])
-
-    class Own(type(first)):
-        def forward(
-            self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
+    targets = model.base_model.prefix_layer.targets
+    table = model.base_model.prefix_layer.prefix_tuning_v2_embedding["default"].weight
+    results, ids = [], tiny.ids(2, tokens)
+    for heads in (few, many):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda each, kept=kept: kept.append(each) or each, lambda each: each
         ):
-            output, weights = super().forward(
-                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
-            )
-            return output * self.num_key_value_groups, weights
+            output = model(input_ids=ids).logits
+        (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+        results.append((output.detach(), table.grad))
+        table.grad = None
+        # Keys and values of each layer; queries of the long input have as many rows, and all of the heads.
+        single = [each for each in kept if each.shape == (2, few, 2 + tokens, size)]
+        assert len(single) == (2 * len(targets) if heads == few else 0)
+        for target in targets:
+            target.groups = 1
+    for ours, right in zip(*results, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)
 
-    first.__class__ = Own
+
+def test_heads_that_are_repeated_in_another_way_are_left_alone(monkeypatch):
+    """Were the first of each group taken for the others, outputs would be wrong: that is tried out at the start."""
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda states, times: states.repeat(1, times, 1, 1))
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", lambda *args: False)
+    model = tiny.model("llama", "AutoModelForCausalLM", attn="sdpa")
     model = get_peft_model(model, PrefixTuningV2Config(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    grouped = {target.module: target.grouped for target in model.base_model.prefix_layer.targets}
-    assert grouped[second] and not grouped[first]
+    assert {target.groups for target in model.base_model.prefix_layer.targets} == {1}
 
 
 def test_a_mask_is_made_once_for_all_layers(monkeypatch):

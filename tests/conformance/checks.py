@@ -438,12 +438,12 @@ def compiled(case: Case) -> None:
 def causal_rule(case: Case) -> None:
     """Where no mask is needed but for the prefix, attention by the kernel's own rules is that with a mask."""
 
-    def run(tokens_for_a_mask: float, grouped: bool) -> tuple[Tensor, Tensor]:
+    def run(tokens_for_a_mask: float, groups: bool) -> tuple[Tensor, Tensor]:
         with unittest.mock.patch.object(causal, "_ROWS_FOR_A_MASK", tokens_for_a_mask):
             torch.manual_seed(0)
             model = case.wrapped()
             for target in layer_of(model).targets:
-                target.grouped = target.grouped and grouped
+                target.groups = target.groups if groups else 1
             inputs = {k: v for k, v in case.inputs(model).items() if "attention_mask" not in k}
             result = outputs(model, inputs)
             (result * torch.randn(result.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
