@@ -27,9 +27,9 @@ SHARED_STATES = "shared_kv_states"
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Slot:
-    """One prefix of keys and values.
+    """One prefix of keys and values; itself and no other, however alike.
 
     Attributes:
         kind: `"encoder"`, `"decoder"` or `"cross"`.
@@ -57,6 +57,7 @@ class AttentionTarget:
         own_mask: the buffer with which the module hides keys by itself (GPT-Neo's local attention); else `None`.
         true_hides: whether True in its bool masks hides a key (MPT) instead of showing it.
         groups: how many heads of its queries share one of its keys, if it repeats them before attention.
+        windowed: whether it hides keys that are further away than a window.
     """
 
     name: str
@@ -73,6 +74,7 @@ class AttentionTarget:
     follows: bool = False
     own_mask: str | None = None
     groups: int = 1
+    windowed: bool = False
 
     @cached_property
     def kind(self) -> str:
@@ -145,6 +147,20 @@ def check_implementation(implementation: str) -> None:
         )
 
 
+def is_token(target: AttentionTarget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a module is called for one token of each row that sees all there is: then nothing has to make room.
+
+    A generation asks that for every layer and token, so it is asked without ceremony.
+    """
+    if len(args) > 1 or target.bias is not None or target.own_mask is not None or target.windowed:
+        return False
+    for name in MASK_ARGUMENTS:
+        if kwargs.get(name) is not None:
+            return False
+    states = args[0] if args else kwargs.get(target.names[0])
+    return isinstance(states, Tensor) and states.shape[1] == 1
+
+
 def put_in_front(
     call: Call,
     target: AttentionTarget,
@@ -181,7 +197,7 @@ def make_room(
     config, ask = getattr(target.module, "config", None), partial(_checked_implementation, target.module, model)
     implementation = _once(memo, "implementation", (config,), ask)
     flash = implementation.startswith("flash_attention")
-    if flash and _window_of(target.module):
+    if flash and window_of(target.module):
         raise ValueError(
             f"{target.name}: flash attention with a sliding window would hide the prefix behind the window. Use "
             "attn_implementation='sdpa' or 'eager'."
@@ -201,7 +217,7 @@ def make_room(
             call.set(names[-1] if target.kind == "cross" else names[0], mask)
 
 
-def _window_of(module: nn.Module) -> Any:
+def window_of(module: nn.Module) -> Any:
     """A module's sliding window: its own, or the config's where it looks there (Mistral)."""
     config = getattr(module, "config", None)
     shared = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None

@@ -27,6 +27,7 @@ from .attention import (
     check_implementation,
     implementation_of,
     put_in_front,
+    window_of,
 )
 from .cache import PrefixOf
 from .encoder import KeyValueShape, Pair
@@ -219,7 +220,7 @@ def _as_target(model: nn.Module, recorder: _Recorder) -> AttentionTarget:
         kind = "cross" if side == "cross" else "decoder" if record.cached else "encoder"
         target.slots[layer_idx] = Slot(kind, -1 if layer_idx is None else layer_idx, shape)
         target.dtype = keys.dtype
-    target.own_mask = _own_mask(target.module)
+    target.own_mask, target.windowed = _own_mask(target.module), bool(window_of(target.module))
     return target
 
 

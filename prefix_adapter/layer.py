@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .attention import AttentionTarget, Call, Slot, make_room, put_in_front, widen_own_mask
+from .attention import AttentionTarget, Call, Slot, is_token, make_room, put_in_front, widen_own_mask
 from .check import SAVED, Spec, check_file, check_size, find_heads, shorten, tensors_of
 from .config import PrefixTuningV2Config
 from .encoder import Pair, PrefixEncoder, split_layers
@@ -59,7 +59,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self._row_adapters: list[Row] | None = None
         self.count_rows = False
         self._batch: int | None = None
-        self._ready: dict[tuple[str, Slot], tuple[Any, Pair]] = {}
+        self._ready: dict[str, tuple[Any, dict[Slot, Pair]]] = {}
         # A generation asks for the same at every token. Of a mixed batch for as long as its names are set.
         self._plans: dict[Any, Plan | None] = {}
         self._expectations: dict[Any, list[int]] = {}
@@ -197,7 +197,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         """Delete an adapter; PEFT chooses another one to be active if it was."""
         super().delete_adapter(adapter_name)
         self._forget_plans()
-        self._ready = {key: value for key, value in self._ready.items() if key[0] != adapter_name}
+        self._ready.pop(adapter_name, None)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT calls this after loading onto the meta device. There is no one base layer here.
@@ -282,20 +282,33 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         if dropout:
             part = self._encode(name, slot, memo).to(keys.device, keys.dtype)
             return slot.shape.split(F.dropout(part.expand(keys.shape[0], -1, -1), dropout))
-        if ("state", name) not in memo:
-            memo["state", name] = self._state(name)
-        state, known = memo["state", name], self._ready.get((name, slot))
-        if ("pairs", name) in memo:
-            pair = memo["pairs", name][slot]
-        elif state is None:
-            pair = slot.shape.split(self._encode(name, slot, memo))
-        elif known is not None and known[0] == state:
-            pair = known[1]
-        else:
-            with torch.no_grad():
-                pair = slot.shape.split(self._encode(name, slot, memo))
-            self._ready[name, slot] = (state, pair)
+        pairs = self._pairs(name, memo)
+        pair = slot.shape.split(self._encode(name, slot, memo)) if pairs is None else pairs[slot]
         return pair if pair[0].device == keys.device else (pair[0].to(keys.device), pair[1].to(keys.device))
+
+    def _pairs(self, adapter_name: str, memo: dict[Any, Any]) -> dict[Slot, Pair] | None:
+        """Keys and values of all layers, if they are known or can be made at once by whichever layer asks first."""
+        pairs = memo.get(("pairs", adapter_name))
+        if pairs is not None:
+            return pairs
+        state, known = self._state(adapter_name), self._ready.get(adapter_name)
+        if state is not None:
+            if known is None or known[0] != state:
+                with torch.no_grad():
+                    known = self._ready[adapter_name] = state, self._split(adapter_name)
+            pairs = known[1]
+        elif torch.is_grad_enabled() or "rows" not in memo:
+            return None
+        else:
+            pairs = self._split(adapter_name)
+        memo["pairs", adapter_name] = pairs
+        return pairs
+
+    def _split(self, adapter_name: str) -> dict[Slot, Pair]:
+        """Keys and values of all layers, encoded anew."""
+        columns = self.adapters[adapter_name].columns
+        whole = self.encoder_of(adapter_name).encode(slice(None))
+        return dict(zip(columns, split_layers(whole, [slot.shape for slot in columns]), strict=True))
 
     def _state(self, adapter_name: str) -> Any:
         """What changes when an adapter's parameters do, if its pairs may be kept until then; else `None`.
@@ -317,15 +330,14 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         would run the MLP's first half anew.
         """
         for name in row:
-            memo["state", name] = self._state(name)
-            if memo["state", name] is None:
-                adapter, whole = self.adapters[name], self.encoder_of(name).encode(slice(None))
-                shapes = [slot.shape for slot in adapter.columns]
-                if adapter.dropout and self.training:
-                    parts = whole.split([shape.columns for shape in shapes], 1)
-                    memo["encoded", name] = dict(zip(adapter.columns, parts, strict=True))
-                else:
-                    memo["pairs", name] = dict(zip(adapter.columns, split_layers(whole, shapes), strict=True))
+            adapter = self.adapters[name]
+            if self._pairs(name, memo) is not None:
+                continue
+            if self.training and adapter.dropout:
+                parts = self.encoder_of(name).encode(slice(None)).split([s.shape.columns for s in adapter.columns], 1)
+                memo["encoded", name] = dict(zip(adapter.columns, parts, strict=True))
+            else:
+                memo["pairs", name] = self._split(name)
 
     def _encode(self, adapter_name: str, slot: Slot, memo: dict[Any, Any]) -> Tensor:
         """An adapter's prefix for a slot, `[1, n, columns]`."""
@@ -470,6 +482,9 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             self._watch.served(index, forward)
             return self._prefix(target.slot(layer_idx), plan, keys, forward.memo)
 
+        if plan.visible is None and is_token(target, args, kwargs):
+            call.set(target.cache, target.view(call.get(target.cache), plan.length, prefix_of))
+            return tuple(call.args), call.kwargs
         put_in_front(call, target, self.model, plan.length, plan.visible, prefix_of, forward.memo)
         if target.own_mask is not None:
             self._own_masks[index] = widen_own_mask(target, target.own_mask, plan.length)
