@@ -82,12 +82,18 @@ def test_generate_equals_eager(kind):
     assert torch.equal(*results)
 
 
-def test_a_sliding_window_would_hide_the_prefix_and_is_refused():
+@pytest.mark.parametrize("when", ["at the start", "at a token"])
+def test_a_sliding_window_would_hide_the_prefix_and_is_refused(when):
     torch.manual_seed(0)
     config = tr.MistralConfig(**{**tiny.config("llama").to_dict(), "model_type": "mistral", "sliding_window": 4})
     model = tr.MistralForCausalLM(config)
+    if when == "at a token":
+        model = get_peft_model(model, PrefixTuningV2Config())
     for module in model.modules():
         if hasattr(module, "config"):
             module.config._attn_implementation = NAME
     with pytest.raises(ValueError, match=r"sliding window.*'sdpa' or 'eager'"):
-        get_peft_model(model, PrefixTuningV2Config())
+        if when == "at a token":
+            model(input_ids=tiny.ids(2, 1))
+        else:
+            get_peft_model(model, PrefixTuningV2Config())
