@@ -206,12 +206,11 @@ def _heads(model: nn.Module) -> list[nn.Module]:
     """The modules of a model that PEFT keeps for each adapter."""
     found: list[nn.Module] = []
     pending = [model]
-    while pending:
-        module = pending.pop()
+    # Not `modules()`: it remembers and names them all, and most of a switch would be that. The list grows underway.
+    for module in pending:
         if isinstance(module, AuxiliaryTrainingWrapper):
             found.append(module)
-        else:
-            # Not `modules()`: it remembers and names them all, and most of a switch would be that.
+        elif module._modules:
             pending += [child for child in module._modules.values() if child is not None]
     return found
 
