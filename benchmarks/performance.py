@@ -150,18 +150,18 @@ def train(bench):
 
 def memory(bench):
     """Peak memory of a training step, each arm in a process of its own."""
+    ways = (False, True) if len(bench.args.arms) == len(ARMS) else (False,)
     for shape in bench.args.shapes:
         settings = {"section": "memory", "shape": shape, "batch": bench.args.batch}
         same = ("frozen", "full", "lora")
         for arm in (arm for arm in same if arm in ("frozen", *bench.args.arms)):
-            for checkpointing in (False, True):
+            for checkpointing in ways:
                 yield peak_of(bench, {**settings, "arm": arm, "any_n": True, "checkpointing": checkpointing})
         for n, width in rows_of(shape):
             for arm in (arm for arm in arms_of(bench, shape) if arm not in same):
                 spec = {**settings, "arm": arm, "n": n, "width": width}
-                yield peak_of(bench, spec)
-                if arm == "ours":
-                    yield peak_of(bench, {**spec, "checkpointing": True})
+                for checkpointing in ways if arm == "ours" else (False,):
+                    yield peak_of(bench, {**spec, "checkpointing": checkpointing})
 
 
 def peak_of(bench, spec):
@@ -453,7 +453,13 @@ def main():
     parser.add_argument("--report", type=Path, help="write the tables to this page, and measure nothing")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="of training steps")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=ARMS,
+        default=list(ARMS),
+        help="of training steps; if picked, without checkpointing",
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=2)
