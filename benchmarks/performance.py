@@ -248,7 +248,7 @@ def tokens_of(bench, config, contexts, kinds):
     models["peft"] = wrapped["peft"].base_model
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1000, 5000, (1, max(contexts) + n), generator=generator).to(bench.device)
-    rounds = 4 * bench.args.rounds
+    rounds = 8 * bench.args.rounds
 
     def prompt(arm, context, kind):
         """The cache behind the context, and the position that follows."""

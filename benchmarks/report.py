@@ -115,7 +115,8 @@ def _ratios(results, base, title, text, names=("shape", "batch", "n", "width")):
         if "peak" in each[base]:
             first = f"{each[base]['peak'] / 2**20:.0f} MiB"
         else:
-            first = f"{1e3 * statistics.median(each[base]['seconds']):.4g} ms"
+            middle = 1e3 * statistics.median(each[base]["seconds"])
+            first = f"{middle:.0f} ms" if middle > 1000 else f"{middle:.4g} ms"
         about = [str(value if value is not None else "-") for value in setting]
         lines.append([*about, first, *(_in_words(ratio(each[a], each[base])) if a in each else "-" for a in arms)])
     columns = [*("MLP" if name == "width" else name for name in names), WORDS[base], *(WORDS[arm] for arm in arms)]
