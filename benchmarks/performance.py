@@ -246,6 +246,13 @@ def tokens_of(bench, config, contexts, kinds):
     wrapped = {arm: bench.build(arm, config, n).eval().requires_grad_(False) for arm in ("ours", "peft", "lora")}
     models |= {arm: wrapped[arm].base_model.model for arm in ("ours", "lora")}
     models["peft"] = wrapped["peft"].base_model
+    # One memory for the weights of all: where they lie is worth a few hundredths.
+    weights = dict(models["base"].named_parameters())
+    for model in models.values():
+        for name, parameter in model.named_parameters():
+            shared = weights.get(name.replace(".base_layer", ""))
+            if shared is not None:
+                parameter.data = shared.data
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1000, 5000, (1, max(contexts) + n), generator=generator).to(bench.device)
     rounds = 8 * bench.args.rounds
