@@ -127,21 +127,19 @@ def floor(config, n, prefixed):
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = config.hidden_size // config.num_attention_heads
     modules = [module for module in model.modules() if any(hasattr(module, name) for name in ("q_proj", "query"))]
-    for depth, module in enumerate(modules, start=1 - len(modules)):
-        length = n if depth > -prefixed else 0
+    for module in modules[-prefixed:]:
         for name in ("prefix_keys", "prefix_values"):
-            prefix = nn.Parameter(0.02 * torch.randn(1, heads, length, size), requires_grad=bool(length))
-            module.register_parameter(name, prefix)
+            module.register_parameter(name, nn.Parameter(0.02 * torch.randn(1, heads, n, size)))
     for parameter in head_of(model):
         parameter.requires_grad_(True)
     return model
 
 
 def _attend(module, query, key, value, attention_mask, **kwargs):
+    if not hasattr(module, "prefix_keys"):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     batch, _, tokens, _ = query.shape
     n = module.prefix_keys.shape[2]
-    if not n:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     key = torch.cat([module.prefix_keys.to(key.dtype).expand(batch, -1, -1, -1), key], dim=2)
     value = torch.cat([module.prefix_values.to(value.dtype).expand(batch, -1, -1, -1), value], dim=2)
     if attention_mask is not None:

@@ -97,7 +97,8 @@ def ratio(one, other, whole=False):
     Of memory just the ratio: of what a step adds, or of the whole with what is there before it.
     """
     if "peak" in one:
-        return (one["peak"] + whole * one.get("before", 0)) / (other["peak"] + whole * other.get("before", 0)), 0.0
+        bytes_of = [each["peak"] + (each["before"] if whole else 0) for each in (one, other)]
+        return bytes_of[0] / bytes_of[1], 0.0
     pairs = [a / b for a, b in zip(one["seconds"], other["seconds"], strict=True)]
     low, _, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3
     return statistics.median(pairs), (high - low) / 2
@@ -160,11 +161,11 @@ def _beside_the_seed(results):
     for (n, width), limits in SEED.items():
         line = [str(n), str(width or "-")]
         for limit, rows in zip(limits, found.values(), strict=True):
-            arms, whole = rows.get((n, width), {}), rows is found["memory"]
-            ours = (
-                _in_words(ratio(arms[arm], arms["full"], whole)) if arm in arms else "-" for arm in ("ours", "floor")
-            )
-            line += [f"{limit:.3f}", *ours]
+            arms = rows.get((n, width), {})
+            ratios = {
+                arm: ratio(each, arms["full"], whole=True) for arm, each in arms.items() if arm in ("ours", "floor")
+            }
+            line += [f"{limit:.3f}", *(_in_words(ratios[arm]) if arm in ratios else "-" for arm in ("ours", "floor"))]
         lines.append(line)
     text = (
         "Over full fine-tuning, in the shape of the seed's experiment (batch 32, 128 tokens). Its figures are of "
@@ -275,8 +276,7 @@ def _targets(results):
             limit = _seed_limit(place)
             add(name, "the seed's ratio", over(section, arm, "full", limit, in_the_seed, size, whole=True))
     add("step of the last third over full fine-tuning's", "0.50", over("train", "third", "full", 0.50, words=size))
-    third = over("train", "floor_third", "full", 0.50, words=size)
-    add("the floor's, for comparison", "0.50", third)
+    add("the floor's, for comparison", "0.50", over("train", "floor_third", "full", 0.50, words=size))
     add("memory over the frozen backbone's, table, n 20", "1.05", over("memory", "ours", "frozen", 1.05, table(20)))
     add("memory over PEFT's", "1", over("memory", "ours", "peft", 1, words=size))
     add("memory over the reference's", "1", over("memory", "ours", "reference", 1, words=size))

@@ -147,20 +147,6 @@ def check_implementation(implementation: str) -> None:
         )
 
 
-def is_token(target: AttentionTarget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a module is called for one token of each row that sees all there is: then nothing has to make room.
-
-    A generation asks that for every layer and token, so it is asked without ceremony.
-    """
-    if len(args) > 1 or target.bias is not None or target.own_mask is not None or target.windowed:
-        return False
-    for name in MASK_ARGUMENTS:
-        if kwargs.get(name) is not None:
-            return False
-    states = args[0] if args else kwargs.get(target.names[0])
-    return isinstance(states, Tensor) and states.shape[1] == 1
-
-
 def put_in_front(
     call: Call,
     target: AttentionTarget,
@@ -171,9 +157,23 @@ def put_in_front(
     memo: dict[Any, Any] | None = None,
 ) -> None:
     """Change a module's arguments so that it sees `length` keys and values more: those of a prefix."""
-    if length:
+    if length and not (visible is None and _is_token(call, target)):
         make_room(call, target, model, length, visible, memo)
     call.set(target.cache, target.view(call.get(target.cache), length, prefix_of))
+
+
+def _is_token(call: Call, target: AttentionTarget) -> bool:
+    """Whether a module is called for one token of each row that sees all there is: then nothing has to make room.
+
+    A generation asks that for every layer and token, so it is asked without ceremony.
+    """
+    if len(call.args) > 1 or target.bias is not None or target.own_mask is not None or target.windowed:
+        return False
+    for name in MASK_ARGUMENTS:
+        if call.kwargs.get(name) is not None:
+            return False
+    states = call.get(target.names[0])
+    return isinstance(states, Tensor) and states.shape[1] == 1
 
 
 def make_room(

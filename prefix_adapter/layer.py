@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .attention import AttentionTarget, Call, Slot, is_token, make_room, put_in_front, widen_own_mask
+from .attention import AttentionTarget, Call, Slot, make_room, put_in_front, widen_own_mask
 from .check import SAVED, Spec, check_file, check_size, find_heads, shorten, tensors_of
 from .config import PrefixTuningV2Config
 from .encoder import Pair, PrefixEncoder, split_layers
@@ -482,9 +482,6 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             self._watch.served(index, forward)
             return self._prefix(target.slot(layer_idx), plan, keys, forward.memo)
 
-        if plan.visible is None and is_token(target, args, kwargs):
-            call.set(target.cache, target.view(call.get(target.cache), plan.length, prefix_of))
-            return tuple(call.args), call.kwargs
         put_in_front(call, target, self.model, plan.length, plan.visible, prefix_of, forward.memo)
         if target.own_mask is not None:
             self._own_masks[index] = widen_own_mask(target, target.own_mask, plan.length)
