@@ -35,7 +35,7 @@ from .positions import PositionProbe, PositionTarget
 from .probe import PROBE_LENGTH, innermost, parameter_names, probe, untouched
 
 # What attention modules call their cache.
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 _ALTERNATIVES = {
     "encoder": "BERT, RoBERTa, XLM-RoBERTa, ELECTRA or CamemBERT (all-MiniLM is a BERT of DistilBERT's size)",
