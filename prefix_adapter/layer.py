@@ -472,7 +472,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     def _before_attention(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target, forward = self.targets[index], self._watch.forward
-        call = Call(target.names, args, kwargs)
+        call = target.call(args, kwargs)
         plan = self._plan(index, call.get(target.names[0]), forward.memo)
         if plan is None:
             return None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import Call
+from .attention import CACHE_ARGUMENTS, Call
 from .probe import innermost, is_count, parameter_names
 
 _IDS, _PAST, _TABLE = "position_ids", "past_key_values_length", "input"
@@ -140,7 +140,7 @@ def positions_behind_padding(targets: list[PositionTarget], call: Call) -> Tenso
     Only for rotary embeddings, to which that is all the same; not so to a prefix, which stands before the first token.
     transformers' generate passes such positions; where a caller does, or gives no mask, there is nothing to do.
     """
-    mask, past = call.get("attention_mask"), call.get("past_key_values")
+    mask, past = call.get("attention_mask"), call.first(CACHE_ARGUMENTS)
     inputs = call.first(("input_ids", "inputs_embeds"))
     if not targets or not all(target.relative for target in targets) or call.get(_IDS) is not None:
         return None
