@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from .attention import CACHE_ARGUMENTS, Call
 from .probe import innermost, is_count, parameter_names
 
-_IDS, _PAST, _TABLE = "position_ids", "past_key_values_length", "input"
+_IDS, _TABLE = "position_ids", "input"
+# How many tokens came before, for modules that count positions themselves: `cache_length` from transformers 5.24 on.
+_PAST = ("cache_length", "past_key_values_length")
 
 
 @dataclass
@@ -55,9 +57,10 @@ class PositionTarget:
             if self.padding is not None:
                 moved = torch.where(positions == self.padding, positions, moved)
             call.set(self.positions, moved)
-        elif _PAST in self.names:
-            # It counts by itself, from the length of what went before.
-            call.set(_PAST, (call.get(_PAST) or 0) + by)
+        else:
+            for past in _PAST:
+                if past in self.names:
+                    call.set(past, (call.get(past) or 0) + by)
         return tuple(call.args), call.kwargs
 
     def too_many(self, args: tuple[Any, ...], kwargs: dict[str, Any], shift: int) -> int:
@@ -92,7 +95,7 @@ class PositionProbe:
         self._named = {
             name: module
             for name, module in modules.items()
-            if name not in layers and {_IDS, _PAST} & set(parameter_names(module))
+            if name not in layers and {_IDS, *_PAST} & set(parameter_names(module))
         }
         self._handles = [
             module.register_forward_pre_hook(self._look_at_table(name))
