@@ -319,7 +319,7 @@ def with_prefix(
         return PrefixEncoderDecoderCache(inner, length, prefix_of, cross_prefix_of)
     if inner is not None and not isinstance(inner, Cache):
         way_out = (
-            "Continuous batching (`generate_batch`) has a cache of its own kind, which takes no prefix: use `generate`."
+            "Continuous batching (`generate_batch`) has another kind of cache, which takes no prefix: use `generate`."
             if hasattr(inner, "update")
             else "Build a `DynamicCache` from tuples of keys and values."
         )
