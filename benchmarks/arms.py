@@ -106,7 +106,8 @@ def build(arm, config, n=20, width=None, prefixed=None, attention="sdpa"):
         return get_peft_model(model, LoraConfig(task_type=task, r=8, target_modules=targets))
     if arm == "peft":
         settings = {"prefix_projection": width is not None, "encoder_hidden_size": width}
-        _take_past_key_values(model.base_model)
+        if task == "SEQ_CLS":
+            _take_past_key_values(model.base_model)
         return get_peft_model(model, PrefixTuningConfig(task_type=task, num_virtual_tokens=n, **settings))
     return get_peft_model(
         model,
@@ -122,7 +123,7 @@ def build(arm, config, n=20, width=None, prefixed=None, attention="sdpa"):
 
 
 def _take_past_key_values(backbone):
-    """Let PEFT 0.21 find the argument that it looks for; transformers 5.24 calls it `cache`."""
+    """Let PEFT 0.21 find the argument that it hands to the backbone of a classifier; transformers 5.24 says `cache`."""
     forward = backbone.forward
     names = inspect.signature(forward).parameters
     if "cache" in names and "past_key_values" not in names:

@@ -208,7 +208,7 @@ class Lane:
                 self.run.fail(section, check["check"], f"the process ended with status {status}; see log.txt")
             return True
         section, check = self.current()
-        since = check["started"] if check else max(self.started, self.run.last[self.left()[0]])
+        since = check["started"] if check else max(self.started, *(self.run.last[name] for name in self.names))
         limit = check["limit"] + GRACE if check else START_LIMIT
         if time.time() - since > limit:
             self.stop()

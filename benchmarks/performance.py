@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -226,8 +226,13 @@ def held_now(bench):
 
 def allocated():
     """The bytes of all tensors."""
-    storages = (each.untyped_storage() for each in gc.get_objects() if isinstance(each, torch.Tensor))
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    sizes = {}
+    for each in gc.get_objects():
+        # What a compiler traced with has no memory, and says so by an error.
+        with suppress(RuntimeError):
+            if isinstance(each, torch.Tensor):
+                sizes[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+    return sum(sizes.values())
 
 
 def most_alive(profiled):
@@ -265,12 +270,18 @@ def tokens_of(bench, config, contexts, kinds):
     """The first token and those that follow, for each context and kind of cache.
 
     As in `generate`: positions are handed over, and PEFT's wrapper hands over to the model inside once and not for
-    each token. `compiled` is a static cache behind `torch.compile`, for which the prompt is run as it is.
+    each token. `compiled` is a static cache behind `torch.compile`, for which the prompt is run as it is. In bf16 the
+    weights are, and not just the arithmetic: under autocast Llama's values have another dtype than its keys, which no
+    static cache of transformers takes.
     """
     n = 20
-    with bench.device:
-        models = {"base": base_model(config, bench.args.attention).to(bench.device).eval().requires_grad_(False)}
-    wrapped = {arm: bench.build(arm, config, n).eval().requires_grad_(False) for arm in ("ours", "peft", "lora")}
+    dtype = torch.bfloat16 if bench.args.precision == "bf16" else torch.float32
+
+    def frozen(arm):
+        return bench.build(arm, config, n).to(dtype).eval().requires_grad_(False)
+
+    models = {"base": frozen("full")}
+    wrapped = {arm: frozen(arm) for arm in ("ours", "peft", "lora")}
     models |= {arm: wrapped[arm].base_model.model for arm in ("ours", "lora")}
     models["peft"] = wrapped["peft"].base_model
     # One memory for the weights of all: where they lie is worth a few hundredths.
@@ -293,11 +304,12 @@ def tokens_of(bench, config, contexts, kinds):
             cache = DynamicCache(config=config)
         else:
             cache = StaticCache(config, own + rounds + 2 * bench.args.warmup)
-        bench.run(models[arm], input_ids=tokens[:, :own], past_key_values=cache, logits_to_keep=1)
+        with torch.inference_mode():
+            models[arm](input_ids=tokens[:, :own], past_key_values=cache, logits_to_keep=1)
         return cache, torch.tensor([[own + (n if arm == "peft" else 0)]], device=bench.device)
 
     def token(model, cache, position):
-        with torch.inference_mode(), bench.autocast():
+        with torch.inference_mode():
             model(input_ids=tokens[:, :1], past_key_values=cache, position_ids=position, logits_to_keep=1)
             position += 1
 
