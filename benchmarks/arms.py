@@ -123,7 +123,7 @@ def build(arm, config, n=20, width=None, prefixed=None, attention="sdpa"):
 
 
 def _take_past_key_values(backbone):
-    """Let PEFT 0.21 find the argument that it hands to the backbone of a classifier; transformers 5.24 says `cache`."""
+    """Let PEFT 0.21 find the argument that it gives to a classifier's backbone; transformers 5.24 says `cache`."""
     forward = backbone.forward
     names = inspect.signature(forward).parameters
     if "cache" in names and "past_key_values" not in names:

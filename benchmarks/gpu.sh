@@ -4,4 +4,5 @@
 #   bash benchmarks/gpu.sh OUT [--tiny] [--budget SECONDS] [--sections NAME ...] [--wheels FOLDER]
 #
 # The variable PYTHON names another interpreter than python3.
-exec "${PYTHON:-python3}" "$(dirname "${BASH_SOURCE[0]}")/gpu.py" "$@"
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python3}" -m gpu.run "$@"

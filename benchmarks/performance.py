@@ -3,10 +3,11 @@
     python benchmarks/performance.py --output runs/performance.json
     python benchmarks/performance.py --output runs/performance.json --report docs/performance.md
 
-On a GPU `bash benchmarks/gpu.sh` measures what matters there, with these functions; here it is `--device cuda`, and
-`--precision tf32` or `bf16`, and where flash attention is installed `--attention flash_attention_2`. Each section can be run by itself (`--sections`, `--shapes`); what is in the output already is
-replaced. Arms take turns step by step in one process, in an order drawn anew each time, so that whatever else the
-machine does meets all of them; peak memory is measured in a process for each arm. On a CPU one thread is used.
+On a GPU `bash benchmarks/gpu.sh` measures what matters there, with these functions. Here a GPU is `--device cuda`, and
+`--precision tf32` or `bf16`, and where flash attention is installed `--attention flash_attention_2`. Each section can
+be run by itself (`--sections`, `--shapes`); what is in the output already is replaced. Arms take turns step by step in
+one process, in an order drawn anew each time, so that whatever else the machine does meets all of them; peak memory is
+measured in a process for each arm. On a CPU one thread is used.
 """
 
 import argparse

@@ -27,31 +27,29 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from gpu import ROOT, Skip
+
 # The most valuable first. Name, function of a checks module, its arguments, whether it must run alone.
 PLAN = [
-    ["environment", "gpu_checks:environment", {}, False],
-    ["references fp32", "gpu_checks:references", {"precision": "fp32"}, False],
-    ["device fp32", "gpu_checks:on_device", {"precision": "fp32"}, False],
-    ["device bf16", "gpu_checks:on_device", {"precision": "bf16"}, False],
-    ["references bf16", "gpu_checks:references", {"precision": "bf16"}, False],
-    ["seed's table fp32", "gpu_measures:seeds_table", {"precision": "fp32"}, True],
-    ["decoder bf16", "gpu_measures:decoder", {"precision": "bf16"}, True],
-    ["device fp16", "gpu_checks:on_device", {"precision": "fp16"}, False],
-    ["references fp16", "gpu_checks:references", {"precision": "fp16"}, False],
-    ["device tf32", "gpu_checks:on_device", {"precision": "tf32"}, False],
-    ["references tf32", "gpu_checks:references", {"precision": "tf32"}, False],
-    ["training command", "gpu_checks:training_command", {}, False],
-    ["seed's table bf16", "gpu_measures:seeds_table", {"precision": "bf16"}, True],
-    ["seed's table tf32", "gpu_measures:seeds_table", {"precision": "tf32"}, True],
-    ["decoder fp32", "gpu_measures:decoder", {"precision": "fp32"}, True],
+    ["environment", "gpu.common:environment", {}, False],
+    ["references fp32", "gpu.references:references", {"precision": "fp32"}, False],
+    ["device fp32", "gpu.device:on_device", {"precision": "fp32"}, False],
+    ["device bf16", "gpu.device:on_device", {"precision": "bf16"}, False],
+    ["references bf16", "gpu.references:references", {"precision": "bf16"}, False],
+    ["seed's table fp32", "gpu.measures:seeds_table", {"precision": "fp32"}, True],
+    ["decoder bf16", "gpu.measures:decoder", {"precision": "bf16"}, True],
+    ["device fp16", "gpu.device:on_device", {"precision": "fp16"}, False],
+    ["references fp16", "gpu.references:references", {"precision": "fp16"}, False],
+    ["device tf32", "gpu.device:on_device", {"precision": "tf32"}, False],
+    ["references tf32", "gpu.references:references", {"precision": "tf32"}, False],
+    ["resumed", "gpu.training:resumed", {"precisions": ["fp32", "fp16", "bf16"]}, False],
+    ["training command", "gpu.training:training_command", {}, False],
+    ["seed's table bf16", "gpu.measures:seeds_table", {"precision": "bf16"}, True],
+    ["seed's table tf32", "gpu.measures:seeds_table", {"precision": "tf32"}, True],
+    ["decoder fp32", "gpu.measures:decoder", {"precision": "fp32"}, True],
 ]
 CHECK_LIMIT, START_LIMIT, GRACE = 75.0, 120.0, 10.0
 RECORDS, RESULT, LOG, PERFORMANCE, REPORT = "gpu.jsonl", "gpu.json", "log.txt", "performance.json", "report.md"
-
-
-class Skip(Exception):
-    """A check that cannot run here; the message is the reason."""
 
 
 class TookTooLong(BaseException):
@@ -209,10 +207,11 @@ class Lane:
             return True
         section, check = self.current()
         since = check["started"] if check else max(self.started, *(self.run.last[name] for name in self.names))
-        limit = check["limit"] + GRACE if check else START_LIMIT
+        limit = check["limit"] + min(GRACE, check["limit"]) if check else START_LIMIT
         if time.time() - since > limit:
             self.stop()
-            self.run.fail(section or self.left()[0], check["check"] if check else "start", f"killed after {limit:.0f} s")
+            late = (section, check["check"]) if check else (self.left()[0], "start")
+            self.run.fail(*late, f"killed after {limit:.0f} s")
         return True
 
     def stop(self):
@@ -243,8 +242,9 @@ class Run:
 
     def start(self, names):
         """A worker for these sections."""
-        command = [sys.executable, "-u", __file__, str(self.out), "--work", *names, "--plan", json.dumps(self.args.plan)]
+        command = [sys.executable, "-u", "-m", "gpu.run", str(self.out), "--plan", json.dumps(self.args.plan)]
         command += ["--check-limit", str(self.args.check_limit), *(["--tiny"] if self.args.tiny else [])]
+        command += ["--work", *names]
         paths = [ROOT / "benchmarks", ROOT / "tests", ROOT, self.packages, os.environ.get("PYTHONPATH")]
         environment = {
             "HF_HUB_OFFLINE": "1",
@@ -423,6 +423,4 @@ def unpacked(wheels, site):
 
 
 if __name__ == "__main__":
-    # The checks import Skip from here, and it is to be the same class.
-    sys.modules["gpu"] = sys.modules[__name__]
     main()

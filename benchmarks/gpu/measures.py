@@ -28,7 +28,10 @@ def seeds_table(args, precision):
     yield "memory, whatever n", bench.check(memory_row, "multilingual", SAME, {"any_n": True})
     for n, width in rows[:1] if args.tiny else rows:
         row = {"n": n, "width": width}
-        yield f"memory, n {n}, MLP {width or '-'}", bench.check(memory_row, "multilingual", ("peft", "ours", "floor"), row)
+        yield (
+            f"memory, n {n}, MLP {width or '-'}",
+            bench.check(memory_row, "multilingual", ("peft", "ours", "floor"), row),
+        )
 
 
 def decoder(args, precision):
@@ -50,7 +53,14 @@ class Measuring(performance.Bench):
     def __init__(self, args, precision, shapes, batch):
         device = "cpu" if args.tiny else "cuda"
         arguments = ["--output", str(args.out / "performance.json"), "--device", device, "--precision", precision]
-        arguments += ["--batch", str(batch), "--rounds", "2" if args.tiny else "7", "--warmup", "1" if args.tiny else "3"]
+        arguments += [
+            "--batch",
+            str(batch),
+            "--rounds",
+            "2" if args.tiny else "7",
+            "--warmup",
+            "1" if args.tiny else "3",
+        ]
         super().__init__(performance.options().parse_args([*arguments, "--shapes", *shapes]))
         self.tiny = args.tiny
         if self.tiny:
@@ -84,7 +94,7 @@ class Measuring(performance.Bench):
             for name, value in SMALL.items():
                 setattr(config, name, value)
             if shape == "llama":
-                config.head_dim, config.num_key_value_heads = 8, 2
+                config.head_dim, config.num_key_value_heads, config.num_hidden_layers = 8, 2, 1
         return config
 
     def save(self, result):
