@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .attention import AttentionTarget, Slot
+from .encoder import Pair
 
 # The adapters of one row of the batch, from left to right; none for the base model.
 Row = tuple[str, ...]
@@ -39,6 +41,45 @@ class Adapter:
     def fills(self, target: AttentionTarget) -> bool:
         """Whether it has a prefix for the target."""
         return any(slot in self.columns for slot in target.slots.values())
+
+
+class PerThread(threading.local):
+    """Attributes that every thread has for itself.
+
+    A copied or unpickled model starts without values: the calls that they belong to are calls of the original.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+@dataclass(eq=False)
+class RowCall:
+    """One call of the model in one thread: `forward` or `generate` of a `PeftModel`, or a call of an `AdapterPool`.
+
+    It keeps the adapters with which it began: another thread that switches adapters does not change it.
+
+    Attributes:
+        names: the `adapter_names` of the call; `None` if it takes the active adapters.
+        rows: the adapters of each row; a single entry if all rows have the same.
+        outer: the call of the same thread inside which this one was made.
+        count_rows: whether the number of rows still has to be compared with the number of names.
+        plans: what `make_plan` has made for `names`, by target and batch.
+        pairs: the prefixes of the batch, by slot and batch.
+        expectations: the targets that are to use a prefix.
+    """
+
+    names: list[str] | None
+    rows: list[Row]
+    outer: RowCall | None = None
+    count_rows: bool = False
+    plans: dict[Any, Plan | None] = field(default_factory=dict)
+    pairs: dict[Any, Pair] = field(default_factory=dict)
+    expectations: dict[Any, list[int]] = field(default_factory=dict)
+
+    def switch(self, rows: list[Row]) -> None:
+        """Go on with other adapters."""
+        self.rows, self.plans, self.pairs, self.expectations = rows, {}, {}, {}
 
 
 @dataclass(frozen=True)
