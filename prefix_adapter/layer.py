@@ -22,7 +22,7 @@ from .encoder import Pair, PrefixEncoder, split_layers
 from .find import find_targets
 from .positions import positions_behind_padding
 from .probe import parameter_names
-from .rows import Adapter, PerThread, Piece, Plan, Row, RowCall, describe, make_plan, pick_outputs
+from .rows import Adapter, PerThread, Piece, Plan, Row, RowCall, check_names, describe, make_plan, pick_outputs
 from .watch import Forward, Watch, check_fits, check_input, sequences
 
 # PEFT's prefix of this method: it starts the name of every container of parameters.
@@ -297,10 +297,10 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         thread = self._calls.thread
         call = RowCall(names, self._rows_of(names), None if compiling else thread.call, count_rows)
         calls = self._calls.plain if names is None else self._calls.mixed
-        calls.append(call)
-        if not compiling:
-            thread.call = call
         try:
+            calls.append(call)
+            if not compiling:
+                thread.call = call
             yield
         finally:
             if not compiling:
@@ -574,20 +574,23 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         forward = Forward(rows)
         if compiling:
             if any(rows):
-                self._before_model(forward, args, kwargs)
+                self._before_model(forward, module, args, kwargs)
             return run(*args, **kwargs)
-        before = self._watch.enter(forward if any(rows) else None)
+        before = self._watch.current
         try:
+            self._watch.current = forward if any(rows) else None
             if any(rows):
-                self._before_model(forward, args, kwargs)
+                self._before_model(forward, module, args, kwargs)
             output = run(*args, **kwargs)
             if any(rows):
                 self._after_model(forward, kwargs)
             return output
         finally:
-            self._watch.enter(before)
+            self._watch.current = before
 
-    def _before_model(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_model(
+        self, forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         call = self.call
         mixed = call is not None and call.names is not None
         if not mixed and not torch.compiler.is_compiling():
@@ -599,18 +602,14 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
                 shift = max(self._shifts(self.targets[0].kind, forward))
                 check_input(self.model, ids, shape[-1], self.positions, shift)
         if call is not None and mixed:
-            self._count_rows(call, forward, args, kwargs)
+            shape = sequences(args, kwargs)[1]
+            if shape and call.count_rows:
+                check_names(len(call.names or ()), shape[0], replica=module is not self.model)
+            # An encoder-decoder's rows are those that it decodes: beams come after the encoder.
+            shape = sequences((), kwargs, "decoder_")[1] or shape
+            forward.batch = math.prod(shape[:-1]) if shape else None
         if self.training and torch.is_grad_enabled():
             self._watch.prepare_checkpointing(self.model, shares_keys=bool(self.followers))
-
-    def _count_rows(self, call: RowCall, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        shape = sequences(args, kwargs)[1]
-        names = len(call.names or ())
-        if shape and call.count_rows and shape[0] != names:
-            raise ValueError(f"`adapter_names` has {names} names for a batch of {shape[0]}.")
-        # An encoder-decoder's rows are those that it decodes: beams come after the encoder.
-        shape = sequences((), kwargs, "decoder_")[1] or shape
-        forward.batch = math.prod(shape[:-1]) if shape else None
 
     def _before_backbone(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("position_ids") is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .check import check_tensors, tensors_of
 from .layer import LAYER_NAME, PREFIX, PrefixTuningV2Layer
-from .rows import Row
+from .rows import Row, check_names
 
 # Heads that PEFT names itself, after it has wrapped a model for the task.
 _LATE_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -202,8 +202,8 @@ class PrefixTuningV2Model(BaseTuner):
         given = args[0] if args else None
         for name in ("input_ids", "inputs", "inputs_embeds"):
             given = kwargs.get(name) if given is None else given
-        if given is not None and len(names) != given.shape[0]:
-            raise ValueError(f"`adapter_names` has {len(names)} names for a batch of {given.shape[0]}.")
+        if given is not None:
+            check_names(len(names), given.shape[0], replica=self.model is not self.prefix_layer.model)
         # Some of PEFT's models pass no inputs here: then the count is checked where the model is called.
         return list(names), given is None
 

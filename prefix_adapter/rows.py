@@ -107,6 +107,22 @@ class Plan:
     visible: Tensor | None
 
 
+def check_names(names: int, batch: int, replica: bool) -> None:
+    """Compare the number of `adapter_names` with that of the rows.
+
+    Args:
+        names: how many names there are.
+        batch: how many rows.
+        replica: whether the model is a copy that `nn.DataParallel` has made for a part of the batch.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    if names != batch:
+        split = " `nn.DataParallel` splits the batch but not the names: call the model without it." if replica else ""
+        raise ValueError(f"`adapter_names` has {names} names for a batch of {batch}.{split}")
+
+
 def describe(slots: Iterable[Slot]) -> str:
     """Slots in words: kind, layers, and heads x size of their keys + values."""
     parts = []

@@ -71,15 +71,18 @@ class Watch:
         self._may_checkpoint: list[Any] | None = None
 
     @property
-    def forward(self) -> Forward:
-        """The forward that this thread is in; a new one, which nobody keeps, if it is in none of the whole model."""
-        forward = None if torch.compiler.is_compiling() else self._running.forward
-        return Forward() if forward is None else forward
+    def current(self) -> Forward | None:
+        """The forward of the whole model that this thread is in."""
+        return self._running.forward
 
-    def enter(self, forward: Forward | None) -> Forward | None:
-        """Begin a forward of the whole model, or return to the one around it; returns the one before."""
-        before, self._running.forward = self._running.forward, forward
-        return before
+    @current.setter
+    def current(self, forward: Forward | None) -> None:
+        self._running.forward = forward
+
+    @property
+    def forward(self) -> Forward:
+        """The same; if there is none, a new one that nobody keeps."""
+        return Forward() if torch.compiler.is_compiling() else self.current or Forward()
 
     def served(self, index: int, forward: Forward) -> None:
         """A target has asked for its prefix."""
