@@ -124,6 +124,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self._wrapped: list[tuple[nn.Module, str, Any]] = []
         # Positions with hooks, by their index.
         self._hooked: set[int] = set()
+        self._removed = False
         self._hook(model)
 
     @property
@@ -550,7 +551,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         """Take the hooks off the model, which then is what it was."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._removed = [], True
         for module, name, before in self._wrapped:
             # If somebody has wrapped it once more, it stays, and does nothing.
             if getattr(vars(module).get(name), "func", None) in (self._run_model, self._run_with_own_mask):
@@ -570,7 +571,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         if not compiling and self._calls.thread.replica is not None:
             module, self._calls.thread.replica = self._calls.thread.replica, None
         run = self._unwrapped(entry, module)
-        rows = self._rows() if self._handles else []
+        rows = [()] if self._removed else self._rows()
         forward = Forward(rows)
         if compiling:
             if any(rows):
