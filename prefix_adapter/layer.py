@@ -20,7 +20,7 @@ from .check import SAVED, Spec, check_file, check_size, find_heads, shorten, ten
 from .config import PrefixTuningV2Config
 from .encoder import Pair, PrefixEncoder, split_layers
 from .find import find_targets
-from .positions import positions_behind_padding
+from .positions import counting_module, positions_behind_padding
 from .probe import parameter_names
 from .rows import Adapter, PerThread, Piece, Plan, Row, RowCall, check_names, describe, make_plan, pick_outputs
 from .watch import Forward, Watch, check_fits, check_input, sequences
@@ -509,10 +509,9 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         before = "register_forward_pre_hook"
         hooks: list[tuple[nn.Module, str, Any]] = [(model, before, self._note_replica)]
         self._wrap_forward(model, self._run_model)
-        backbone: Any = getattr(model, "base_model", model)
-        self._backbone_names = parameter_names(backbone)
-        if "position_ids" in self._backbone_names:
-            hooks.append((backbone, before, self._before_backbone))
+        counting = counting_module(model, self.positions)
+        if counting is not None:
+            hooks.append((counting, before, partial(self._before_counting, parameter_names(counting))))
         for index, target in enumerate(self.targets):
             hooks.append((target.module, before, partial(self._before_attention, index)))
             if target.own_mask is not None:
@@ -571,7 +570,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         if not compiling and self._calls.thread.replica is not None:
             module, self._calls.thread.replica = self._calls.thread.replica, None
         run = self._unwrapped(entry, module)
-        rows = [()] if self._removed else self._rows()
+        rows: list[Row] = [()] if self._removed else self._rows()
         forward = Forward(rows)
         if compiling:
             if any(rows):
@@ -612,14 +611,16 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         if self.training and torch.is_grad_enabled():
             self._watch.prepare_checkpointing(self.model, shares_keys=bool(self.followers))
 
-    def _before_backbone(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before_counting(
+        self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if kwargs.get("position_ids") is not None:
             return None
         active = {name for row in self._rows() for name in row}
         # With `shift_positions` padding is counted as PEFT counts it.
         if not active or any(self.adapters[name].shifts for name in active):
             return None
-        call = Call(self._backbone_names, args, kwargs)
+        call = Call(names, args, kwargs)
         positions = positions_behind_padding(self.positions, call)
         if positions is None:
             return None
@@ -732,22 +733,23 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     def _before_positions(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target = self.positions[index]
-        shifts = self._shifts(target.kind, self._watch.forward)
+        forward = self._watch.forward
+        shifts = self._shifts(target.kind, forward)
         check_fits(self.model, target.too_many(args, kwargs, max(shifts)), target.limit, max(shifts))
-        if len(set(shifts)) == 1 and shifts[0]:
-            return target.shift(shifts[0], args, kwargs)
-        return None
+        if not any(shifts) or (len(set(shifts)) > 1 and target.for_all_rows(args, kwargs)):
+            return None
+        return target.shift(shifts, forward.batch, args, kwargs)
 
     def _after_positions(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         target, forward = self.positions[index], self._watch.forward
         shifts = self._shifts(target.kind, forward)
-        if len(set(shifts)) == 1:
+        if len(set(shifts)) == 1 or not target.for_all_rows(args, kwargs):
             return None
-        # Positions are often the same for all rows, `[1, tokens]`: compute what each shift gives, and pick.
+        # Compute what each shift gives for all rows, and pick.
         outputs = {}
         for by in set(shifts):
-            shifted, named = target.shift(by, args, kwargs) if by else (args, kwargs)
+            shifted, named = target.shift([by], None, args, kwargs)
             outputs[by] = module.forward(*shifted, **named)
         return pick_outputs([outputs[by] for by in shifts], forward.batch or len(shifts))

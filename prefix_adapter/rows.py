@@ -168,11 +168,13 @@ def _fill(row: list[Piece], length: int) -> tuple[Piece, ...]:
 
 
 def pick_outputs(outputs: list[Any], batch: int) -> Any:
-    """Row by row out of what a module has returned for each: `[batch or 1, ...]`, or tuples of such."""
+    """Row by row out of what a module has returned for each: `[batch or 1, ...]` or `[tokens, size]`, or tuples."""
     first = outputs[0]
     if isinstance(first, tuple):
         return tuple(pick_outputs(list(parts), batch) for parts in zip(*outputs, strict=True))
-    batch = max(batch, first.shape[0])
+    if first.dim() == 2:
+        outputs = [output.unsqueeze(0) for output in outputs]
+    batch = max(batch, outputs[0].shape[0])
     stacked = torch.stack([output.expand(batch, *output.shape[1:]) for output in outputs])
     rows = pick_rows(list(range(len(outputs))), stacked[0])
     return stacked[rows, torch.arange(batch, device=stacked.device)]
