@@ -240,13 +240,6 @@ def window_of(module: nn.Module) -> Any:
     return getattr(module, "sliding_window", shared)
 
 
-def widen_own_mask(target: AttentionTarget, name: str, length: int) -> Tensor:
-    """Put a wider mask in the place of a module's own `[1, 1, tokens, keys]`, and return that for later."""
-    own = getattr(target.module, name)
-    setattr(target.module, name, F.pad(own, (length, 0, length, 0), value=True))
-    return own
-
-
 def _once(memo: dict[Any, Any], key: Any, given: tuple[Any, ...], make: Callable[[], T]) -> T:
     """What `make` makes, made once for the layers of a forward with the same key that are given the same objects."""
     if torch.compiler.is_compiling():

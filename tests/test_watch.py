@@ -9,7 +9,6 @@ import torch
 import transformers as tr
 
 from prefix_adapter import PrefixNotUsedError, PrefixTuningV2Config, get_peft_model
-from prefix_adapter.attention import CACHE_ARGUMENTS
 
 
 def wrapped(kind="bert", auto_class="AutoModel", config=None, **changes):
@@ -24,8 +23,7 @@ def test_an_attention_that_stops_using_its_cache():
     attention = model.base_model.model.encoder.layer[1].attention.self
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
-        without = {name: value for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}
-        return type(self).forward(self, hidden_states, None, **without)
+        return type(self).forward(self, hidden_states)
 
     attention.forward = types.MethodType(forward, attention)
     with pytest.raises(PrefixNotUsedError, match=r"encoder\.layer\.1\.attention\.self \(BertSelfAttention\)"):
