@@ -38,9 +38,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from limits import REGISTRY, Counting, Limits, Protocol
+from process import Question, call, new_process
 from pydantic import BaseModel, ConfigDict, Field
 from settings import Settings
-from worker import Question, call, new_process
 
 log = logging.getLogger(__name__)
 
@@ -179,11 +179,13 @@ class Service:
         """Have batch after batch computed, as long as the server runs."""
         while True:
             await self.arrived.wait()
+            # Those that were answered just now ask again.
             if len(self.waiting) < self.settings.max_batch:
                 await asyncio.sleep(self.settings.gather_seconds)
-            self.arrived.clear()
-            while self.waiting:
+            if self.waiting:
                 await self.compute(self.next_batch())
+            if not self.waiting:
+                self.arrived.clear()
 
     async def compute(self, batch: list[Waiting]) -> None:
         """Have a batch computed, and hand out its answers."""
@@ -191,11 +193,15 @@ class Service:
         questions = [Question(each.adapter, each.text, each.max_new_tokens, row) for row, each in enumerate(batch)]
         try:
             answers = await self.call("answer", questions)
-        except Exception as error:
-            if not isinstance(error, BrokenExecutor):
-                log.error("A batch failed.", exc_info=error)
+        except BrokenExecutor:
+            self.ready = False
             for request in batch:
-                fail(request, self.ended() if isinstance(error, BrokenExecutor) else error)
+                fail(request, self.ended())
+            return
+        except Exception as error:
+            log.error("A batch failed.", exc_info=error)
+            for request in batch:
+                fail(request, HTTPException(500, "The batch of this request failed; see the server's log."))
             return
         for request, answer in zip(batch, answers, strict=True):
             request.row = None

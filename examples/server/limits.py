@@ -101,7 +101,9 @@ class Protocol(H11Protocol):
 
 
 class Limits:
-    """ASGI middleware: bounds a body's size and time, and cancels the work for a client that has gone."""
+    """ASGI middleware: bounds the size of headers and the size and time of a body, and cancels work for a client that
+    has gone.
+    """
 
     def __init__(self, app: Any, settings: Settings) -> None:
         self.app, self.settings = app, settings
@@ -110,6 +112,11 @@ class Limits:
         """One request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        # uvicorn's limit is for headers that arrive in several pieces.
+        if sum(map(len, [scope["raw_path"], scope["query_string"], *sum(scope["headers"], ())])) > (
+            self.settings.max_head_bytes
+        ):
+            return await self.refuse(431, "The headers of the request are too large.", receive, send)
         try:
             async with asyncio.timeout(self.settings.body_seconds):
                 body = await self.read(scope, receive)

@@ -1,7 +1,4 @@
-"""The server's other process: a base model, its adapters, and the batches that they answer.
-
-It is a process of its own so that Python has a core for the model and another for HTTP. What passes between the two is
-text, numbers and lists; errors are sentences, as not every exception survives the way.
+"""A base model, its adapters, and the batches that they answer: what runs in the model's process (process.py).
 
 An adapter's folder is a stranger's. Nothing in it chooses code, a model or a path: the weights are safetensors, which
 `AdapterPool` checks against the base model, and of `recipe.yaml` only the labels and the kind of problem are read.
@@ -12,13 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +20,7 @@ import transformers
 import yaml
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from process import Question
 from settings import Settings
 from torch import nn
 
@@ -44,23 +38,6 @@ AUTO_CLASSES = {
     "classify": transformers.AutoModelForSequenceClassification,
     "generate": transformers.AutoModelForCausalLM,
 }
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a batch has in a row.
-
-    Attributes:
-        adapter: the name of an adapter's folder, `None` for the base model.
-        text: what is to be classified or continued.
-        max_new_tokens: how many tokens to generate.
-        row: its number in the batch that the server has sent.
-    """
-
-    adapter: str | None
-    text: str
-    max_new_tokens: int = 0
-    row: int = 0
 
 
 @dataclass(frozen=True)
@@ -390,6 +367,14 @@ def is_label(value: Any) -> bool:
 # ---- The base model
 
 
+def make_worker(kind: str, name: str, adapters: Path, settings: Settings, gone: Sequence[int]) -> Worker:
+    """A worker with the base model of a name, on the GPU if there is one."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    model = AUTO_CLASSES[kind].from_pretrained(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    return Worker(kind, model, load_tokenizer(name), adapters, settings, gone)
+
+
 def load_tokenizer(name: str) -> Any:
     """A tokenizer that can pad."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -405,44 +390,3 @@ def positions_of(model: nn.Module) -> int | None:
         if limit and name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return limit - module.padding_idx - 1  # RoBERTa's positions start behind that of padding
     return limit
-
-
-# ---- The process
-
-_worker: Worker | None = None
-
-
-def _start(kind: str, name: str, adapters: Path, settings: Settings, gone: Any) -> None:
-    global _worker
-    # The server ends this process when all is answered; a terminal or a service manager would signal both at once.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    model = AUTO_CLASSES[kind].from_pretrained(name).to("cuda" if torch.cuda.is_available() else "cpu")
-    _worker = Worker(kind, model, load_tokenizer(name), adapters, settings, gone)
-
-
-def _end_with_parent() -> None:
-    """End if the server was killed: nobody else would end this process."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def call(method: str, *args: Any) -> tuple[Any, dict[str, int]]:
-    """What a method of the process's worker returns, and the adapters in memory."""
-    assert _worker is not None
-    return getattr(_worker, method)(*args), _worker.loaded()
-
-
-def new_process(kind: str, name: str, adapters: Path, settings: Settings) -> tuple[ProcessPoolExecutor, Any]:
-    """A process with a worker, for `submit(call, ...)`, and its worker's `gone`.
-
-    CUDA wants a process that is not forked.
-    """
-    context = get_context("spawn")
-    gone = context.RawArray("b", settings.max_batch)
-    return ProcessPoolExecutor(1, context, _start, (kind, name, adapters, settings, gone)), gone
