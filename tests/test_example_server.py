@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -383,6 +384,25 @@ def test_an_adapter_that_is_rewritten_while_it_is_read(worker, folder, adapters,
     assert ask(worker, "two") == alone(adapters, "seven", "w6 w7")
 
 
+def test_a_batch_has_one_version_of_an_adapter(worker, folder, adapters, monkeypatch):
+    """The adapter changes while the rows are tokenised; all rows still answer with the labels of their weights."""
+    assert ask(worker, "two") == alone(adapters, "two", "w6 w7")
+    tokenize = worker.tokenizer
+
+    class Meanwhile:
+        pad = tokenize.pad
+
+        def __call__(self, *args, **kwargs):
+            for name in work.FILES:
+                shutil.copy(adapters / "seven" / name, folder / name)
+            return tokenize(*args, **kwargs)
+
+    with monkeypatch.context() as context:
+        context.setattr(worker, "tokenizer", Meanwhile())
+        assert worker.answer([Question("two", "w6 w7")] * 3) == [alone(adapters, "two", "w6 w7")] * 3
+    assert ask(worker, "two") == alone(adapters, "seven", "w6 w7")
+
+
 def test_no_name_reaches_the_hub(adapters, monkeypatch):
     """The pool takes a relative path that does not exist for a name on the Hub."""
     monkeypatch.chdir(adapters.parent)
@@ -595,6 +615,18 @@ def test_a_body_without_end(live):
     assert works(live)
 
 
+def test_a_client_that_reads_after_it_has_sent(adapters):
+    """Its body is too large, and it still gets to know why: a connection closed at once would be reset."""
+    live = Live(adapters, dataclasses.replace(SETTINGS, body_seconds=20.0))
+    try:
+        connection = HTTPConnection("127.0.0.1", live.port)
+        connection.request("POST", "/classify", b" " * 20_000_000, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        assert answer.status == 413 and b"30,000 bytes" in answer.read()
+    finally:
+        live.stop()
+
+
 def test_slow_clients(live):
     """Headers and bodies that drip in, whole requests without an end, and connections without a request."""
     late = {"other": live.count("other", 408), "/classify": live.count("/classify", 408)}
@@ -785,8 +817,8 @@ def test_a_batch_that_cannot_come_back(live, monkeypatch):
 # ---- The server: processes
 
 
-# A worker without a model, for tests of the processes: it answers with the text, after as many seconds as it has
-# tokens to generate, unless nobody waits any more.
+# A worker without a model, for tests of the processes: it answers with the text, after a tenth of a second for each
+# token that is asked for, unless nobody waits any more.
 STUB = """
 import os, pathlib, time
 
@@ -802,7 +834,9 @@ class Worker:
 
     def answer(self, batch):
         for question in batch:
-            end = time.monotonic() + question.max_new_tokens
+            if question.text == "hang":
+                time.sleep(1000)
+            end = time.monotonic() + question.max_new_tokens / 10
             while time.monotonic() < end and not self.gone[question.row]:
                 time.sleep(0.01)
         return [{"text": question.text} for question in batch]
@@ -863,14 +897,14 @@ def run(tmp_path):
 
 
 def prompt(seconds, text="w6"):
-    """A request that takes its seconds from the stub."""
-    return {"prompt": text, "max_new_tokens": seconds}
+    """A request that takes the stub some seconds."""
+    return {"prompt": text, "max_new_tokens": int(seconds * 10)}
 
 
 def test_a_worker_that_is_killed(run, tmp_path):
     """Those in flight get a 503, and another worker starts; if none can, the server ends and says why."""
     with ThreadPoolExecutor(3) as threads:
-        jobs = [threads.submit(run.post, prompt(100), "/generate") for _ in range(3)]
+        jobs = [threads.submit(run.post, prompt(20), "/generate") for _ in range(3)]
         assert wait_until(lambda: 'waiting{service="generate"} 2.0' in run.get("/metrics")[1])
         (worker,) = run.workers()
         worker.kill()
@@ -880,7 +914,7 @@ def test_a_worker_that_is_killed(run, tmp_path):
     assert run.get("/health/live")[0] == 200
     run.wait()
     assert run.workers() != [worker]
-    assert run.post(prompt(1), "/generate") == (200, '{"text":"w6"}')
+    assert run.post(prompt(0.1), "/generate") == (200, '{"text":"w6"}')
     assert run.count("/generate", 503) == 3
     (tmp_path / "base").unlink()
     run.workers()[0].kill()  # while it does nothing
@@ -889,13 +923,26 @@ def test_a_worker_that_is_killed(run, tmp_path):
     assert f"there is no {tmp_path}" in log and "could not be loaded" in log and "The server ends." in log
 
 
+def test_a_worker_that_hangs(tmp_path):
+    """It is killed when its batch should have ended long ago."""
+    (tmp_path / "worker.py").write_text(STUB)
+    options = ["--adapters", tmp_path, "--generator", tmp_path, "--answer-seconds", "1"]
+    with Run(tmp_path / "log", *options, path=[tmp_path]) as run:
+        run.wait()
+        assert run.post(prompt(0.1, "hang"), "/generate")[0] == 503
+        assert wait_until(lambda: run.ready(503))
+        run.wait()
+        assert run.post(prompt(0.1), "/generate")[0] == 200
+        assert "hangs, and is killed" in run.log.read_text()
+
+
 def test_while_a_worker_starts(run, tmp_path):
     """The server lives and is not ready."""
     (tmp_path / "worker.py").write_text(f"import time\ntime.sleep(3)\n{STUB}")
     run.workers()[0].kill()
     assert wait_until(lambda: run.ready(503))
     assert run.get("/health/live")[0] == 200 and 'ready{service="generate"} 0.0' in run.get("/metrics")[1]
-    answer = run.exchange(request(json.dumps(prompt(1)).encode(), "/generate"))
+    answer = run.exchange(request(json.dumps(prompt(0.1)).encode(), "/generate"))
     assert status_and_body(answer)[0] == 503 and "retry-after" in answer.lower()
     run.wait()
 
@@ -917,7 +964,7 @@ def test_sigterm_lets_requests_finish(run, everybody):
 def test_no_worker_outlives_the_server(run):
     workers = run.workers()
     with ThreadPoolExecutor(1) as threads:
-        job = threads.submit(run.post, prompt(100), "/generate")
+        job = threads.submit(run.post, prompt(20), "/generate")
         time.sleep(0.3)
         run.process.kill()
         assert job.result()[0] is None
@@ -925,11 +972,13 @@ def test_no_worker_outlives_the_server(run):
 
 
 def test_work_for_nobody_is_cancelled(run):
-    """A request that would take 100 seconds, whose client goes; the next one has not to wait for it."""
+    """A request that would take 20 seconds, whose client goes; the next one has not to wait for it."""
     with run.connect() as connection:
-        connection.sendall(request(json.dumps(prompt(100)).encode(), "/generate"))
+        connection.sendall(request(json.dumps(prompt(20)).encode(), "/generate"))
         time.sleep(0.3)
-    assert run.post(prompt(1), "/generate")[0] == 200
+    started = time.perf_counter()
+    assert run.post(prompt(0.1), "/generate")[0] == 200
+    assert time.perf_counter() - started < 10
     assert run.count("/generate", 499) == 1
 
 

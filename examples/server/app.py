@@ -21,7 +21,9 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import re
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -111,11 +113,16 @@ class Service:
         self.ready = True
 
     async def watch(self, stop: Callable[[], None]) -> None:
-        """Start another process when the model's has ended; stop the server when that is in vain."""
+        """Start another process when the model's has ended or hangs; stop the server when that is in vain."""
         while True:
             await asyncio.sleep(0.2)
             try:
-                await self.call("ping")
+                # Everybody who waits for a batch has given up after `answer_seconds`, which ends it.
+                async with asyncio.timeout(2 * self.settings.answer_seconds):
+                    await self.call("ping")
+            except TimeoutError:
+                log.error("The process of %s (%d) hangs, and is killed.", self.model, self.pid)
+                os.kill(self.pid, signal.SIGKILL)
             except BrokenExecutor:
                 log.error("The process of %s (%d) has ended. Another one starts.", self.model, self.pid)
                 self.ready, self.loaded = False, {}
