@@ -361,10 +361,10 @@ def _damaged(path: Path, why: object) -> CheckpointError:
 
 
 def _read(path: Path) -> str:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing.")
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing.") from None
     except UnicodeDecodeError as error:
         raise _damaged(path, error) from error
 

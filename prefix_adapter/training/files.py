@@ -107,7 +107,8 @@ def locked(folder: Path) -> Iterator[None]:
             ) from error
         try:
             holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-            note.write_text(json.dumps(holder) + "\n", encoding="utf-8")
+            with naming(note):
+                note.write_text(json.dumps(holder) + "\n", encoding="utf-8")
             yield
         finally:
             # Removed while the lock is held: who waits for it finds that the file has gone, and makes a new one.
