@@ -147,7 +147,9 @@ def measure(args: argparse.Namespace, path: str) -> list[dict]:
 
 def report(args: argparse.Namespace, results: list[dict]) -> str:
     """The figures as a page."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, encoding="utf-8", check=False
+    )
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     columns = ["request", "clients", "adapters", "mixed, requests/s"]
     columns += [f"{words}, requests/s (mixed over it)" for name, (words, _) in SERVERS.items() if name != "mixed"]

@@ -371,14 +371,14 @@ def train_together(
         OSError: if a file cannot be written.
     """
     recipe = copy.deepcopy(recipe)  # what the rows tell is filled in
-    folder = Path(recipe.output_dir)
-    with accelerating(recipe.settings) as accelerator, outputs.held(folder, accelerator, JointLesson.command):
+    with accelerating(recipe.settings) as accelerator:
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             kind = accelerator.distributed_type.value
             raise RecipeError(
                 f"{kind} cannot divide models that share parameters: tasks are trained together without."
             )
-        return _train_together(recipe, accelerator, resume, overwrite, on_evaluation)
+        with outputs.held(Path(recipe.output_dir), accelerator, JointLesson.command):
+            return _train_together(recipe, accelerator, resume, overwrite, on_evaluation)
 
 
 def _train_together(
