@@ -216,6 +216,7 @@ class _Answers:
 
     target: Path | None
     count: int = 0
+    _size: int = 0
     _file: BinaryIO | None = None
 
     @property
@@ -262,8 +263,8 @@ class _Answers:
             error.add_note(self._what_there_is(partial))
             raise
         finally:
-            if partial is not None and not self.count:
-                partial.unlink(missing_ok=True)
+            if partial is not None and partial.exists():  # the rows are not all answered
+                os.truncate(partial, self._size) if self.count else partial.unlink()
 
     def _what_there_is(self, partial: Path | None) -> str:
         where = f": the answers are in {partial}" if partial is not None and self.count else ""
@@ -280,7 +281,7 @@ class _Answers:
             sys.stdout.buffer.flush()
         else:
             sys.stdout.write(lines.decode())
-        self.count += len(rows)
+        self.count, self._size = self.count + len(rows), self._size + len(lines)
 
 
 def _check_apart(source: str | os.PathLike[str], target: Path) -> None:

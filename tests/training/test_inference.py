@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
+import resource
 import sys
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -150,16 +152,18 @@ def test_what_exists_is_replaced_only_when_asked(trained, tmp_path, name):
         evaluate_adapter(trained, rows, predictions=target)
 
 
-def test_links_and_devices_stay_what_they_are(trained, tmp_path):
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_links_and_pipes_stay_what_they_are(trained, tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", [{"sentence": "w1"}])
     (tmp_path / "link").symlink_to(tmp_path / "answers.jsonl")
     assert predict(trained, source, tmp_path / "link") == 1
     assert (tmp_path / "link").is_symlink() and (tmp_path / "answers.jsonl").stat().st_size > 0
-    (tmp_path / "null").symlink_to("/dev/null")
-    assert predict(trained, source, tmp_path / "null") == 1
-    assert Path("/dev/null").is_char_device() and (tmp_path / "null").is_symlink()
-    with pytest.raises(OSError, match=r"No space left.* 0 rows were answered before"):
-        predict(trained, source, "/dev/full")
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit((tmp_path / "pipe").read_text)
+        assert predict(trained, source, tmp_path / "pipe") == 1
+        assert json.loads(read.result())["sentence"] == "w1"
+    assert (tmp_path / "pipe").is_fifo() and not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError, RuntimeError])
@@ -180,6 +184,20 @@ def test_what_was_answered_stays_whatever_ends_it(trained, tmp_path, monkeypatch
     assert said[-1].endswith(f"4 rows were answered before: the answers are in {target}.partial.")
     assert len((tmp_path / "answers.jsonl.partial").read_text().splitlines()) == 4
     assert not target.exists()
+
+
+def test_a_full_disk_leaves_whole_answers(trained, tmp_path):
+    source, target = write_rows(tmp_path / "rows.jsonl", [{"sentence": "w1"}] * 9), tmp_path / "answers.jsonl"
+    predict(trained, source, target, chunk_size=2)
+    size = len(target.read_bytes().splitlines(keepends=True)[0])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(5.5 * size), limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large\. 4 rows were answered before: the answers are in"):
+            predict(trained, source, tmp_path / "more.jsonl", chunk_size=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "more.jsonl.partial").read_bytes() == target.read_bytes()[: 4 * size]
 
 
 def test_rows_may_have_any_text_beside_those_to_answer(trained, tmp_path):
