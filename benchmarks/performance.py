@@ -183,7 +183,7 @@ def peak_of(bench, spec):
         print(json.dumps(result), flush=True)
         return result
     command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", json.dumps(spec)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     if finished.returncode:
         raise RuntimeError(f"{spec}: {finished.stderr}")
     result = {**spec, **json.loads(finished.stdout.splitlines()[-1])}
@@ -241,7 +241,7 @@ def most_alive(profiled):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     alive = most = 0
     for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
         alive += event["args"]["Bytes"]
@@ -468,7 +468,7 @@ def git_commit():
     """The commit, and whether there is more; `unknown` in a copy without git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        found = subprocess.run(command, capture_output=True, encoding="utf-8", check=False).stdout.strip()
     except OSError:
         found = ""
     return found or "unknown"
@@ -477,7 +477,7 @@ def git_commit():
 def processor():
     """What the processor calls itself."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 

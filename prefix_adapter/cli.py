@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
@@ -105,6 +106,7 @@ def _evaluate(options: Namespace) -> None:
         revision=options.revision,
         batch_size=options.batch_size,
         predictions=options.predictions,
+        overwrite=options.overwrite,
     )
     if _first():
         _show(metrics)
@@ -122,6 +124,7 @@ def _predict(options: Namespace) -> None:
         batch_size=options.batch_size,
         chunk_size=options.chunk_size,
         device=options.device,
+        overwrite=options.overwrite,
     )
     print(f"{count} rows answered.", file=sys.stderr)
 
@@ -226,6 +229,7 @@ def _parser() -> ArgumentParser:
         "data", nargs="?", type=str, help="A file, or test, validation or train: the recipe's own rows."
     )
     evaluate.add_argument("--predictions", type=str, help="A JSONL file for the rows with their answers.")
+    evaluate.add_argument("--overwrite", action="store_true", help="Replace the file of predictions if it exists.")
     commands.add_subcommand("evaluate", evaluate, help="measure a trained adapter")
 
     predict = _command("Answer the rows of a JSONL file of any size; the answers are added to the rows.")
@@ -236,6 +240,7 @@ def _parser() -> ArgumentParser:
     )
     predict.add_argument("--chunk_size", type=int, default=1000, help="Rows that are in memory at a time.")
     predict.add_argument("--device", type=str, help="Where to compute; a GPU if there is one.")
+    predict.add_argument("--overwrite", action="store_true", help="Replace the target if it exists.")
     commands.add_subcommand("predict", predict, help="answer rows")
 
     info = _command("Say what a saved adapter holds; no model is loaded.")
@@ -339,6 +344,10 @@ def main(arguments: list[str] | None = None) -> None:
         if _first():
             print(error, file=sys.stderr)
         raise SystemExit(128 + (error.signal_number or 0)) from None
+    except KeyboardInterrupt as error:
+        if _first():
+            print(f"prefix-adapter {command}: {error or 'Stopped.'}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     except (ValueError, TrainingDiverged, OSError, ImportError) as error:
         # RecipeError, DataError and UnsupportedBackboneError are ValueErrors.
         raise SystemExit(f"prefix-adapter {command}: {error}" if _first() else 1) from error

@@ -254,7 +254,9 @@ def measure(args: argparse.Namespace, path: str) -> list[dict]:
 
 def report(args: argparse.Namespace, results: list[dict], others: float) -> str:
     """The figures as a page."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, encoding="utf-8", check=False
+    )
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     columns = ["request", "adapters", "batches", "requests/s", "mixed over it", "median, s", "95%, s", "99%, s"]
     columns += ["compared", "wrong", "refused", "gone"]

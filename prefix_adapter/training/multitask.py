@@ -30,7 +30,7 @@ from torch import nn
 from ..convert import new_folder
 from . import checkpoint, outputs
 from .data import DataError
-from .distributed import together
+from .distributed import start_moments, together
 from .evaluation import evaluate
 from .lesson import Lesson
 from .loop import Loop, accelerating
@@ -304,14 +304,7 @@ class JointLesson:
         for each in model.models:  # they are measured one by one, and in the same precision
             self.accelerator.prepare_model(each, evaluation_mode=True)
         prepared, wrapped = self.accelerator.prepare(model, optimizer)
-        # As AdamW does with a parameter's first gradient. In a checkpoint it must be there for all of them, and a task
-        # that was not drawn yet has had none.
-        for parameter in trained(model).values():
-            optimizer.state[parameter] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        start_moments(optimizer)
         return prepared, wrapped, optimizer
 
     def try_out(self, model: SharedPrefix) -> None:
@@ -384,7 +377,8 @@ def train_together(
             raise RecipeError(
                 f"{kind} cannot divide models that share parameters: tasks are trained together without."
             )
-        return _train_together(recipe, accelerator, resume, overwrite, on_evaluation)
+        with outputs.held(Path(recipe.output_dir), accelerator, JointLesson.command):
+            return _train_together(recipe, accelerator, resume, overwrite, on_evaluation)
 
 
 def _train_together(
@@ -424,10 +418,12 @@ def _train_together(
     log = outputs.Log(settings, accelerator, recipe.to_dict())
     loop = Loop(settings, lesson, model, accelerator, checkpoints, log, on_evaluation)
     loop.try_out()
+    if resume:
+        outputs.check_shared(folder, accelerator)
+        _compare(recipe)
+        loop.resume()
     _claim(recipe, resume, accelerator)
     outputs.check_shared(folder, accelerator)
-    if resume and loop.resume():
-        accelerator.print(f"Resuming after step {loop.step} of {loop.steps}.")
     log.start(loop.step)
     loop.run()
 
@@ -491,6 +487,7 @@ def _may_claim(recipe: JointRecipe, resume: bool, overwrite: bool) -> None:
     folder = Path(recipe.output_dir)
     if resume:
         _compare(recipe, *outputs.LEARNT)
+        outputs.read_metrics(folder / outputs.METRICS)
         return
     more: list[str] = []
     if overwrite and (folder / outputs.RECIPE).is_file():
@@ -515,12 +512,9 @@ def _compare(recipe: JointRecipe, *left_out: str) -> None:
 
 def _claim(recipe: JointRecipe, resume: bool, accelerator: Accelerator) -> None:
     """As `outputs.claim`."""
-    if resume:
-        _compare(recipe)
     if accelerator.is_main_process:
         outputs.empty(Path(recipe.output_dir), resume)
-        if not resume:
-            outputs.save_recipe(recipe)
+        outputs.save_recipe(recipe)
         for own in recipe.recipes.values():
             outputs.empty(Path(own.output_dir), resume)
     accelerator.wait_for_everyone()
