@@ -51,7 +51,7 @@ _PIPELINES = {
 }
 LEARNT = ("labels", "task_kwargs")
 """What training fills in, from the rows, where the user does not say."""
-MAY_DIFFER = ("output_dir", "report_to", "eval_batch_size", "logging_steps")
+MAY_DIFFER = ("output_dir", "report_to", "eval_batch_size", "logging_steps", "trust_remote_code")
 """What a run may be resumed with another value of."""
 
 
