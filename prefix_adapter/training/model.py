@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from torch import nn
 
+from ..api import PeftModel, get_peft_model  # not from peft: this makes our method known to PEFT
 from ..start import init_from, init_from_text, token_ids
 from .recipe import NO_ADAPTER, RecipeError, say
 

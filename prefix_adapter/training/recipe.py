@@ -13,11 +13,13 @@ from dataclasses import MISSING, dataclass, field
 from importlib import resources
 from inspect import formatannotation
 from pathlib import Path
-from typing import Any, Literal, Optional, Union, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union, get_args, get_type_hints
 
 import yaml
 from huggingface_hub.dataclasses import type_validator
-from jsonargparse import ArgumentParser, Namespace
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
 TASKS = (
     "sequence-classification",

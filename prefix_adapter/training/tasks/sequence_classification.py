@@ -10,6 +10,7 @@ from sklearn import metrics
 
 from ..data import DataError
 from ..recipe import RecipeError
+from ..settings import KINDS, TASK_SETTINGS
 from .task import Columns, Row, Task
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
     from transformers import PreTrainedModel
-
-KINDS = ("single_label_classification", "multi_label_classification", "regression")
 
 
 class SequenceClassification(Task):
@@ -36,10 +35,7 @@ class SequenceClassification(Task):
     columns = {"text": "the text"}
     optional_columns = {"text_pair": "a second text"}
     target = "label"
-    settings = {
-        "problem_type": (None, f"One of {', '.join(KINDS)}; the labels tell if it is not given."),
-        "threshold": (0.5, "Probability from which on a label is predicted, of several."),
-    }
+    settings = TASK_SETTINGS["sequence-classification"]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

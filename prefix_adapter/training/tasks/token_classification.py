@@ -9,6 +9,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from ..data import DataError
 from ..recipe import RecipeError
+from ..settings import TASK_SETTINGS
 from .sequence_classification import distinct_labels, in_order, label_names, unknown_label
 from .task import Columns, Row, Task
 
@@ -31,7 +32,7 @@ class TokenClassification(Task):
     peft_task_type = "TOKEN_CLS"
     columns = {"tokens": "a list of strings"}
     target = "tags"
-    settings = {"stride": (32, "Pieces that two windows of a long sentence share, half of a window at most.")}
+    settings = TASK_SETTINGS["token-classification"]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
