@@ -131,7 +131,7 @@ def _search(options: Any) -> None:
 
 def _keys_set(options: Any) -> list[str]:
     """The keys of the recipe that the command line sets."""
-    keys = []
+    keys: list[str] = []
     for argument in options.arguments:
         name = argument[2:].partition("=")[0] if argument.startswith("--") else ""
         value = options.get(name) if name else None
@@ -447,9 +447,10 @@ def _epilog() -> str:
     return f"task_kwargs, with their defaults:{settings}\n\nrecipes:\n  " + "\n  ".join(recipe_names())
 
 
-def _error(parser: Any, message: str, error: Exception | None = None) -> NoReturn:
+def _error(parser: Any, message: str, ex: Exception | None = None) -> NoReturn:
     """End with two lines: what is wrong with the arguments, and where help is."""
-    parser.exit(2, f"{parser.prog}: {_plain(_in_our_words(parser, message))}\nTry `{parser.prog} --help`.\n")
+    print(f"{parser.prog}: {_plain(_in_our_words(parser, message))}\nTry `{parser.prog} --help`.", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _in_our_words(parser: Any, message: str) -> str:

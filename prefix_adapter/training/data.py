@@ -128,13 +128,13 @@ def _read_csv(path: str, delimiter: str) -> datasets.Dataset:
 def _texts_of_csv(builder: Any, split: str) -> dict[str, Any]:
     """What `datasets.load_dataset` is told so that it reads CSV as `_read_csv` does; nothing for other formats.
 
-    Types that the data set declares are kept.
+    The reader of CSV is known by its having settings of pandas'. Types that the data set declares are kept.
 
     Args:
         builder: the data set's builder.
         split: the split, perhaps with a slice behind it.
     """
-    if type(builder).__name__ != "Csv" or builder.info.features is not None:
+    if not hasattr(builder.config, "keep_default_na") or builder.info.features is not None:
         return {}
     files = builder.config.data_files or {}
     name = next((name for name in files if re.match(rf"{re.escape(str(name))}\b", split)), None)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from huggingface_hub import hf_hub_download
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from . import checkpoint, outputs
 from .data import DataError, divide, load_rows
@@ -81,6 +81,8 @@ def load_trained(
         checkpoint.load_weights(base, folder)
         return recipe, task, base.eval()
     try:
+        if getattr(PeftConfig.from_pretrained(str(adapter), revision=revision), "megatron_config", None):
+            raise ValueError("`megatron_core` in its configuration would import a module of the author's choice.")
         wrapped = PeftModel.from_pretrained(base, str(adapter), revision=revision)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{adapter}: there is no finished adapter to load: {error}") from error

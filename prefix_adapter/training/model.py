@@ -120,7 +120,7 @@ def _check_sizes(recipe: Recipe, mismatched: Iterable[Any], heads: list[str]) ->
     Raises:
         RecipeError: if another tensor has.
     """
-    for name, theirs, ours in mismatched:
+    for name, theirs, ours in sorted(mismatched):
         if not name.startswith(tuple(f"{head}." for head in heads)):
             raise RecipeError(
                 f"`model`: {name} is {tuple(theirs)} in the checkpoint of {recipe.model!r}, and {tuple(ours)} by its "

@@ -83,7 +83,7 @@ class Task:
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
                 raise RecipeError(
-                    f"`model`: the tokenizer of {recipe.model} has no padding and no end-of-sequence token."
+                    f"`model`: the tokenizer of {recipe.model} has neither a padding nor an end-of-sequence token."
                 )
             tokenizer.pad_token = tokenizer.eos_token  # GPT-like models have none; padding is masked in any case
         self.embeddings: int | None = None
