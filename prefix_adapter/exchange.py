@@ -322,7 +322,7 @@ def _quiet() -> Iterator[None]:
 def _config(name: str, labels: int | None, revision: str | None = None) -> Any:
     with _quiet():
         settings = {} if labels is None else {"num_labels": labels}
-        return AutoConfig.from_pretrained(name, revision=revision or "main", **settings)
+        return AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False, **settings)
 
 
 def _load(task: str, name: str, config: Any, revision: str | None = None) -> tuple[PreTrainedModel, set[str]]:
@@ -332,7 +332,12 @@ def _load(task: str, name: str, config: Any, revision: str | None = None) -> tup
         with _quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model, info = auto_class.from_pretrained(
-                name, config=config, revision=revision or "main", dtype=torch.float32, output_loading_info=True
+                name,
+                config=config,
+                revision=revision or "main",
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
     except RuntimeError as error:
         raise ValueError(f"`base_model`: {name!r} cannot be loaded as {_AUTO_CLASSES[task]}: {error}") from error

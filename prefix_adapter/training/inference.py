@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -14,18 +15,19 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from huggingface_hub import hf_hub_download
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from . import checkpoint, outputs
-from .data import DataError, load_rows
+from .data import DataError, divide, load_rows
 from .evaluation import answer_rows, evaluate
 from .files import check_new, replacing, to_disk
 from .loop import accelerating
 from .model import load_base, load_tokenizer, wrap
-from .recipe import NO_ADAPTER, Recipe, RecipeError, load_recipe
+from .recipe import NO_ADAPTER, Recipe, RecipeError, load_adapter_recipe, load_recipe
 from .tasks import TASK_CLASSES
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from torch import nn
 
     from .tasks import Task
@@ -36,32 +38,47 @@ PARTIAL = ".partial"
 
 
 def load_trained(
-    adapter: str | os.PathLike[str], model: str | None = None, revision: str | None = None
+    adapter: str | os.PathLike[str],
+    model: str | None = None,
+    revision: str | None = None,
+    *,
+    config: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Recipe, Task, nn.Module]:
     """Load what `train` left.
+
+    Only harmless settings are taken from the recipe in the adapter's folder: see `recipe.load_adapter_recipe`.
 
     Args:
         adapter: the folder, or the adapter's name on the Hub.
         model: the base model, if it is not where the recipe says.
         revision: the adapter's revision on the Hub.
+        config: a recipe that you trust, in place of the one in the adapter's folder; all of it is used.
+        trust_remote_code: run the Python code that the base model's repository contains.
 
     Returns:
         Its recipe, its task with labels, and the model in eval mode, on the CPU.
 
     Raises:
-        RecipeError: if there is no adapter, or none that `train` left.
+        RecipeError: if there is no adapter, or none that `train` left, or its recipe sets what only you may set.
     """
     folder = Path(adapter)
-    if folder.is_dir():
-        path = folder / outputs.RECIPE
-        if not path.is_file():
-            raise RecipeError(f"{folder} has no {outputs.RECIPE}: `prefix-adapter train` did not leave this adapter.")
+    if config is not None:
+        overrides: dict[str, Any] = {"trust_remote_code": trust_remote_code, **({"model": model} if model else {})}
+        recipe = load_recipe(config, **overrides)
     else:
-        try:
-            path = Path(hf_hub_download(str(adapter), outputs.RECIPE, revision=revision))
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"There is no folder {str(adapter)!r}, and on the Hub: {error}") from error
-    recipe = load_recipe(path, **({"model": model} if model else {}))
+        if folder.is_dir():
+            path = folder / outputs.RECIPE
+            if not path.is_file():
+                raise RecipeError(
+                    f"{folder} has no {outputs.RECIPE}: `prefix-adapter train` did not leave this adapter."
+                )
+        else:
+            try:
+                path = Path(hf_hub_download(str(adapter), outputs.RECIPE, revision=revision))
+            except (OSError, ValueError) as error:
+                raise RecipeError(f"There is no folder {str(adapter)!r}, and on the Hub: {error}") from error
+        recipe = load_adapter_recipe(path, model=model, rows=folder.is_dir(), trust_remote_code=trust_remote_code)
     task = TASK_CLASSES[recipe.task](recipe, load_tokenizer(recipe))
     base, new = load_base(recipe, task)
     if recipe.adapter["peft_type"] in NO_ADAPTER:
@@ -69,10 +86,26 @@ def load_trained(
         checkpoint.load_weights(whole, folder)
         return recipe, task, whole.eval()
     try:
+        if getattr(PeftConfig.from_pretrained(str(adapter), revision=revision), "megatron_config", None):
+            raise ValueError("`megatron_core` in its configuration would import a module of the author's choice.")
         wrapped = PeftModel.from_pretrained(base, str(adapter), revision=revision)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{adapter}: there is no finished adapter to load: {error}") from error
     return recipe, task, wrapped.eval()
+
+
+class Metrics(dict[str, float]):
+    """Metrics by name, and which rows they were measured on.
+
+    Attributes:
+        split: test, validation or train, for rows of the run; `None` for another file.
+        source: the file of the rows, or the data set and its split.
+        rows: the number of rows.
+    """
+
+    split: str | None
+    source: str
+    rows: int
 
 
 def evaluate_adapter(
@@ -84,21 +117,26 @@ def evaluate_adapter(
     batch_size: int | None = None,
     predictions: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
-) -> dict[str, float]:
+    config: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
+) -> Metrics:
     """Measure a trained adapter on rows with solutions; run by `accelerate launch`, the processes share the work.
 
     Args:
         adapter: the folder that `train` left, or the adapter's name on the Hub.
-        data: a file, or `test`, `validation` or `train` for the recipe's own rows; by default the recipe's test rows
-            or, if it has none, its validation rows.
+        data: a file, of which all rows are used; or `test`, `validation` or `train` for the rows that the run used as
+            such, also those that it held out or drew. By default the run's test rows, or if it had none its
+            validation rows.
         model: the base model, if it is not where the recipe says.
         revision: the adapter's revision on the Hub.
         batch_size: features of a forward pass; the recipe's by default.
         predictions: a JSONL file for the rows with their answers.
         overwrite: whether a file at `predictions` may be replaced.
+        config: a recipe that you trust, in place of the one in the adapter's folder; all of it is used.
+        trust_remote_code: run the Python code that the base model's repository contains.
 
     Returns:
-        The metrics.
+        The metrics, which also say what they were measured on.
 
     Raises:
         RecipeError: if there is no such adapter.
@@ -106,36 +144,53 @@ def evaluate_adapter(
         OSError: if the answers cannot be written.
     """
     if predictions is not None:
-        if data is not None:
+        if data is not None and data not in _SPLITS:
             _check_apart(data, Path(predictions))
         check_new(Path(predictions), overwrite)
-    recipe, task, trained = load_trained(adapter, model, revision)
+    recipe, task, trained = load_trained(adapter, model, revision, config=config, trust_remote_code=trust_remote_code)
+    if (data is None or data in _SPLITS) and config is None and not os.path.isdir(adapter):
+        raise RecipeError(
+            f"{adapter}: which rows to read is not taken from an adapter on the Hub. Give a file of rows, or a recipe "
+            "that you trust (--config, in Python `config=`)."
+        )
     if data is None:
-        data = next((split for split in _SPLITS[:2] if getattr(recipe.data, split)), None)
-        if data is None:
-            raise RecipeError("The recipe has neither test nor validation rows of its own: give a file of rows.")
+        data = "test" if recipe.data.test else "validation"
     if data in _SPLITS:
-        if getattr(recipe.data, data) is None:
-            raise RecipeError(f"`data.{data}`: the recipe has no such rows; give a file.")
-        split, source = data, getattr(recipe.data, data)
+        if predictions is not None and recipe.data.path is None:
+            for file in filter(None, (recipe.data.train, recipe.data.validation, recipe.data.test)):
+                _check_apart(file, Path(predictions))
+        split, source, rows = data, *_rows_of_run(recipe, data)
     else:
-        recipe.data.path, recipe.data.test = None, data
-        split, source = "test", data
-    if predictions is not None and recipe.data.path is None:
-        _check_apart(source, Path(predictions))
-    rows = load_rows(recipe.data, split)
+        split, source = None, data
+        rows = load_rows(dataclasses.replace(recipe.data, path=None, test=data), "test")
     task.check(rows, source)
     recipe.report_to = []
     with accelerating(recipe) as accelerator:
         trained.to(accelerator.device)
-        metrics, answers = evaluate(task, trained, rows, batch_size or recipe.eval_batch_size, accelerator)
+        found, answers = evaluate(task, trained, rows, batch_size or recipe.eval_batch_size, accelerator)
         if predictions is not None and accelerator.is_main_process:
             target = Path(os.path.realpath(predictions))
             target.parent.mkdir(parents=True, exist_ok=True)
             with replacing(target) as scratch, scratch.open("wb") as out:
                 for row, answer in zip(rows, answers, strict=True):
                     out.write(_line({**row, **answer}))
+    metrics = Metrics(found)
+    metrics.split, metrics.source, metrics.rows = split, source, len(rows)
     return metrics
+
+
+def _rows_of_run(recipe: Recipe, split: str) -> tuple[str, Dataset]:
+    """The rows that a run used as its test, validation or training rows, and what they are called."""
+    data = recipe.data
+    if split == "test" and data.test is None:
+        raise RecipeError("`data.test`: the run had no test rows; give a file, or `validation`.")
+    read = "train" if split == "validation" and data.validation is None else split
+    name = getattr(data, read)
+    source = name if data.path is None else f"{data.path}, split {name}"
+    if data.validation is None and split != "test":
+        part = "held out of" if split == "validation" else "not held out of"
+        source = f"{part} {source}"
+    return source, divide({read: load_rows(data, read)}, data, recipe.seed)[split]
 
 
 def predict(
@@ -149,6 +204,8 @@ def predict(
     chunk_size: int = 1000,
     device: str | None = None,
     overwrite: bool = False,
+    config: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> int:
     """Answer the rows of a JSONL file, however many there are: `chunk_size` of them are in memory at a time.
 
@@ -165,6 +222,8 @@ def predict(
         chunk_size: rows that are read, answered and written together; those of similar length share a batch.
         device: where to compute; a GPU if there is one.
         overwrite: whether files at `target` and `<target>.partial` may be replaced.
+        config: a recipe that you trust, in place of the one in the adapter's folder; all of it is used.
+        trust_remote_code: run the Python code that the base model's repository contains.
 
     Returns:
         The number of rows.
@@ -181,7 +240,7 @@ def predict(
         raise DataError(f"There is no file {str(source)!r}.")
     answers = _Answers(None if str(target) == "-" else Path(target))
     answers.check(source, overwrite)
-    recipe, task, trained = load_trained(adapter, model, revision)
+    recipe, task, trained = load_trained(adapter, model, revision, config=config, trust_remote_code=trust_remote_code)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     trained.to(place)
     with answers.writing(overwrite), _reading(source) as lines:

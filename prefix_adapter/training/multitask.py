@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from accelerate.utils import DistributedType, set_seed
 from torch import nn
 
@@ -35,7 +34,7 @@ from .evaluation import evaluate
 from .lesson import Lesson
 from .loop import Loop, accelerating
 from .model import adapter_config, learning_rates, load_base, load_tokenizer, start, trained, wrap
-from .recipe import Dumper, Recipe, RecipeError, read_values
+from .recipe import Recipe, RecipeError, read_values, write_values
 from .run import leave, load_splits
 from .tasks import TASK_CLASSES
 
@@ -142,8 +141,7 @@ class JointRecipe:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as YAML."""
-        text = yaml.dump(self.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
-        Path(path).write_text(text, encoding="utf-8")
+        write_values(self.to_dict(), path)
 
 
 def load_joint_recipe(path: str | os.PathLike[str], **overrides: Any) -> JointRecipe:
@@ -151,7 +149,8 @@ def load_joint_recipe(path: str | os.PathLike[str], **overrides: Any) -> JointRe
 
     Args:
         path: the file.
-        **overrides: values that take the place of the file's, for instance `output_dir`.
+        **overrides: values that take the place of the file's, for instance `output_dir`, and `trust_remote_code`,
+            which a file cannot set.
 
     Raises:
         RecipeError: if the file is no valid recipe; the message names the key.

@@ -55,7 +55,7 @@ LEARNT = ("labels", "task_kwargs")
 """What training fills in, from the rows, where the user does not say."""
 MAY_GROW = ("num_train_epochs", "max_steps", "early_stopping_patience")
 """The keys that make a run longer when it is resumed with another value."""
-MAY_DIFFER = ("output_dir", "report_to", "eval_batch_size", "logging_steps", *MAY_GROW)
+MAY_DIFFER = ("output_dir", "report_to", "eval_batch_size", "logging_steps", "trust_remote_code", *MAY_GROW)
 """The keys that a run may be resumed with another value of."""
 
 

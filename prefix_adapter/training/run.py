@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 
 from ..convert import fold
 from . import checkpoint, outputs
-from .data import DataError, hold_out, load_rows, take
+from .data import DataError, divide, load_rows
 from .distributed import together
 from .evaluation import evaluate
 from .files import UNFINISHED, naming, to_disk
@@ -137,7 +137,7 @@ def load_splits(recipe: Recipe, task: Task) -> dict[str, Dataset]:
     Raises:
         DataError: if there is something wrong with the rows.
     """
-    data, seed = recipe.data, recipe.seed
+    data = recipe.data
     rows = {split: load_rows(data, split) for split in ("train", "validation", "test") if getattr(data, split)}
     for name in task.optional_columns:
         lacking = [getattr(data, split) for split, own in rows.items() if name not in own.column_names]
@@ -150,9 +150,7 @@ def load_splits(recipe: Recipe, task: Task) -> dict[str, Dataset]:
         if split in rows:
             task.check(rows[split], getattr(data, split))
     recipe.labels = task.labels
-    if "validation" not in rows:
-        rows["train"], rows["validation"] = hold_out(rows["train"], data.validation_fraction, seed)
-    return {split: take(own, getattr(data, f"max_{split}_rows"), seed) for split, own in rows.items()}
+    return divide(rows, data, recipe.seed)
 
 
 def leave(recipe: Recipe, best: Path, lines: list[dict[str, Any]], results: dict[str, Any]) -> None:
