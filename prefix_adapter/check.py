@@ -6,6 +6,7 @@ the model before: which tensors it has, of which shapes and dtypes, and whether 
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -59,6 +60,9 @@ class Source:
     name: str
     subfolder: str | None = None
     options: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __str__(self) -> str:
+        return shorten(os.path.join(self.name, self.subfolder or ""))
 
     @classmethod
     def of(cls, name: str | os.PathLike[str], subfolder: str | None = None, kwargs: Mapping[str, Any] = {}) -> Source:
@@ -252,8 +256,22 @@ def check_size(model: nn.Module, shapes: Iterable[tuple[int, ...]]) -> None:
         )
 
 
+# The names that PEFT itself adds to `modules_to_save` for a task. A model has one of them at most.
+_PEFTS_HEADS = {
+    "SEQ_CLS": {"classifier", "score"},
+    "TOKEN_CLS": {"classifier", "score"},
+    "QUESTION_ANS": {"qa_outputs"},
+}
+# What PEFT calls its tuner and the base model. For some tasks it looks for `modules_to_save` among these too.
+_PEFTS_OWN = ("base_model", "base_model.model")
+
+
 def find_heads(
-    model: nn.Module, names: Iterable[str], attention: Iterable[nn.Module], own: Iterable[str]
+    model: nn.Module,
+    names: Iterable[str],
+    attention: Iterable[nn.Module],
+    own: Iterable[str],
+    task_type: str | None = None,
 ) -> dict[str, nn.Module]:
     """The modules that PEFT trains and saves besides the adapter, by name: all whose names end with one of `names`.
 
@@ -262,11 +280,18 @@ def find_heads(
         names: the config's `modules_to_save`.
         attention: the modules that get a prefix.
         own: names that the adapter's own modules have in the model.
+        task_type: PEFT's, which adds names of heads by itself.
 
     Raises:
-        ValueError: if they are, contain or lie in modules with a prefix, which PEFT would copy, prefix and all.
+        ValueError: if a name matches no module, or modules that are, contain or lie in modules with a prefix, which
+            PEFT would copy, prefix and all.
     """
     endings = tuple(names)
+    if any(name.endswith(endings) for name in _PEFTS_OWN if endings):
+        raise ValueError(
+            f"`modules_to_save` {_few(endings)} also means the whole model, which PEFT calls {_PEFTS_OWN[1]}. Name "
+            "modules of the base model, a task head for instance."
+        )
     holders = {name for name in own if name.endswith(endings)} if endings else set()
     if holders:
         raise ValueError(f"`modules_to_save` {_few(endings)} also means the prefix itself. Use longer names.")
@@ -291,7 +316,23 @@ def find_heads(
                 f"`modules_to_save` {_few(endings)} means {name} and a module around it. Use longer names."
             )
         heads[name] = module
+    for ending in endings:
+        if ending in _PEFTS_HEADS.get(str(getattr(task_type, "value", task_type)), ()):
+            continue
+        if not any(name.endswith(ending) for name in heads):
+            raise ValueError(_unmatched(model, ending, own))
     return heads
+
+
+def _unmatched(model: nn.Module, ending: str, own: Iterable[str]) -> str:
+    names = [name for name, _ in model.named_modules() if name and not name.startswith(tuple(own))]
+    known = dict.fromkeys([*(name.rpartition(".")[2] for name in names), *names])
+    near = difflib.get_close_matches(ending, [name for name in known if not name.isdigit()], n=4, cutoff=0.5)
+    top = [name for name, _ in model.named_children() if name in names]
+    return (
+        f"`modules_to_save` names {shorten(repr(ending))}, and no module of {type(model).__name__} has a name that "
+        f"ends so. {'Similar names are' if near else 'Its parts are'} {', '.join(near or top)}."
+    )
 
 
 def tensors_of(model: nn.Module, adapter_name: str, layers: Iterable[nn.Module]) -> dict[str, Spec]:

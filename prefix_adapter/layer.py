@@ -22,6 +22,7 @@ from .encoder import Pair, PrefixEncoder, split_layers
 from .find import find_targets
 from .positions import counting_module, positions_behind_padding
 from .probe import parameter_names
+from .rollback import Unfinished, drop_unfinished
 from .rows import Adapter, PerThread, Piece, Plan, Row, RowCall, check_names, describe, make_plan, pick_outputs
 from .watch import Forward, Watch, check_fits, check_input, sequences
 
@@ -100,13 +101,15 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = tuple(PREFIX + name for name in PrefixEncoder._fields)
-    other_param_names = ("adapters",)
+    other_param_names = ("_adapters", "_unfinished")
 
     def __init__(self, model: nn.Module):
         super().__init__()
         found = find_targets(model)
         self.targets, self.followers, self.positions = found.targets, found.followers, found.positions
-        self.adapters: dict[str, Adapter] = {}
+        self._adapters: dict[str, Adapter] = {}
+        # Those that PEFT or transformers has yet to read the weights of.
+        self._unfinished: dict[str, Unfinished] = {}
         for name in self.adapter_layer_names:
             self.add_module(name, nn.ModuleDict())
         self._active_adapter: list[str] = []
@@ -125,7 +128,11 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         # Positions with hooks, by their index.
         self._hooked: set[int] = set()
         self._removed = False
-        self._hook(model)
+        try:
+            self._hook(model)
+        except BaseException:
+            self.remove_hooks()
+            raise
 
     @property
     def model(self) -> nn.Module:
@@ -133,6 +140,38 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         return self._model[0]
 
     # ---- Adapters
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """What is known of each adapter, by name; not of one whose weights are still to be read."""
+        if not self._unfinished:
+            return self._adapters
+        unfinished = self.find_unfinished()
+        return {name: adapter for name, adapter in self._adapters.items() if name not in unfinished}
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The names of all adapters, also of those whose weights are still to be read."""
+        containers: list[Any] = [getattr(self, name) for name in self.adapter_layer_names]
+        return list(dict.fromkeys([*self._adapters, *(name for container in containers for name in container)]))
+
+    def find_unfinished(self) -> dict[str, Unfinished]:
+        """The adapters whose weights are still to be read, by name."""
+        for name, entry in list(self._unfinished.items()):
+            if not entry.ends_later:
+                self.finish(name)
+        return self._unfinished
+
+    def load_ends_later(self, adapter_name: str) -> None:
+        """Note that an adapter's loading is over when `finish` is called, and not as soon as its weights are there."""
+        if adapter_name in self._unfinished:
+            self._unfinished[adapter_name].ends_later = True
+
+    def finish(self, adapter_name: str) -> None:
+        """Note that loading an adapter has ended, if its weights are there."""
+        entry = self._unfinished.get(adapter_name)
+        if entry is not None and entry.is_loaded(self.encoder_of(adapter_name).parameters()):
+            self._unfinished.pop(adapter_name, None)
 
     def update_layer(self, adapter_name: str, config: PrefixTuningV2Config) -> None:
         """Add the parameters of a new adapter, where the first layer that it fills is.
@@ -161,9 +200,13 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
                 # PEFT's low_cpu_mem_usage puts whatever is made here on the meta device, to be loaded later.
                 place = None if module.weight.is_meta else device
                 getattr(self, container)[adapter_name] = module.to(place, home.dtype)
-        self.adapters[adapter_name] = Adapter(
+        self._adapters[adapter_name] = Adapter(
             config.num_virtual_tokens, config.prefix_dropout, config.shift_positions, columns
         )
+        if config.source is not None:
+            self._unfinished[adapter_name] = Unfinished.of(
+                str(config.source), self.model, encoder.parameters(), self.active_adapters
+            )
         if config.shift_positions:
             self._hook_positions(limited=False)
         self._forget_plans()
@@ -173,7 +216,8 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         """If an adapter is being loaded, hold its file against the parameters that it is going to fill."""
         containers = [f"{LAYER_NAME}.{name}" for name in self.adapter_layer_names]
         own = [LAYER_NAME, *containers, *(f"{name}.{adapter_name}" for name in containers)]
-        heads = find_heads(self.model, config.modules_to_save or (), (t.module for t in self.targets), own)
+        attention = [target.module for target in self.targets]
+        heads = find_heads(self.model, config.modules_to_save or (), attention, own, config.task_type)
         if config.source is None:
             return
         needed = {f"{SAVED}{LAYER_NAME}.{PREFIX}{name}": spec for name, spec in encoder.items()}
@@ -569,6 +613,8 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         compiling, module = torch.compiler.is_compiling(), self.model
         if not compiling and self._calls.thread.replica is not None:
             module, self._calls.thread.replica = self._calls.thread.replica, None
+        if self._unfinished and not compiling:
+            drop_unfinished(self)
         run = self._unwrapped(entry, module)
         rows: list[Row] = [()] if self._removed else self._rows()
         forward = Forward(rows)

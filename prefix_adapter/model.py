@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from peft.functional import set_adapter
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from .check import check_tensors, tensors_of
 from .layer import LAYER_NAME, PREFIX, PrefixTuningV2Layer
+from .rollback import drop_adapter, drop_unfinished
 from .rows import Row, check_names
 
 # Heads that PEFT names itself, after it has wrapped a model for the task.
@@ -43,6 +45,8 @@ class PrefixTuningV2Model(BaseTuner):
     tuner_layer_cls = PrefixTuningV2Layer
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
+        # Before PEFT takes the configs that it finds in the model for those of adapters beside this one.
+        _drop_unfinished(model)
         if isinstance(peft_config, dict):
             _prepare_task(model, peft_config[adapter_name])
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
@@ -55,16 +59,18 @@ class PrefixTuningV2Model(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to `model`; PEFT calls this for the first and for every further one."""
         config: Any = self.peft_config[adapter_name]
-        first = not hasattr(model, LAYER_NAME)
-        layer = None
+        first, layer, known = True, None, False
         try:
+            _drop_unfinished(model)
+            first = not hasattr(model, LAYER_NAME)
             layer = PrefixTuningV2Layer(model) if first else getattr(model, LAYER_NAME)
+            known = adapter_name in layer.adapter_names
             layer.update_layer(adapter_name, config)
-        except Exception:
-            if first and layer is not None:
-                layer.remove_hooks()
+        except BaseException:
+            if layer is not None and not known:
+                drop_adapter(layer, adapter_name)
             # PEFT has noted the adapter before it was made.
-            del self.peft_config[adapter_name]
+            self.peft_config.pop(adapter_name, None)
             raise
         if first:
             if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -110,6 +116,19 @@ class PrefixTuningV2Model(BaseTuner):
         super().delete_adapter(adapter_name)
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """PEFT asks for this when it saves an adapter."""
+        for module in model.modules():
+            if isinstance(module, PrefixTuningV2Layer) and adapter_name in module.find_unfinished():
+                raise ValueError(
+                    f"Adapter {adapter_name!r} cannot be saved: loading it failed, so its weights are random. Load it "
+                    f"again, or delete it with `model.delete_adapter({adapter_name!r})`."
+                )
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -117,6 +136,8 @@ class PrefixTuningV2Model(BaseTuner):
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         ours, others = [], []
         for module in model.modules():
+            if isinstance(module, PrefixTuningV2Layer) and isinstance(model, PeftModel):
+                module.load_ends_later(adapter_name)
             if isinstance(module, (PrefixTuningV2Layer, ModulesToSaveWrapper)):
                 ours.append(module)
             elif isinstance(module, BaseTunerLayer):
@@ -124,6 +145,11 @@ class PrefixTuningV2Model(BaseTuner):
         needed, allowed = (tensors_of(model, adapter_name, layers) for layers in (ours, others))
         check_tensors(renamed, needed, allowed, model)
         return renamed
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As PEFT's, which calls it after it has made an adapter, and again as the last step of loading one."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        self.prefix_layer.finish(adapter_name)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config
@@ -206,6 +232,12 @@ class PrefixTuningV2Model(BaseTuner):
             check_names(len(names), given.shape[0], replica=self.model is not self.prefix_layer.model)
         # Some of PEFT's models pass no inputs here: then the count is checked where the model is called.
         return list(names), given is None
+
+
+def _drop_unfinished(model: nn.Module) -> None:
+    layer = getattr(model, LAYER_NAME, None)
+    if layer is not None:
+        drop_unfinished(layer)
 
 
 def _prepare_task(model: nn.Module, config: Any) -> None:

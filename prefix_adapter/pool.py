@@ -21,8 +21,9 @@ from torch import nn
 from .check import SAVED, Source, open_weights
 from .config import PrefixTuningV2Config
 from .convert import load_config
-from .layer import PREFIX
+from .layer import LAYER_NAME, PREFIX
 from .model import PrefixTuningV2Model
+from .rollback import drop_adapter, remove_layer
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class AdapterPool:
         # The one that was asked for last is the last.
         self._loaded: OrderedDict[str, LoadedAdapter] = OrderedDict()
         self._count = 0
+        # Layers of the base model's heads that are replaced while an adapter is loaded, by their paths.
+        self._heads: dict[str, nn.Linear] = {}
         # Of the model, its adapters and the above: taken for every look at them and every batch.
         self._lock = threading.RLock()
 
@@ -123,23 +126,41 @@ class AdapterPool:
             KeyError: if it is not in memory.
         """
         with self._lock:
-            found = self._loaded.pop(str(adapter))
-            if self._loaded:
-                self._peft().delete_adapter(found.name)
-                return
-            # PEFT keeps no model without an adapter, and would leave the adapter's heads in it.
-            heads = [(parent, name, getattr(parent, name).original_module) for parent, name in _wrapped(self.model)]
-            self._tuner.unload()
-            for parent, name, head in heads:
-                setattr(parent, name, head)
-            self._peft_model = None
+            del self._loaded[str(adapter)]
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Take every adapter out of the model that is not among those in memory, and put its own heads back.
+
+        After an error or an interruption the model may have such adapters, whatever was under way.
+        """
+        layer: Any = getattr(self.model, LAYER_NAME, None)
+        names = [adapter.name for adapter in self._loaded.values()]
+        found = [] if layer is None else layer.adapter_names
+        if set(found) == set(names) and not self._heads and (layer is not None) == bool(names):
+            return
+        _put_back(self.model, self._heads)
+        for name in set(found) - set(names):
+            drop_adapter(layer, name)
+        if names:
+            # PEFT keeps no tuner without an active adapter.
+            self._peft().set_adapter(names[0], inference_mode=True)
+            return
+        self._peft_model = None
+        if hasattr(self.model, LAYER_NAME):
+            remove_layer(layer)
 
     def _load(self, key: str, folder: Path | None) -> LoadedAdapter:
+        self._sweep()
         if key not in self._loaded:
-            found = self._loaded[key] = self._insert(folder or _folder_of(key))
-            if self.max_bytes is not None and found.num_bytes > self.max_bytes:
-                self.remove(key)
-                raise ValueError(f"{key} has {found.num_bytes:,} bytes; `max_bytes` is {self.max_bytes:,}.")
+            try:
+                found = self._loaded[key] = self._insert(folder or _folder_of(key))
+                if self.max_bytes is not None and found.num_bytes > self.max_bytes:
+                    raise ValueError(f"{key} has {found.num_bytes:,} bytes; `max_bytes` is {self.max_bytes:,}.")
+            except BaseException:
+                self._loaded.pop(key, None)
+                self._sweep()
+                raise
             for other in [each for each in self._loaded if each != key]:
                 if self.max_bytes is None or self.num_bytes <= self.max_bytes:
                     break
@@ -156,20 +177,21 @@ class AdapterPool:
                 f"{folder} is an adapter for {task}, and those in the pool are for {others.pop()}: one model has one "
                 "kind of head. Use a pool for each."
             )
-        name = f"adapter{self._count}"
         with open_weights(Source.of(folder).weights()) as file:
             shapes = {
                 key.removeprefix(SAVED): tuple(file.get_slice(key).get_shape())
                 for key in file.keys()  # noqa: SIM118 (a handle, not a mapping)
                 if f".{PREFIX}" not in key
             }
-        device = next((str(parameter.device) for parameter in self.model.parameters()), "cpu")
-        with _heads_of(self.model, shapes) as num_labels:
-            if self._peft_model is None:
-                self._peft_model = PeftModel.from_pretrained(self.model, str(folder), name, torch_device=device)
-            else:
-                self._peft_model.load_adapter(str(folder), name, torch_device=device)
+        name = f"adapter{self._count}"
         self._count += 1
+        device = next((str(parameter.device) for parameter in self.model.parameters()), "cpu")
+        num_labels = _fit_heads(self.model, shapes, self._heads)
+        if self._peft_model is None:
+            self._peft_model = PeftModel.from_pretrained(self.model, str(folder), name, torch_device=device)
+        else:
+            self._peft_model.load_adapter(str(folder), name, torch_device=device)
+        _put_back(self.model, self._heads)
         if config.prefix_projection:
             self._tuner.fold_adapter(name)
         self._peft_model.eval()
@@ -215,6 +237,7 @@ class AdapterPool:
         loaded = self.loaded
         folders = {key: _folder_of(key) for key in needed if key not in loaded}
         with self._lock:
+            self._sweep()
             total = sum(self._load(key, folders.get(key)).num_bytes for key in needed)
             if needed.keys() - self._loaded.keys():  # loading one has dropped another
                 raise ValueError(
@@ -240,16 +263,6 @@ def _folder_of(adapter: str) -> Path:
         raise FileNotFoundError(f"There is no adapter {adapter!r}: no such folder, and none on the Hub.") from error
 
 
-def _wrapped(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where PEFT has put its wrappers of heads: the module around, and the name in it."""
-    return [
-        (parent, name)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, ModulesToSaveWrapper)
-    ]
-
-
 def _place(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The module around the one of a path, and its name in it; of a wrapped head the base model's own."""
     *above, last = path.split(".")
@@ -262,20 +275,17 @@ def _place(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     return (child, "original_module") if isinstance(child, ModulesToSaveWrapper) else (parent, last)
 
 
-@contextmanager
-def _heads_of(model: Any, shapes: dict[str, tuple[int, ...]]) -> Iterator[int | None]:
-    """While an adapter is loaded, let the base model's head have as many labels as the adapter's has.
-
-    PEFT makes an adapter's head by copying the base model's.
+def _fit_heads(model: Any, shapes: dict[str, tuple[int, ...]], replaced: dict[str, nn.Linear]) -> int | None:
+    """Let the base model's head have as many labels as an adapter's has, which PEFT makes by copying the base model's.
 
     Args:
         model: the base model.
         shapes: of the tensors of the adapter's heads, by their names in the base model.
+        replaced: gets the base model's own layers that were replaced, by their paths, for `_put_back`.
 
-    Yields:
+    Returns:
         The number of labels; `None` if there is no linear layer for them.
     """
-    originals: dict[str, nn.Linear] = {}
     num_labels = None
     for key, shape in shapes.items():
         path, _, kind = key.rpartition(".")
@@ -291,12 +301,15 @@ def _heads_of(model: Any, shapes: dict[str, tuple[int, ...]]) -> Iterator[int | 
         num_labels = shape[0]
         if num_labels != layer.out_features:
             weight = layer.weight
-            originals[path] = layer
             new = nn.Linear(shape[1], shape[0], layer.bias is not None, device=weight.device, dtype=weight.dtype)
+            replaced[path] = layer
             setattr(parent, name, new.requires_grad_(weight.requires_grad))
-    try:
-        yield num_labels
-    finally:
-        for path, layer in originals.items():
-            parent, name = _place(model, path)
-            setattr(parent, name, layer)
+    return num_labels
+
+
+def _put_back(model: nn.Module, replaced: dict[str, nn.Linear]) -> None:
+    """Give the base model its own layers back, and forget them."""
+    for path, layer in replaced.items():
+        parent, name = _place(model, path)
+        setattr(parent, name, layer)
+    replaced.clear()

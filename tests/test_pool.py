@@ -1,10 +1,13 @@
 """AdapterPool: every row of a batch with an adapter of its own, loaded on demand, and never another's."""
 
+import json
 import threading
 
+import peft
 import pytest
 import tiny
 import torch
+from interrupt import Steps
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from prefix_adapter import AdapterPool, PrefixTuningV2Config
@@ -170,6 +173,65 @@ def test_refused(folders, tmp_path):
 def test_none_there(monkeypatch):
     with pytest.raises(FileNotFoundError, match="no adapter 'no/such/thing'"):
         pool_of("bert").load("no/such/thing")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_loading_is_all_or_nothing(first, folders):
+    """An error or a Ctrl-C at any step: the rows of the others and of the base model are what they were."""
+    paths = [str(folders / "bert" / name) for name in ("some", "long")]
+    ids, wanted = tiny.ids(2), paths[0 if first else 1]
+
+    def pool():
+        made = pool_of("bert")
+        if not first:
+            made.load(paths[0])
+        return made
+
+    complete = pool()
+    with Steps() as steps:
+        complete.load(wanted)
+    expected = complete(paths, input_ids=ids).logits
+    for at in steps.points(15):
+        made = pool()
+        rows = [None, *made.loaded]
+        before = made(rows, input_ids=ids[: len(rows)]).logits
+        names = {name for name, _ in made.model.named_modules()}
+        with Steps(at) as interrupted:
+            try:
+                made.load(wanted)
+            except KeyboardInterrupt:
+                pass
+            else:
+                continue
+        assert torch.equal(made(rows, input_ids=ids[: len(rows)]).logits, before), interrupted.where
+        if wanted not in made.loaded:
+            assert {name for name, _ in made.model.named_modules()} == names, interrupted.where
+        assert torch.equal(made(paths, input_ids=ids).logits, expected), interrupted.where
+
+
+@pytest.mark.parametrize("damage", ["modules_to_save", "swapped", "unreadable"])
+def test_a_first_load_that_fails_after_the_check(damage, tmp_path, monkeypatch):
+    path, ids = save(tmp_path, "bert", "some"), tiny.ids(2)
+    pool = pool_of("bert")
+    expected = pool([None, None], input_ids=ids).logits
+    read = peft.peft_model.load_peft_weights
+
+    def between(*args, **kwargs):
+        if damage == "unreadable":
+            raise OSError(5, "Input/output error")
+        return {name: tensor * torch.nan for name, tensor in read(*args, **kwargs).items()}
+
+    config = tmp_path / "some" / "adapter_config.json"
+    good = config.read_text()
+    with monkeypatch.context() as patch, pytest.raises(OSError if damage == "unreadable" else ValueError):
+        if damage == "modules_to_save":
+            config.write_text(json.dumps({**json.loads(good), "modules_to_save": ["base_model"]}))
+        else:
+            patch.setattr(peft.peft_model, "load_peft_weights", between)
+        pool.load(path)
+    assert not pool.loaded and torch.equal(pool([None, None], input_ids=ids).logits, expected)
+    config.write_text(good)
+    assert pool([path], input_ids=ids[:1]).logits.shape == (1, 7)
 
 
 def test_threads(folders):
