@@ -248,6 +248,12 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
                     f"are {sorted(known)}."
                 )
             slots = [slot for slot in slots if slot.layer in wanted]
+        fixed = [position.name for position in self.positions if not position.movable]
+        if config.shift_positions and fixed:
+            raise ValueError(
+                f"`shift_positions=True`: {', '.join(fixed)} of {name} counts positions in a way that cannot "
+                "be moved. Use `shift_positions=False`."
+            )
         relative = any(target.bias or target.shares_bias for target in self.targets)
         if config.shift_positions and not self.positions and not relative:
             raise ValueError(

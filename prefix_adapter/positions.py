@@ -30,6 +30,7 @@ class PositionTarget:
         axes: whether its positions have several axes `[axes, batch, tokens]`, for the time, height and width of images
             (Qwen2-VL), which the backbone makes as long as nobody gives any.
         counts: whether the positions of a text are 0, 1, 2, ... if nobody gives any.
+        movable: whether a call says where positions start: positions are given, or the number of tokens before.
     """
 
     name: str
@@ -41,6 +42,7 @@ class PositionTarget:
     kind: str = ""
     axes: bool = False
     counts: bool = True
+    movable: bool = True
 
     @property
     def padding(self) -> int | None:
@@ -116,9 +118,7 @@ class PositionProbe:
             layers |= inner
         modules = dict(model.named_modules())
         self._tables: dict[str, PositionTarget] = {}
-        # Of those that were called: whether what they gave is as wide as the hidden states, whether their positions
-        # have several axes, and whether they count from 0.
-        self._called: dict[str, tuple[bool, bool, bool]] = {}
+        self._called: dict[str, PositionTarget] = {}
         get_embeddings: Any = getattr(model, "get_input_embeddings", None)
         self._width = getattr(get_embeddings() if get_embeddings else None, "embedding_dim", None)
         self._named = {
@@ -147,14 +147,19 @@ class PositionProbe:
 
     def _note_call(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            names, limit = parameter_names(module), None
+            if isinstance(module, nn.Embedding):
+                offset: Any = getattr(module, "offset", 0)
+                limit = module.num_embeddings - offset
             wide = isinstance(output, Tensor) and output.shape[-1] == self._width
-            positions = Call(parameter_names(module), args, kwargs).get(_IDS)
-            if not isinstance(positions, Tensor):
-                self._called[name] = wide, False, True
-                return
-            rows = positions.reshape(-1, positions.shape[-1])
-            counts = positions.device.type == "meta" or all(is_count(row) == 0 for row in rows)
-            self._called[name] = wide, positions.dim() > 2, counts
+            target = self._called[name] = PositionTarget(name, module, names, _IDS, limit, wide)
+            positions = Call(names, args, kwargs).get(_IDS)
+            if isinstance(positions, Tensor):
+                rows = positions.reshape(-1, positions.shape[-1])
+                target.axes = positions.dim() > 2
+                target.counts = positions.device.type == "meta" or all(is_count(row) == 0 for row in rows)
+            else:
+                target.movable = target.past is not None
 
         return hook
 
@@ -163,19 +168,8 @@ class PositionProbe:
         for handle in self._handles:
             handle.remove()
         tables = {name: target.module for name, target in self._tables.items()}
-        targets = []
-        for name, module in innermost({**self._named, **tables}).items():
-            if name in tables:
-                targets.append(self._tables[name])
-            elif name in self._called:
-                limit = None
-                if isinstance(module, nn.Embedding):
-                    offset: Any = getattr(module, "offset", 0)
-                    limit = module.num_embeddings - offset
-                wide, axes, counts = self._called[name]
-                names = parameter_names(module)
-                targets.append(PositionTarget(name, module, names, _IDS, limit, wide, axes=axes, counts=counts))
-        return targets
+        known = {**self._called, **self._tables}
+        return [known[name] for name in innermost({**self._named, **tables}) if name in known]
 
 
 def counting_module(model: nn.Module, targets: list[PositionTarget]) -> nn.Module | None:

@@ -189,6 +189,19 @@ def test_an_older_name_of_the_cache_is_accepted():
     assert torch.equal(older, expected)
 
 
+def test_positions_that_cannot_be_moved_are_refused(monkeypatch):
+    """transformers 5.24 renamed the number of tokens before as well. An unknown name would silently move nothing."""
+    table = type(tiny.model("bart").encoder.embed_positions)
+
+    def renamed(self, input_ids, count=0, position_ids=None):
+        return torch.nn.Embedding.forward(self, torch.arange(input_ids.shape[1])[None] + count + self.offset)
+
+    monkeypatch.setattr(table, "forward", renamed)
+    get_peft_model(tiny.model("bart"), PrefixTuningV2Config())
+    with pytest.raises(ValueError, match=r"encoder\.embed_positions of BartModel counts positions"):
+        get_peft_model(tiny.model("bart"), PrefixTuningV2Config(shift_positions=True))
+
+
 # ---- Versions
 
 
