@@ -135,20 +135,33 @@ def _error(actual, expected):
     return ((actual.detach().double() - expected).abs().max() / expected.abs().max()).item()
 
 
+def check(args, precision, function, *arguments, limit=None):
+    """A check that runs a function in a precision, in so many seconds at most."""
+
+    def call(figures):
+        with arithmetic(precision):
+            function(figures, args, precision, *arguments)
+
+    if limit:
+        call.limit = limit
+    return call
+
+
+def compiled(args, precision):
+    """What torch compiles for the device: slow to begin with."""
+    yield "generation", check(args, precision, compiled_generation, limit=150)
+    if not args.tiny or precision == "fp32":
+        yield "training step", check(args, precision, compiled_training, limit=120)
+
+
 def on_device(args, precision):
-    """Kernels, caches, graphs and random numbers of the device."""
+    """Kernels, caches and random numbers of the device."""
     half, checks = precision in HALF, []
     # One for all checks that leave it as it is; made when the first of them runs.
     subject = cache(partial(Subject, args, precision))
 
-    def add(name, function, *arguments, limit=None, **settings):
-        def call(figures):
-            with arithmetic(precision):
-                function(figures, args, precision, *arguments, **settings)
-
-        if limit:
-            call.limit = limit
-        checks.append((name, call))
+    def add(name, function, *arguments):
+        checks.append((name, check(args, precision, function, *arguments)))
 
     for kind in ("grouped", "encoder") if args.tiny else KINDS:
         for backend in ("any", *BACKENDS):
@@ -167,9 +180,6 @@ def on_device(args, precision):
     for kind in ("grouped", "encoder"):
         for reentrant in (False, True):
             add(f"checkpointing, {kind}, {'' if reentrant else 'not '}reentrant", checkpointing, kind, reentrant)
-    if precision in ("fp32", "bf16"):
-        add("compiled generation", compiled_generation, limit=150)
-        add("compiled training step", compiled_training, limit=120)
     if args.tiny and precision != "fp32":
         checks = [each for each in checks if each[0] in TINY]
     return checks
@@ -179,9 +189,7 @@ def on_device(args, precision):
 TINY = (
     "sdpa any, grouped",
     "CausalMask",
-    "generate, dynamic cache",
     "flash_attention_2, grouped",
-    "mixed batch, grouped",
     "checkpointing, grouped, not reentrant",
 )
 

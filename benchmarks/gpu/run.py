@@ -36,6 +36,7 @@ PLAN = [
     ["device fp32", "gpu.device:on_device", {"precision": "fp32"}, False],
     ["device bf16", "gpu.device:on_device", {"precision": "bf16"}, False],
     ["references bf16", "gpu.references:references", {"precision": "bf16"}, False],
+    ["compiled bf16", "gpu.device:compiled", {"precision": "bf16"}, False],
     ["seed's table fp32", "gpu.measures:seeds_table", {"precision": "fp32"}, True],
     ["decoder bf16", "gpu.measures:decoder", {"precision": "bf16"}, True],
     ["device fp16", "gpu.device:on_device", {"precision": "fp16"}, False],
@@ -44,11 +45,13 @@ PLAN = [
     ["references tf32", "gpu.references:references", {"precision": "tf32"}, False],
     ["resumed", "gpu.training:resumed", {"precisions": ["fp32", "fp16", "bf16"]}, False],
     ["training command", "gpu.training:training_command", {}, False],
+    ["compiled fp32", "gpu.device:compiled", {"precision": "fp32"}, False],
     ["seed's table bf16", "gpu.measures:seeds_table", {"precision": "bf16"}, True],
     ["seed's table tf32", "gpu.measures:seeds_table", {"precision": "tf32"}, True],
     ["decoder fp32", "gpu.measures:decoder", {"precision": "fp32"}, True],
+    ["decoder compiled bf16", "gpu.measures:decoder_compiled", {"precision": "bf16"}, True],
 ]
-CHECK_LIMIT, START_LIMIT, GRACE = 75.0, 120.0, 10.0
+CHECK_LIMIT, START_LIMIT, GRACE, SHARE = 75.0, 120.0, 10.0, 0.45
 RECORDS, RESULT, LOG, PERFORMANCE, REPORT = "gpu.jsonl", "gpu.json", "log.txt", "performance.json", "report.md"
 
 
@@ -306,8 +309,8 @@ class Run:
             self.drive([list(self.sections)], deadline)
             return
         groups = [together[start :: self.args.jobs] for start in range(self.args.jobs)]
-        # The sections that measure get half of the time, whatever the others do; then these go on.
-        self.drive(groups, self.began + self.args.budget / 2 if alone else deadline)
+        # The sections that measure get more than half of the time, whatever the others do; then these go on.
+        self.drive(groups, self.began + SHARE * self.args.budget if alone else deadline)
         self.drive([alone], deadline)
         self.drive(groups, deadline)
 
