@@ -196,7 +196,7 @@ def test_generate_as_alone(tmp_path, caplog, kind):
 
 
 def test_generation_stops_when_nobody_waits(adapters):
-    """The last of the two who wait goes after 3 tokens."""
+    """The last of the two who wait goes, or has all that was asked for, after 3 tokens."""
     gone = [0, 1]
     worker = Worker("generate", tiny.model("llama", DECODER), tokenizer_of(), adapters, SETTINGS, gone)
     steps = []
@@ -208,6 +208,8 @@ def test_generation_stops_when_nobody_waits(adapters):
     worker.pool.model.model.register_forward_hook(count)
     worker.answer([Question("prose", "w6", 50, row=0), Question("verse", "w7", 50, row=1)])
     assert len(steps) == 3
+    worker.answer([Question("prose", "w6", 3, row=0), Question("verse", "w7", 50, row=1)])
+    assert len(steps) == 6
 
 
 # ---- The worker: folders of adapters
@@ -544,6 +546,7 @@ JSON = b'{"adapter": "two", "text": "w6"%s}'
         (b'{"a":' * 5000, 400, "nested too deeply"),
         (b'{"text": "' + b"w" * 30_000 + b'"}', 413, "30,000 bytes"),
     ],
+    ids=lambda value: ascii(value)[:40],
 )
 def test_mistakes(live, body, status, words):
     """Each has its status and a sentence that does not repeat what was sent, is counted, and harms nobody else."""
@@ -895,11 +898,11 @@ class Run:
 
 
 @pytest.fixture
-def run(tmp_path):
-    """A server with the stub for a worker, whose batches have one row."""
+def run(tmp_path, request):
+    """A server with the stub for a worker, whose batches have one row if the test does not say otherwise."""
     (tmp_path / "worker.py").write_text(STUB)
     (tmp_path / "base").touch()
-    options = ["--adapters", tmp_path, "--generator", tmp_path / "base", "--max-batch", "1"]
+    options = ["--adapters", tmp_path, "--generator", tmp_path / "base", "--max-batch", getattr(request, "param", 1)]
     with Run(tmp_path / "log", *options, path=[tmp_path]) as run:
         run.wait()
         yield run
@@ -910,10 +913,13 @@ def prompt(seconds, text="w6"):
     return {"prompt": text, "max_new_tokens": int(seconds * 10)}
 
 
+@pytest.mark.parametrize("run", [1, 64], indirect=True)
 def test_a_worker_that_is_killed(run, tmp_path):
     """Those in flight get a 503, and another worker starts; if none can, the server ends and says why."""
     with ThreadPoolExecutor(3) as threads:
-        jobs = [threads.submit(run.post, prompt(20), "/generate") for _ in range(3)]
+        jobs = [threads.submit(run.post, prompt(20), "/generate")]
+        time.sleep(0.3)
+        jobs += [threads.submit(run.post, prompt(20), "/generate") for _ in range(2)]
         assert wait_until(lambda: 'waiting{service="generate"} 2.0' in run.get("/metrics")[1])
         (worker,) = run.workers()
         worker.kill()
