@@ -194,10 +194,10 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         allowed = {SAVED + name.replace(f".{adapter_name}.", ".", 1): spec for name, spec in found.items()}
         embeddings, unread = find_embeddings(self.model, SAVED, heads)
         path = config.source.weights()
-        found = check_file(path, needed, allowed | unread, self.model, embeddings)
-        if found and self.adapters:
+        written = check_file(path, needed, allowed | unread, self.model, embeddings)
+        if written and self.adapters:
             check_embeddings(path, self.model, heads, "the other adapters of this model")
-        return {name.removeprefix(SAVED).replace(".original_module.", "."): tensor for name, tensor in found.items()}
+        return {name.removeprefix(SAVED).replace(".original_module.", "."): tensor for name, tensor in written.items()}
 
     def _slots_of(self, config: PrefixTuningV2Config) -> list[Slot]:
         name = type(self.model).__name__

@@ -727,9 +727,7 @@ def test_export_with_new_words(tmp_path):
     draw(model)
     model.save_pretrained(tmp_path / "ours")
     assert "base_model.model.model.embed_tokens.weight" in load_file(tmp_path / "ours" / WEIGHTS)
-    with pytest.raises(
-        ValueError, match=r"embeddings of its own \(model.embed_tokens.weight, lm_head.weight\)|resized"
-    ):
+    with pytest.raises(ValueError, match=r"embeddings of its own \(model.embed_tokens.weight, lm_head.weight\)"):
         export_peft(tmp_path / "ours", tmp_path / "no")
     assert not (tmp_path / "no").exists()
     model.unload().save_pretrained(tmp_path / "resized")

@@ -613,7 +613,7 @@ def test_only_the_embeddings_that_peft_reads_are_allowed(base, name, tmp_path):
     weights = load_file(tmp_path / WEIGHTS)
     full = "base_model.model.bert.embeddings.word_embeddings."
     save_file({**weights, f"{full}{name}weight": weights[f"{full}weight"].clone()}, tmp_path / WEIGHTS)
-    with pytest.raises(ValueError, match="word_embeddings.*which is no part of the adapter"):
+    with pytest.raises(ValueError, match=r"word_embeddings.*which is no part of the adapter"):
         PeftModel.from_pretrained(base(NEW), tmp_path)
 
 
@@ -644,8 +644,8 @@ def test_new_words_with_trainer(base, tmp_path):
         rows = [{"input_ids": [tiny.VOCAB + row % NEW, 7, 8 + row], "labels": row % 3} for row in range(8)]
         arguments = transformers.TrainingArguments(
             output_dir=str(tmp_path / "run"), num_train_epochs=2, eval_strategy="epoch", save_strategy="epoch",
-            load_best_model_at_end=load_best_model_at_end, per_device_train_batch_size=4, report_to=[], use_cpu=True, learning_rate=0.1,
-            disable_tqdm=True,
+            load_best_model_at_end=load_best_model_at_end, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+            learning_rate=0.1, disable_tqdm=True,
         )  # fmt: skip
         return transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
 
