@@ -9,6 +9,7 @@ there, `frozen` the backbone by itself with gradients that go through it to its 
 
 import copy
 import importlib.util
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,8 @@ def build(arm, config, n=20, width=None, prefixed=None, attention="sdpa"):
         return get_peft_model(model, LoraConfig(task_type=task, r=8, target_modules=targets))
     if arm == "peft":
         settings = {"prefix_projection": width is not None, "encoder_hidden_size": width}
+        if task == "SEQ_CLS":
+            _take_past_key_values(model.base_model)
         return get_peft_model(model, PrefixTuningConfig(task_type=task, num_virtual_tokens=n, **settings))
     return get_peft_model(
         model,
@@ -117,6 +120,16 @@ def build(arm, config, n=20, width=None, prefixed=None, attention="sdpa"):
             layers_to_transform=list(range(layers - prefixed, layers)),
         ),
     )
+
+
+def _take_past_key_values(backbone):
+    """Let PEFT 0.21 find the argument that it gives to a classifier's backbone; transformers 5.24 says `cache`."""
+    forward = backbone.forward
+    names = inspect.signature(forward).parameters
+    if "cache" in names and "past_key_values" not in names:
+        backbone.forward = lambda *args, past_key_values=None, **kwargs: forward(
+            *args, cache=past_key_values, **kwargs
+        )
 
 
 def floor(config, n, prefixed):

@@ -288,7 +288,9 @@ def report(args):
                 *[f"- {note}" for note in notes],
                 "",
             ]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, encoding="utf-8", check=False
+    )
     text = PAGE.format(
         machine=platform.processor() or platform.machine(),
         commit=commit.stdout.strip(),

@@ -3,10 +3,11 @@
     python benchmarks/performance.py --output runs/performance.json
     python benchmarks/performance.py --output runs/performance.json --report docs/performance.md
 
-On a GPU add `--device cuda`, and `--precision tf32` or `bf16`, and where flash attention is installed `--attention
-flash_attention_2`. Each section can be run by itself (`--sections`, `--shapes`); what is in the output already is
-replaced. Arms take turns step by step in one process, in an order drawn anew each time, so that whatever else the
-machine does meets all of them; peak memory is measured in a process for each arm. On a CPU one thread is used.
+On a GPU `bash benchmarks/gpu.sh` measures what matters there, with these functions. Here a GPU is `--device cuda`, and
+`--precision tf32` or `bf16`, and where flash attention is installed `--attention flash_attention_2`. Each section can
+be run by itself (`--sections`, `--shapes`); what is in the output already is replaced. Arms take turns step by step in
+one process, in an order drawn anew each time, so that whatever else the machine does meets all of them; peak memory is
+measured in a process for each arm. On a CPU one thread is used.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +29,8 @@ from pathlib import Path
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**32))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**33))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if "PERFORMANCE_STARTED" not in os.environ:  # the C library reads them once, at the start
+if __name__ == "__main__" and "PERFORMANCE_STARTED" not in os.environ:
+    # The C library reads them once, at the start.
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "PERFORMANCE_STARTED": "1"})
 
 import peft
@@ -57,6 +59,8 @@ class Bench:
     def __init__(self, args):
         self.args, self.device = args, torch.device(args.device)
         self.cuda = self.device.type == "cuda"
+        # For tokens behind a static cache: on a GPU what `generate` chooses, which is CUDA graphs.
+        self.compile = {"mode": "reduce-overhead"} if self.cuda else {}
         self.order = random.Random(0)
         torch.set_num_threads(1)
         torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
@@ -66,8 +70,9 @@ class Bench:
         return torch.autocast(self.device.type, torch.bfloat16) if self.args.precision == "bf16" else nullcontext()
 
     def build(self, arm, config, *args, **kwargs):
-        """An arm's model, on the device."""
-        return build(arm, config, *args, **kwargs, attention=self.args.attention).to(self.device)
+        """An arm's model, made on the device: to draw the weights of a large one on the CPU takes seconds."""
+        with self.device:
+            return build(arm, config, *args, **kwargs, attention=self.args.attention).to(self.device)
 
     def run(self, model, **inputs):
         """A forward without gradients."""
@@ -138,14 +143,21 @@ def arms_of(bench, shape):
 def train(bench):
     """A training step of every arm, for every row of the seed's table."""
     for shape in bench.args.shapes:
-        config = config_of(shape)
-        batch = batch_of(config, bench.device, bench.args.batch)
         for n, width in rows_of(shape):
-            steps = {
-                arm: training_step(bench, bench.build(arm, config, n, width), batch) for arm in arms_of(bench, shape)
-            }
-            about = {"section": "train", "shape": shape, "n": n, "width": width, "batch": bench.args.batch}
-            yield from bench.compare(steps, **about)
+            steps = {arm: step_of(bench, arm, shape, n, width) for arm in arms_of(bench, shape)}
+            yield from compare_steps(bench, steps, shape, n, width)
+
+
+def step_of(bench, arm, shape, n, width):
+    """The training step of an arm, for a row of the table."""
+    config = config_of(shape)
+    return training_step(bench, bench.build(arm, config, n, width), batch_of(config, bench.device, bench.args.batch))
+
+
+def compare_steps(bench, steps, shape, n, width):
+    """The results of a row of the table."""
+    about = {"section": "train", "shape": shape, "n": n, "width": width, "batch": bench.args.batch}
+    return bench.compare(steps, **about)
 
 
 def memory(bench):
@@ -165,9 +177,13 @@ def memory(bench):
 
 
 def peak_of(bench, spec):
-    """The peak of a training step, measured in a process of its own."""
+    """The peak of a training step, on a CPU measured in a process of its own."""
+    if bench.cuda:  # whose allocator counts exactly what this process holds
+        result = {**spec, **measure_peak(bench, spec)}
+        print(json.dumps(result), flush=True)
+        return result
     command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", json.dumps(spec)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     if finished.returncode:
         raise RuntimeError(f"{spec}: {finished.stderr}")
     result = {**spec, **json.loads(finished.stdout.splitlines()[-1])}
@@ -177,6 +193,7 @@ def peak_of(bench, spec):
 
 def measure_peak(bench, spec):
     """The peak of tensors in the second step, above what is there before it, and that, in bytes."""
+    held = held_now(bench)
     config = config_of(spec["shape"])
     config.num_hidden_layers = spec.get("depth") or config.num_hidden_layers
     batch = batch_of(config, bench.device, spec["batch"], spec.get("tokens", 128))
@@ -195,13 +212,28 @@ def measure_peak(bench, spec):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             step()
         peak = most_alive(profiled)
-    print(json.dumps({"peak": peak, "before": before}))
+    return {"peak": peak, "before": before - held}
+
+
+def held_now(bench):
+    """The bytes of what was on a GPU before an arm is built there."""
+    if not bench.cuda:
+        return 0
+    gc.collect()
+    # The first product allocates the library's own workspace.
+    torch.ones(8, 8, device=bench.device) @ torch.ones(8, 8, device=bench.device)
+    return torch.cuda.memory_allocated()
 
 
 def allocated():
     """The bytes of all tensors."""
-    storages = (each.untyped_storage() for each in gc.get_objects() if isinstance(each, torch.Tensor))
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    sizes = {}
+    for each in gc.get_objects():
+        # What a compiler traced with has no memory, and says so by an error.
+        with suppress(RuntimeError):
+            if isinstance(each, torch.Tensor):
+                sizes[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+    return sum(sizes.values())
 
 
 def most_alive(profiled):
@@ -209,7 +241,7 @@ def most_alive(profiled):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     alive = most = 0
     for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
         alive += event["args"]["Bytes"]
@@ -239,11 +271,18 @@ def tokens_of(bench, config, contexts, kinds):
     """The first token and those that follow, for each context and kind of cache.
 
     As in `generate`: positions are handed over, and PEFT's wrapper hands over to the model inside once and not for
-    each token. `compiled` is a static cache behind `torch.compile`, for which the prompt is run as it is.
+    each token. `compiled` is a static cache behind `torch.compile`, for which the prompt is run as it is. In bf16 the
+    weights are, and not just the arithmetic: under autocast Llama's values have another dtype than its keys, which no
+    static cache of transformers takes.
     """
     n = 20
-    models = {"base": base_model(config, bench.args.attention).to(bench.device).eval().requires_grad_(False)}
-    wrapped = {arm: bench.build(arm, config, n).eval().requires_grad_(False) for arm in ("ours", "peft", "lora")}
+    dtype = torch.bfloat16 if bench.args.precision == "bf16" else torch.float32
+
+    def frozen(arm):
+        return bench.build(arm, config, n).to(dtype).eval().requires_grad_(False)
+
+    models = {"base": frozen("full")}
+    wrapped = {arm: frozen(arm) for arm in ("ours", "peft", "lora")}
     models |= {arm: wrapped[arm].base_model.model for arm in ("ours", "lora")}
     models["peft"] = wrapped["peft"].base_model
     # One memory for the weights of all: where they lie is worth a few hundredths.
@@ -266,11 +305,12 @@ def tokens_of(bench, config, contexts, kinds):
             cache = DynamicCache(config=config)
         else:
             cache = StaticCache(config, own + rounds + 2 * bench.args.warmup)
-        bench.run(models[arm], input_ids=tokens[:, :own], past_key_values=cache, logits_to_keep=1)
+        with torch.inference_mode():
+            models[arm](input_ids=tokens[:, :own], past_key_values=cache, logits_to_keep=1)
         return cache, torch.tensor([[own + (n if arm == "peft" else 0)]], device=bench.device)
 
     def token(model, cache, position):
-        with torch.inference_mode(), bench.autocast():
+        with torch.inference_mode():
             model(input_ids=tokens[:, :1], past_key_values=cache, position_ids=position, logits_to_keep=1)
             position += 1
 
@@ -286,7 +326,7 @@ def tokens_of(bench, config, contexts, kinds):
             used = dict(models)
             if kind == "compiled":
                 torch._dynamo.reset()
-                used = {arm: torch.compile(models[arm]) for arm in arms}
+                used = {arm: torch.compile(models[arm], **bench.compile) for arm in arms}
             steps = {arm: partial(token, used[arm], *prompt(arm, context, kind)) for arm in arms}
             yield from bench.compare(steps, rounds, section="decode", cache=kind, **about)
 
@@ -425,15 +465,19 @@ SECTIONS = {
 
 
 def git_commit():
-    """The commit, and whether there is more."""
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    """The commit, and whether there is more; `unknown` in a copy without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, encoding="utf-8", check=False).stdout.strip()
+    except OSError:
+        found = ""
+    return found or "unknown"
 
 
 def processor():
     """What the processor calls itself."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -453,8 +497,19 @@ def save(path, known, found):
     return results
 
 
-def main():
-    """The command."""
+def made_by(bench):
+    """What every result says of how it was made."""
+    args = bench.args
+    return {
+        "machine": torch.cuda.get_device_name() if bench.cuda else f"{processor()}, one thread",
+        "precision": args.precision + ("" if args.attention == "sdpa" else f", {args.attention}"),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+        "commit": git_commit(),
+    }
+
+
+def options():
+    """The options of the command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="JSON with all figures; added to")
     parser.add_argument("--report", type=Path, help="write the tables to this page, and measure nothing")
@@ -474,9 +529,14 @@ def main():
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32")
     parser.add_argument("--attention", default="sdpa", help="transformers' attn_implementation, of all but the floor")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    """The command."""
+    args = options().parse_args()
     if args.memory_of:
-        measure_peak(Bench(args), json.loads(args.memory_of))
+        print(json.dumps(measure_peak(Bench(args), json.loads(args.memory_of))))
         return
     known = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else []
     if args.report:
@@ -487,13 +547,7 @@ def main():
         plot(known, args.report.with_name("performance-growth.png"))
         return
     bench = Bench(args)
-    machine = torch.cuda.get_device_name() if bench.cuda else f"{processor()}, one thread"
-    made = {
-        "machine": machine,
-        "precision": args.precision + ("" if args.attention == "sdpa" else f", {args.attention}"),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
-        "commit": git_commit(),
-    }
+    made = made_by(bench)
     for name in args.sections:
         started, found = time.perf_counter(), []
         for each in SECTIONS[name](bench):

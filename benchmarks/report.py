@@ -1,7 +1,16 @@
-"""The figures of performance.py as a page: what was aimed at, tables of ratios, and plots of growth."""
+"""The figures of performance.py as a page, and those of a run of gpu.sh as a part of it.
 
+python benchmarks/report.py OUT docs/performance.md benchmarks/performance_notes.md
+
+puts the tables of the run in OUT into these pages, between their two comments, in place of what is there.
+"""
+
+import json
 import statistics
+import sys
+from collections import Counter
 from itertools import groupby
+from pathlib import Path
 
 WORDS = {
     "full": "full fine-tuning",
@@ -48,7 +57,12 @@ bert-base-multilingual-cased, 178 million. llama: a decoder of 88 million with g
 
 def page(results, notes=""):
     """The page for all results."""
-    parts = [HEAD, notes]
+    return "\n".join([HEAD, notes, *_machines(results)])
+
+
+def _machines(results):
+    """The tables of each machine and precision."""
+    parts = []
     for (machine, precision), group in _by(results, "machine", "precision"):
         own = list(group)
         versions = ", ".join(f"{name} {number}" for name, number in own[0]["versions"].items())
@@ -59,7 +73,54 @@ def page(results, notes=""):
             found = [each for each in own if each["section"] == section]
             if found:
                 parts.append(write(found))
-    return "\n".join(parts)
+    return parts
+
+
+GPU_START, GPU_END = "<!-- The figures of gpu.sh: -->", "<!-- The end of the figures of gpu.sh. -->"
+
+
+def gpu_figures(out):
+    """What the run of gpu.sh in a folder found, as a part of the page."""
+    run = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
+    machine, lines, notes = run["machine"], [], []
+    for section in run["sections"]:
+        counts = Counter(check["status"] for check in section["checks"])
+        known = ("passed", "failed", "skipped")
+        rest = sum(number for status, number in counts.items() if status not in known)
+        errors = [check["figures"] for check in section["checks"] if check.get("figures")]
+        errors = [each.get("worst", each.get("error")) for each in errors]
+        errors = [each for each in errors if each is not None]
+        worst = f"{max(errors):.2g}" if errors else "-"
+        lines.append([section["section"], *(str(counts[status]) for status in known), str(rest), worst])
+        for check in section["checks"]:
+            reason = check.get("reason") or check.get("error", "").strip().rpartition("\n")[2]
+            if reason:
+                notes.append((f"{section['section']}: {check['check']}", check["status"], reason))
+    versions = ", ".join(f"{name} {number}" for name, number in machine.get("versions", {}).items())
+    cut = " The time was up before the end." if any(line[4] != "0" for line in lines) else ""
+    parts = [
+        f"## Right numbers on {machine.get('device', 'an unknown machine')}\n",
+        f"{versions}; {run['seconds']:.0f} seconds.{cut} The error is the largest, relative to the largest element.\n",
+        _table(["section", "passed", "failed", "skipped", "not run", "error"], lines),
+    ]
+    for status in ("failed", "skipped"):
+        # The same reason often holds for many checks.
+        found = groupby(sorted((r, n) for n, s, r in notes if s == status), key=lambda each: each[0])
+        listed = [f"- {', '.join(name for _, name in group)}: {reason}" for reason, group in found]
+        if listed:
+            parts.append(f"{status.capitalize()}:\n\n" + "\n".join(listed) + "\n")
+    path = out / "performance.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return "\n".join([*parts, *_machines(results)])
+
+
+def insert(page, figures):
+    """A page with these figures between its two comments."""
+    before, start, rest = page.partition(GPU_START)
+    _, end, after = rest.partition(GPU_END)
+    if not start or not end:
+        raise ValueError(f"the page has no {GPU_START} and {GPU_END}")
+    return f"{before}{start}\n\n{figures.strip()}\n\n{end}{after}"
 
 
 def _by(results, *names):
@@ -337,3 +398,8 @@ SECTIONS = {
     "growth": _growth,
     "operations": _operations,
 }
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[2:]):
+        path.write_text(insert(path.read_text(encoding="utf-8"), gpu_figures(Path(sys.argv[1]))), encoding="utf-8")

@@ -1,46 +1,13 @@
 """P-Tuning v2 for Hugging Face PEFT: importing this package makes `PREFIX_TUNING_V2` a PEFT method like LoRA."""
 
-from typing import Any
+# ruff: noqa: F403, F405
 
-from peft import (
-    AutoPeftModel,
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForFeatureExtraction,
-    AutoPeftModelForQuestionAnswering,
-    AutoPeftModelForSeq2SeqLM,
-    AutoPeftModelForSequenceClassification,
-    AutoPeftModelForTokenClassification,
-    PeftConfig,
-    PeftModel,
-    TaskType,
-    get_peft_model,
-)
-from peft.mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-)
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .config import PrefixTuningV2Config, PrefixTuningV2Type
-from .convert import fold
-from .exchange import export_peft, import_peft, import_ptuning_v2
-from .find import UnsupportedBackboneError
-from .hub import push_to_hub
-from .layer import PREFIX, PrefixTuningV2Layer
-from .model import PrefixTuningV2Model
-from .pool import AdapterPool, LoadedAdapter
-from .start import init_from, init_from_text
 from .version import __version__
-from .watch import PrefixNotUsedError
-
-# What `peft.utils.register_peft_method` does, which refuses names that are not in PEFT's closed enum.
-_entries: list[tuple[dict[Any, Any], Any]] = [
-    (PEFT_TYPE_TO_CONFIG_MAPPING, PrefixTuningV2Config),
-    (PEFT_TYPE_TO_TUNER_MAPPING, PrefixTuningV2Model),
-    (PEFT_TYPE_TO_PREFIX_MAPPING, PREFIX),
-]
-for _mapping, _entry in _entries:
-    _mapping[PrefixTuningV2Type.PREFIX_TUNING_V2] = _entry
 
 __all__ = [
     "AdapterPool",
@@ -71,3 +38,25 @@ __all__ = [
     "init_from_text",
     "push_to_hub",
 ]
+
+
+def _is_the_command() -> bool:
+    """Whether this process is the command `prefix-adapter`, or `python -m prefix_adapter`.
+
+    The command imports peft and torch when it needs them, so that its help and its messages about mistakes do not wait
+    for them. A command that is not recognised here works as well, and starts more slowly.
+    """
+    started = sys.orig_argv
+    if sys.argv[:1] == ["-m"]:  # while Python looks for the module that it was told to run
+        return "-m" in started and started[started.index("-m") + 1 :][:1] == [__name__]
+    return len(started) > 1 and Path(started[1]).name in ("prefix-adapter", "prefix-adapter.exe")
+
+
+if TYPE_CHECKING or not _is_the_command():
+    from .api import *
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(".api", __name__), name)

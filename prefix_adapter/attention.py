@@ -19,6 +19,9 @@ from .encoder import KeyValueShape
 T = TypeVar("T")
 
 KINDS = ("encoder", "decoder", "cross")
+# Names of the cache argument of attention modules and backbones: `cache` from transformers 5.24 on. A module whose
+# argument has another name is found by its type or by what it is handed (find.py).
+CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
 # What attention modules call their masks, the states of an encoder, and keys and values of other layers.
 MASK_ARGUMENTS = ("attention_mask", "mask", "causal_mask", "encoder_attention_mask")
 ENCODER_STATES = ("key_value_states", "encoder_hidden_states")
@@ -48,6 +51,7 @@ class AttentionTarget:
 
     Attributes:
         names: the arguments of its `forward`, in order.
+        cache: the argument that takes the cache.
         slots: its prefixes by the layer index with which it updates the cache (more than one where layers share it).
         dtype: of the keys that it computes.
         shares_bias: whether the first layer of its stack computes a position bias for all (T5).
@@ -89,6 +93,18 @@ class AttentionTarget:
     def slot(self, layer_idx: int | None) -> Slot:
         """The prefix for the layer index that the module passes to its cache."""
         return self.slots[layer_idx] if len(self.slots) > 1 else next(iter(self.slots.values()))
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """A call of the module, with its cache under the name that its `forward` has for it.
+
+        A caller may use an older name, which transformers renames inside `forward`, after the hooks.
+        """
+        call = Call(self.names, args, kwargs)
+        if self.cache not in call.kwargs:
+            for name in CACHE_ARGUMENTS:
+                if name in call.kwargs:
+                    call.kwargs[self.cache] = call.kwargs.pop(name)
+        return call
 
     def view(self, inner: Any, length: int, prefix_of: PrefixOf, cross_prefix_of: PrefixOf | None = None) -> Any:
         """What the module is given in place of the cache `inner`."""
@@ -222,13 +238,6 @@ def window_of(module: nn.Module) -> Any:
     config = getattr(module, "config", None)
     shared = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return getattr(module, "sliding_window", shared)
-
-
-def widen_own_mask(target: AttentionTarget, name: str, length: int) -> Tensor:
-    """Put a wider mask in the place of a module's own `[1, 1, tokens, keys]`, and return that for later."""
-    own = getattr(target.module, name)
-    setattr(target.module, name, F.pad(own, (length, 0, length, 0), value=True))
-    return own
 
 
 def _once(memo: dict[Any, Any], key: Any, given: tuple[Any, ...], make: Callable[[], T]) -> T:

@@ -318,8 +318,10 @@ def with_prefix(
     if isinstance(inner, EncoderDecoderCache) or (inner is None and encoder_decoder):
         return PrefixEncoderDecoderCache(inner, length, prefix_of, cross_prefix_of)
     if inner is not None and not isinstance(inner, Cache):
-        raise TypeError(
-            f"`past_key_values` must be a transformers `Cache`, got {type(inner).__name__}. Build a "
-            "`DynamicCache` from tuples of keys and values."
+        way_out = (
+            "Continuous batching (`generate_batch`) has another kind of cache, which takes no prefix: use `generate`."
+            if hasattr(inner, "update")
+            else "Build a `DynamicCache` from tuples of keys and values."
         )
+        raise TypeError(f"The cache must be a transformers `Cache`, got {type(inner).__name__}. {way_out}")
     return PrefixCache(inner, length, prefix_of)

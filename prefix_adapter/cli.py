@@ -1,19 +1,23 @@
-"""The command `prefix-adapter`, from a data set to a published adapter."""
+"""The command `prefix-adapter`, from a data set to a published adapter.
+
+Nothing that imports torch is imported before the arguments are known to be right.
+"""
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import json
 import os
+import re
+import signal
 import sys
-from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
-try:
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
-except ImportError as error:
-    raise SystemExit('The command needs more packages: pip install "prefix-adapter[train]"') from error
-
+DEBUG = "PREFIX_ADAPTER_DEBUG"
+"""The environment variable that does what `--debug` does."""
 TRAIN = """Train an adapter.
 
 A recipe says what and how: a YAML file, or the name of one that comes with the package; options on the command line
@@ -40,6 +44,14 @@ The recipe is a YAML file with the keys that the tasks share, and under `tasks` 
   prefix-adapter train-together --resume runs/shared
   prefix-adapter evaluate runs/shared/ner
 """
+SEARCH = """Look for the best settings of a recipe with Optuna; ends with the best recipe as YAML.
+
+By default table or MLP, learning rate, length and dropout of the prefix are varied. What is set by an option of the
+command line stays as set; what the file of --config says about these keys is where their default would be.
+
+  prefix-adapter search --config token-classification --model bert-base-cased --data.train train.jsonl \\
+      --output_dir runs/search --search.n_trials 30
+"""
 IMPORT = """Make an adapter of a checkpoint of THUDM/P-tuning-v2, or of a PREFIX_TUNING adapter of PEFT's.
 
   prefix-adapter import checkpoint/pytorch_model.bin ner --model bert-base-cased --task_type TOKEN_CLS
@@ -56,31 +68,50 @@ PEFT has one prefix for every layer of a model or decoder, and always moves the 
 adapter to export is trained with `shift_positions: true`. An MLP is folded. The base model is loaded in float32, and
 both adapters are tried out on it; what PEFT cannot express is refused, with the reason.
 """
+EVALUATE = """Measure a trained adapter on rows with solutions.
+
+  prefix-adapter evaluate runs/ner                  the run's own test rows, or its validation rows
+  prefix-adapter evaluate runs/ner other.jsonl
+
+The result says which rows were measured. From the recipe in the adapter's folder only harmless settings are taken;
+--config names a recipe that you trust.
+"""
+PREDICT = """Answer the rows of a JSONL file of any size; the answers are added to the rows.
+
+From the recipe in the adapter's folder only harmless settings are taken; --config names a
+recipe that you trust.
+"""
 
 
-def _train(options: Namespace) -> None:
-    from .training import train
+# ---- The commands
+
+
+def _train(options: Any) -> None:
     from .training.recipe import recipe_from
 
-    results = train(recipe_from(options), resume=options.resume is not None, overwrite=options.overwrite)
+    recipe = recipe_from(options)  # mistakes in it are told before torch is imported
+    from .training.run import train
+
+    results = train(recipe, resume=options.resume is not None, overwrite=options.overwrite)
     if _first():
         _show({split: results[split] for split in ("validation", "test") if split in results})
-        print(f"The adapter is in {options.output_dir}.")
+        print(f"The adapter is in {recipe.output_dir}.")
 
 
-def _train_together(options: Namespace) -> None:
-    from .training import load_joint_recipe, train_together
-
+def _train_together(options: Any) -> None:
     if (options.config is None) == (options.resume is None) or (options.resume and options.output_dir):
         raise ValueError("give either --config, a recipe, and perhaps --output_dir, or --resume, the folder of a run.")
+    from .training.multitask import load_joint_recipe, train_together
+
+    trust = {"trust_remote_code": options.trust_remote_code}
     if options.resume is None:
         output_dir = {} if options.output_dir is None else {"output_dir": options.output_dir}
-        recipe = load_joint_recipe(options.config, **output_dir)
+        recipe = load_joint_recipe(options.config, **output_dir, **trust)
     else:
         path = Path(options.resume, "recipe.yaml")
         if not path.is_file():
             raise ValueError(f"--resume: there is no run in {options.resume!r} (it has no recipe.yaml).")
-        recipe = load_joint_recipe(path, output_dir=options.resume)
+        recipe = load_joint_recipe(path, output_dir=options.resume, **trust)
     results = train_together(recipe, resume=options.resume is not None, overwrite=options.overwrite)
     if _first():
         splits = ("validation", "test")
@@ -88,14 +119,29 @@ def _train_together(options: Namespace) -> None:
         print(f"The adapters are in {recipe.output_dir}.")
 
 
-def _search(options: Namespace) -> None:
+def _search(options: Any) -> None:
     from .training.recipe import recipe_from
+    from .training.settings import Search
+
+    recipe, settings = recipe_from(options), Search(**vars(options.search))
+    settings.fixed += [key for key in _keys_set(options) if key not in settings.fixed]
     from .training.search import search
 
-    _show(search(recipe_from(options), options.search, resume=options.resume))
+    _show(search(recipe, settings, resume=options.resume))
 
 
-def _evaluate(options: Namespace) -> None:
+def _keys_set(options: Any) -> list[str]:
+    """The keys of the recipe that the command line sets."""
+    keys: list[str] = []
+    for argument in options.arguments:
+        name = argument[2:].partition("=")[0] if argument.startswith("--") else ""
+        value = options.get(name) if name else None
+        if name.partition(".")[0] in options and name.partition(".")[0] not in ("config", "resume", "search", "debug"):
+            keys += [f"{name}.{each}" for each in value] if isinstance(value, dict) else [name]
+    return keys
+
+
+def _evaluate(options: Any) -> None:
     from .training.inference import evaluate_adapter
 
     metrics = evaluate_adapter(
@@ -105,12 +151,15 @@ def _evaluate(options: Namespace) -> None:
         revision=options.revision,
         batch_size=options.batch_size,
         predictions=options.predictions,
+        overwrite=options.overwrite,
+        config=options.config,
+        trust_remote_code=options.trust_remote_code,
     )
     if _first():
-        _show(metrics)
+        _show({"split": metrics.split, "source": metrics.source, "rows": metrics.rows, **metrics})
 
 
-def _predict(options: Namespace) -> None:
+def _predict(options: Any) -> None:
     from .training.inference import predict
 
     count = predict(
@@ -122,11 +171,15 @@ def _predict(options: Namespace) -> None:
         batch_size=options.batch_size,
         chunk_size=options.chunk_size,
         device=options.device,
+        overwrite=options.overwrite,
+        config=options.config,
+        trust_remote_code=options.trust_remote_code,
     )
     print(f"{count} rows answered.", file=sys.stderr)
 
 
-def _info(options: Namespace) -> None:
+def _info(options: Any) -> None:
+    from . import api  # noqa: F401 (PEFT reads configurations of the methods that it knows)
     from .info import describe
 
     found = describe(options.adapter, options.revision)
@@ -134,24 +187,24 @@ def _info(options: Namespace) -> None:
         _show(found)
         return
     for name in ("peft_type", "base_model", "task_type"):
-        print(f"{name:20}{found[name]}")
+        print(f"{name:20}{_plain(found[name])}")
     for name, value in found["settings"].items():
-        print(f"{name:20}{value}")
+        print(f"{_plain(name):20}{_plain(value)}")
     for part, count in found["parameters"].items():
         print(f"{part + ' parameters':20}{count:,}")
     print(f"{'file':20}{found['bytes']:,} bytes")
     for name, tensor in found["tensors"].items():
-        print(f"    {'x'.join(map(str, tensor['shape'])):16}{tensor['dtype']:8}{name}")
+        print(f"    {'x'.join(map(str, tensor['shape'])):16}{tensor['dtype']:8}{_plain(name)}")
 
 
-def _fold(options: Namespace) -> None:
-    from .convert import fold
+def _fold(options: Any) -> None:
+    from .api import fold
 
     print(f"Folded into {fold(options.source, options.target)}.")
 
 
-def _import(options: Namespace) -> None:
-    from .exchange import import_peft, import_ptuning_v2
+def _import(options: Any) -> None:
+    from .api import import_peft, import_ptuning_v2
 
     source = Path(options.source)
     if source.is_file() or (source.is_dir() and not (source / "adapter_config.json").is_file()):
@@ -163,14 +216,14 @@ def _import(options: Namespace) -> None:
     print(f"Imported into {target}.")
 
 
-def _export(options: Namespace) -> None:
-    from .exchange import export_peft
+def _export(options: Any) -> None:
+    from .api import export_peft
 
     print(f"Exported to {export_peft(options.source, options.target, options.model)}.")
 
 
-def _push(options: Namespace) -> None:
-    from .hub import push_to_hub
+def _push(options: Any) -> None:
+    from .api import push_to_hub
 
     private = True if options.private else None
     commit = push_to_hub(options.folder, options.repo_id, private=private, commit_message=options.commit_message)
@@ -183,165 +236,373 @@ def _first() -> bool:
 
 
 def _show(values: Any) -> None:
-    print(json.dumps(values, indent=2, ensure_ascii=False))
+    print(_plain(json.dumps(values, indent=2, ensure_ascii=False)))
 
 
-def _parser() -> ArgumentParser:
-    from .training.recipe import add_recipe_arguments, recipe_names
-    from .training.search import Search
-    from .training.tasks import TASK_CLASSES
+def _plain(value: Any) -> str:
+    """A value as text in which nothing controls a terminal: what somebody else wrote may hold any character."""
+    return "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in str(value))
 
-    description = "P-Tuning v2 adapters: train, measure, use, publish."
-    # The formatter is that of all commands: jsonargparse gives it to them.
-    parser = ArgumentParser(prog="prefix-adapter", description=description, formatter_class=_Formatter)
-    commands = parser.add_subcommands(required=True, dest="command")
 
-    settings = "".join(
-        f"\n  {task}" + "".join(f"\n    {name} ({default}): {text}" for name, (default, text) in own.settings.items())
-        for task, own in TASK_CLASSES.items()
+# ---- Their arguments
+
+
+def _train_arguments(parser: Any) -> None:
+    from .training.recipe import add_recipe_arguments
+
+    add_recipe_arguments(parser)
+    parser.add_argument("--resume", metavar="FOLDER", help="Resume the run in this folder; its own recipe is used.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the run that is in the output folder.")
+
+
+def _search_arguments(parser: Any) -> None:
+    from .training.recipe import add_recipe_arguments
+    from .training.settings import Search
+
+    add_recipe_arguments(parser)
+    parser.add_class_arguments(Search, "search")
+    parser.add_argument("--resume", action="store_true", help="Resume the search in the output folder.")
+
+
+def _together_arguments(parser: Any) -> None:
+    parser.add_argument("--config", metavar="FILE", help="A recipe (YAML).")
+    parser.add_argument("--output_dir", metavar="FOLDER", help="The output folder, if it is not the recipe's.")
+    parser.add_argument("--resume", metavar="FOLDER", help="Resume the run in this folder, by its own recipe.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the run that is in the output folder.")
+    _trust_argument(parser)
+
+
+def _evaluate_arguments(parser: Any) -> None:
+    _adapter_arguments(parser)
+    parser.add_argument(
+        "data", nargs="?", help="A file, or test, validation or train: the rows that the run used as such."
     )
-    epilog = f"task_kwargs, with their defaults:{settings}\n\nrecipes:\n  " + "\n  ".join(recipe_names())
-    train = _command(TRAIN, epilog)
-    add_recipe_arguments(train)
-    train.add_argument("--resume", metavar="FOLDER", help="Go on with the run in this folder; its own recipe is used.")
-    train.add_argument("--overwrite", action="store_true", help="Replace the run that is in the output folder.")
-    commands.add_subcommand("train", train, help="train an adapter")
+    parser.add_argument("--predictions", metavar="FILE", help="A JSONL file for the rows with their answers.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the file of predictions if it exists.")
 
-    together = _command(TOGETHER)
-    together.add_argument("--config", type=str, help="A recipe (YAML).")
-    together.add_argument("--output_dir", type=str, help="The output folder, if it is not the recipe's.")
-    together.add_argument("--resume", metavar="FOLDER", help="Go on with the run in this folder, by its own recipe.")
-    together.add_argument("--overwrite", action="store_true", help="Replace the run that is in the output folder.")
-    commands.add_subcommand("train-together", together, help="train one prefix for several tasks")
 
-    search = _command("Look for the best settings of a recipe with Optuna; ends with the best recipe as YAML.", epilog)
-    add_recipe_arguments(search)
-    search.add_class_arguments(Search, "search")
-    search.add_argument("--resume", action="store_true", help="Go on with the search in the output folder.")
-    commands.add_subcommand("search", search, help="look for the best settings")
-
-    evaluate = _command("Measure a trained adapter on rows with solutions.")
-    _adapter_arguments(evaluate)
-    evaluate.add_argument(
-        "data", nargs="?", type=str, help="A file, or test, validation or train: the recipe's own rows."
+def _predict_arguments(parser: Any) -> None:
+    _adapter_arguments(parser)
+    parser.add_argument("source", help="A file with a JSON object in each line; - for standard input.")
+    parser.add_argument("target", help="A file for the rows with `prediction` added; - for standard output.")
+    parser.add_argument(
+        "--chunk_size", type=_count, default=1000, metavar="ROWS", help="Rows in memory at a time; %(default)s."
     )
-    evaluate.add_argument("--predictions", type=str, help="A JSONL file for the rows with their answers.")
-    commands.add_subcommand("evaluate", evaluate, help="measure a trained adapter")
+    parser.add_argument("--device", help="Where to compute; a GPU if there is one.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the target if it exists.")
 
-    predict = _command("Answer the rows of a JSONL file of any size; the answers are added to the rows.")
-    _adapter_arguments(predict)
-    predict.add_argument("source", type=str, help="A file with a JSON object in each line; - for standard input.")
-    predict.add_argument(
-        "target", type=str, help="A file for the rows with `prediction` added; - for standard output."
+
+def _adapter_arguments(parser: Any) -> None:
+    parser.add_argument("adapter", help="The folder that `train` left, or the adapter's name on the Hub.")
+    parser.add_argument("--model", help="The base model, if it is not where the recipe says.")
+    parser.add_argument("--revision", help="The adapter's revision on the Hub.")
+    parser.add_argument(
+        "--batch_size", type=_count, metavar="ROWS", help="Rows of a forward pass; by default the recipe's."
     )
-    predict.add_argument("--chunk_size", type=int, default=1000, help="Rows that are in memory at a time.")
-    predict.add_argument("--device", type=str, help="Where to compute; a GPU if there is one.")
-    commands.add_subcommand("predict", predict, help="answer rows")
-
-    info = _command("Say what a saved adapter holds; no model is loaded.")
-    info.add_argument("adapter", type=str, help="A folder, or a name on the Hub.")
-    info.add_argument("--revision", type=str, help="The revision on the Hub.")
-    info.add_argument("--json", action="store_true", help="Print JSON.")
-    commands.add_subcommand("info", info, help="what an adapter file holds")
-
-    fold = _command("Turn the MLP of a saved adapter into the table that it computes: the same outputs, a small file.")
-    fold.add_argument("source", type=str, help="A folder, or a name on the Hub.")
-    fold.add_argument("target", type=str, help="A folder that does not exist yet.")
-    commands.add_subcommand("fold", fold, help="make an adapter small")
-
-    import_ = _command(IMPORT)
-    import_.add_argument(
-        "source", type=str, help="A run's folder or checkpoint file; an adapter's folder or name on the Hub."
+    parser.add_argument(
+        "--config", metavar="FILE", help="A recipe that you trust, in place of the one in the adapter's folder."
     )
-    import_.add_argument("target", type=str, help="A folder that does not exist yet.")
-    import_.add_argument("--model", type=str, help="The base model, if it is not where the source says.")
-    import_.add_argument(
+    _trust_argument(parser)
+
+
+def _trust_argument(parser: Any) -> None:
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="Run the Python code that the base model's repository contains. No file can set this.",
+    )
+
+
+def _info_arguments(parser: Any) -> None:
+    parser.add_argument("adapter", help="A folder, or a name on the Hub.")
+    parser.add_argument("--revision", help="The revision on the Hub.")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+
+
+def _fold_arguments(parser: Any) -> None:
+    parser.add_argument("source", help="A folder, or a name on the Hub.")
+    parser.add_argument("target", help="A folder that does not exist yet.")
+
+
+def _import_arguments(parser: Any) -> None:
+    parser.add_argument("source", help="A run's folder or checkpoint file; an adapter's folder or name on the Hub.")
+    parser.add_argument("target", help="A folder that does not exist yet.")
+    parser.add_argument("--model", help="The base model, if it is not where the source says.")
+    parser.add_argument(
         "--task_type",
         choices=["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "MULTIPLE_CHOICE", "FEATURE_EXTRACTION"],
         help="What a checkpoint was trained for, if its config.json does not say; FEATURE_EXTRACTION takes the prefix "
         "alone, without the head.",
     )
-    commands.add_subcommand("import", import_, help="take over an adapter of P-tuning-v2's or PEFT's")
 
-    export = _command(EXPORT)
-    export.add_argument("source", type=str, help="A folder, or a name on the Hub.")
-    export.add_argument("target", type=str, help="A folder that does not exist yet.")
-    export.add_argument("--model", type=str, help="The base model, if it is not where the adapter says.")
-    commands.add_subcommand("export", export, help="make an adapter for PEFT alone")
 
-    push = _command("Upload an adapter's folder to the Hub, checkpoints and logs left out.")
-    push.add_argument("folder", type=str, help="The folder that `train` left, or any saved adapter's.")
-    push.add_argument("repo_id", type=str, help="user/name; it is created if it does not exist.")
-    push.add_argument("--private", action="store_true", help="Make a new repository private.")
-    push.add_argument("--commit_message", type=str, default="Upload prefix adapter")
-    commands.add_subcommand("push", push, help="publish an adapter")
+def _export_arguments(parser: Any) -> None:
+    _fold_arguments(parser)
+    parser.add_argument("--model", help="The base model, if it is not where the adapter says.")
+
+
+def _push_arguments(parser: Any) -> None:
+    parser.add_argument("folder", help="The folder that `train` left, or any saved adapter's.")
+    parser.add_argument("repo_id", help="user/name; it is created if it does not exist.")
+    parser.add_argument("--private", action="store_true", help="Make a new repository private.")
+    parser.add_argument("--commit_message", default="Upload prefix adapter")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+class _Command(NamedTuple):
+    summary: str
+    run: Callable[[Any], None]
+    arguments: Callable[[Any], None]
+    description: str
+    has_recipe: bool = False
+    """Whether every key of a recipe is an option."""
+
+
+COMMANDS = {
+    "train": _Command("train an adapter", _train, _train_arguments, TRAIN, True),
+    "train-together": _Command("train one prefix for several tasks", _train_together, _together_arguments, TOGETHER),
+    "search": _Command("look for the best settings", _search, _search_arguments, SEARCH, True),
+    "evaluate": _Command("measure a trained adapter", _evaluate, _evaluate_arguments, EVALUATE),
+    "predict": _Command("answer rows", _predict, _predict_arguments, PREDICT),
+    "info": _Command(
+        "what an adapter file holds", _info, _info_arguments, "Say what a saved adapter holds; no model is loaded."
+    ),
+    "fold": _Command(
+        "make an adapter small",
+        _fold,
+        _fold_arguments,
+        "Turn the MLP of a saved adapter into the table that it computes: the same outputs, a small file.",
+    ),
+    "import": _Command("take over an adapter of P-tuning-v2's or PEFT's", _import, _import_arguments, IMPORT),
+    "export": _Command("make an adapter for PEFT alone", _export, _export_arguments, EXPORT),
+    "push": _Command(
+        "publish an adapter",
+        _push,
+        _push_arguments,
+        "Upload an adapter's folder to the Hub, checkpoints and logs left out.",
+    ),
+}
+
+
+# ---- Reading them
+
+
+def _overview() -> str:
+    return "\n".join(
+        (
+            "usage: prefix-adapter COMMAND ...",
+            "",
+            "P-Tuning v2 adapters: train, measure, use, publish.",
+            "",
+            *(f"  {name:16}{command.summary}" for name, command in COMMANDS.items()),
+            "",
+            "prefix-adapter COMMAND --help says what a command needs; prefix-adapter --version which version this is.",
+        )
+    )
+
+
+def _parser(name: str) -> Any:
+    """The parser of a command: argparse's, or jsonargparse's where every key of a recipe is an option."""
+    command = COMMANDS[name]
+    settings: dict[str, Any] = {
+        "prog": f"prefix-adapter {name}",
+        "description": command.description,
+        "allow_abbrev": False,
+    }
+    if command.has_recipe:
+        try:
+            from jsonargparse import ArgumentParser, DefaultHelpFormatter
+        except ImportError as error:
+            raise SystemExit('The command needs more packages: pip install "prefix-adapter[train]"') from error
+
+        class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+            """jsonargparse's, with the line breaks of descriptions left as they are."""
+
+        class Parser(ArgumentParser):
+            error = _error
+
+        parser: Any = Parser(**settings, formatter_class=Formatter, epilog=_epilog())
+    else:
+
+        class PlainParser(argparse.ArgumentParser):
+            error = _error
+
+        parser = PlainParser(**settings, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.arguments(parser)
+    parser.add_argument(
+        "--debug", action="store_true", help=f"Show where in the program an error comes from; as {DEBUG}=1 does."
+    )
     return parser
 
 
-class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """jsonargparse's, with the line breaks of descriptions left as they are."""
+def _epilog() -> str:
+    from .training.recipe import recipe_names
+    from .training.settings import TASK_SETTINGS
 
-
-def _command(description: str, epilog: str | None = None) -> ArgumentParser:
-    return ArgumentParser(description=description, epilog=epilog, formatter_class=_Formatter)
-
-
-def _adapter_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("adapter", type=str, help="The folder that `train` left, or the adapter's name on the Hub.")
-    parser.add_argument("--model", type=str, help="The base model, if it is not where the recipe says.")
-    parser.add_argument("--revision", type=str, help="The adapter's revision on the Hub.")
-    parser.add_argument(
-        "--batch_size", type=int, help="Rows of a forward pass; the recipe's eval_batch_size by default."
+    settings = "".join(
+        f"\n  {task}" + "".join(f"\n    {name} ({default}): {text}" for name, (default, text) in own.items())
+        for task, own in TASK_SETTINGS.items()
     )
+    return f"task_kwargs, with their defaults:{settings}\n\nrecipes:\n  " + "\n  ".join(recipe_names())
+
+
+def _error(parser: Any, message: str, ex: Exception | None = None) -> NoReturn:
+    """End with two lines: what is wrong with the arguments, and where help is."""
+    print(f"{parser.prog}: {_plain(_in_our_words(parser, message))}\nTry `{parser.prog} --help`.", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _in_our_words(parser: Any, message: str) -> str:
+    """What a parser says about an argument: the option, what was given, what is wanted."""
+    if found := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
+        options = [each for each in found[1].split() if each.startswith("-")]
+        if not options:
+            return f"unexpected argument {found[1].split()[0]!r}."
+        name = options[0].partition("=")[0]
+        known = [option for action in parser._actions for option in action.option_strings]
+        return f"there is no option {name}.{_did_you_mean(name, known)}"
+    if found := re.match(r"argument (\S+): expected one argument", message):
+        return f"{found[1]} needs a value."
+    if found := re.match(r"argument (\S+): invalid _count value: (.*)", message):
+        return f"{found[1]} must be a whole number of at least 1, got {found[2]}."
+    if found := re.match(r"argument (\S+): invalid choice: (\S+) \(choose from (.*)\)", message):
+        return f"{found[1]} must be one of {found[3]}, got {found[2]}."
+    if found := re.match(r"argument (\S+: .*)", message, re.DOTALL):
+        return found[1]
+    if found := re.match(r'Parser key "([\w.]+)":', message):
+        wanted, given = (
+            _wanted(found[1]),
+            re.search(r"(?:Got value:|Given value:|Unable to load config) (.*)", message),
+        )
+        return f"--{found[1]} must be {wanted}" + (f", got {given[1].strip()}." if given else ".")
+    if found := re.match(r"(?:the following arguments are required: |.*required.*?[:\"] ?)(.*)", message, re.DOTALL):
+        return f"there must be a value for {found[1]}."
+    return message
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _wanted(key: str) -> str:
+    """What a key of a recipe or of a search can be, in words."""
+    from .training.recipe import Data, Recipe
+    from .training.settings import Search
+
+    group, _, name = key.rpartition(".")
+    hints = get_type_hints({"data": Data, "search": Search}.get(group, Recipe))
+    return _words(hints[name]) if name in hints else "of another type"
+
+
+def _words(hint: Any) -> str:
+    if get_origin(hint) is Union:
+        parts = [each for each in get_args(hint) if each is not type(None)]
+        null = " or null" if len(parts) < len(get_args(hint)) else ""
+        return " or ".join(map(_words, parts)) + null
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        dict: "a mapping, such as '{key: value}'",
+        list: "a list, such as '[a, b]'",
+    }
+    return names.get(get_origin(hint) or hint, "a mapping")
 
 
 def _with_recipe(arguments: list[str]) -> list[str]:
     """`train --resume FOLDER` reads the recipe that is in FOLDER."""
-    if arguments[:1] != ["train"]:
-        return arguments
     result: list[str] = []
     for place, argument in enumerate(arguments):
         name, _, folder = argument.partition("=")
         if name == "--resume":
-            folder = folder or (arguments[place + 1] if place + 1 < len(arguments) else "")
+            folder = folder or next(iter(arguments[place + 1 :]), "")
+            if not folder:
+                return arguments  # the parser says what is missing
             recipe = os.path.join(folder, "recipe.yaml")
             if not os.path.isfile(recipe):
-                raise SystemExit(f"prefix-adapter: --resume: there is no run in {folder!r} (it has no recipe.yaml).")
+                raise SystemExit(f"prefix-adapter train: --resume: there is no run in {folder!r} (no recipe.yaml).")
             result += ["--config", recipe, "--output_dir", folder]
         result.append(argument)
     return result
 
 
-_COMMANDS = {
-    "train": _train,
-    "train-together": _train_together,
-    "search": _search,
-    "evaluate": _evaluate,
-    "predict": _predict,
-    "info": _info,
-    "fold": _fold,
-    "import": _import,
-    "export": _export,
-    "push": _push,
-}
+def _command_of(arguments: list[str]) -> str:
+    """The command that is called; help and the version end the process here."""
+    name = arguments[0] if arguments else ""
+    if name in ("-h", "--help", "help"):
+        print(_overview())
+        raise SystemExit(0)
+    if name == "--version":
+        from .version import __version__
+
+        print(__version__)
+        raise SystemExit(0)
+    if name not in COMMANDS:
+        if not name:
+            print(_overview(), file=sys.stderr)
+        else:
+            print(
+                f"prefix-adapter: there is no command {name!r}.{_did_you_mean(name, list(COMMANDS))}\n"
+                f"There are {', '.join(COMMANDS)}.",
+                file=sys.stderr,
+            )
+        raise SystemExit(2)
+    return name
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; errors that a user can mend end in one message and exit code 1."""
-    from .training import TrainingDiverged, TrainingInterrupted
-
-    parser = _parser()
-    parsed = parser.parse_args(_with_recipe(sys.argv[1:] if arguments is None else arguments))
-    command = parsed.command
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    name, rest = _command_of(given), given[1:]
+    options = _parser(name).parse_args(_with_recipe(rest) if name == "train" else rest)
+    options.arguments = rest
+    debug = options.debug or os.environ.get(DEBUG, "") not in ("", "0")
     try:
-        _COMMANDS[command](parser.instantiate(parsed)[command])
-    except TrainingInterrupted as error:
+        COMMANDS[name].run(options)
+    except Exception as error:
+        if debug or not _is_expected(error):
+            raise
+        _end(name, error)
+    except KeyboardInterrupt as error:
         if _first():
-            print(error, file=sys.stderr)
-        raise SystemExit(128 + (error.signal_number or 0)) from None
-    except (ValueError, TrainingDiverged, OSError, ImportError) as error:
-        # RecipeError, DataError and UnsupportedBackboneError are ValueErrors.
-        raise SystemExit(f"prefix-adapter {command}: {error}" if _first() else 1) from error
+            print(f"prefix-adapter {name}: {error or 'Stopped.'}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether an error is one that a user can mend: of the arguments, files, rows, the network, or memory."""
+    # RecipeError, DataError and UnsupportedBackboneError are ValueErrors.
+    known = (ValueError, OSError, ImportError, MemoryError)
+    names = ("TrainingDiverged", "TrainingInterrupted", "PrefixNotUsedError", "OutOfMemoryError", "SafetensorError")
+    return (
+        isinstance(error, known)
+        or type(error).__name__ in names
+        or type(error).__module__.partition(".")[0] in ("huggingface_hub", "httpx")
+    )
+
+
+def _end(name: str, error: Exception) -> NoReturn:
+    """End the process with an error's message and no traceback."""
+    code = 1
+    if type(error).__name__ == "TrainingInterrupted":
+        text, code = str(error), 128 + (getattr(error, "signal_number", None) or 0)
+    else:
+        text = f"prefix-adapter {name}: {error}"
+    if code == 1:
+        raise SystemExit(_plain(text) if _first() else 1) from error
+    if _first():
+        print(_plain(text), file=sys.stderr)
+    raise SystemExit(code) from None
 
 
 if __name__ == "__main__":

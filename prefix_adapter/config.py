@@ -17,7 +17,7 @@ from .check import Source, shorten
 from .hub import write_model_card
 
 
-class PrefixTuningV2Type(enum.StrEnum):
+class PrefixTuningV2Type(str, enum.Enum):  # noqa: UP042 (printed and compared as PEFT's own types are)
     """The PEFT type of this package.
 
     `peft.PeftType` is closed, but the dictionaries in `peft.mapping` are keyed by string-valued enums, so a string

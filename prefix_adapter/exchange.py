@@ -8,6 +8,7 @@ before anything is written.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -19,20 +20,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import peft
 import torch
 import transformers
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from .attention import Slot
 from .check import SAVED, Source, find_embeddings, read_weights
 from .config import PrefixTuningV2Config
 from .convert import check_free, load_config, new_folder
-from .find import Finding, find_targets
+from .find import Finding, cache_argument, find_targets
 from .layer import LAYER_NAME, PREFIX, PrefixTuningV2Layer
 from .rows import describe
 
@@ -323,7 +325,7 @@ def _quiet() -> Iterator[None]:
 def _config(name: str, labels: int | None, revision: str | None = None) -> Any:
     with _quiet():
         settings = {} if labels is None else {"num_labels": labels}
-        return AutoConfig.from_pretrained(name, revision=revision or "main", **settings)
+        return AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False, **settings)
 
 
 def _load(task: str, name: str, config: Any, revision: str | None = None) -> tuple[PreTrainedModel, set[str]]:
@@ -333,7 +335,12 @@ def _load(task: str, name: str, config: Any, revision: str | None = None) -> tup
         with _quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model, info = auto_class.from_pretrained(
-                name, config=config, revision=revision or "main", dtype=torch.float32, output_loading_info=True
+                name,
+                config=config,
+                revision=revision or "main",
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
     except RuntimeError as error:
         raise ValueError(f"`base_model`: {name!r} cannot be loaded as {_AUTO_CLASSES[task]}: {error}") from error
@@ -569,9 +576,9 @@ def _slots_for_peft(source: AnyPath, config: PrefixTuningV2Config, layer: Prefix
     return slots
 
 
-def _outputs(model: PeftModel, task: str) -> dict[str, Tensor]:
+def _outputs(model: nn.Module, task: str) -> dict[str, Tensor]:
     """What a model says to a few ordinary tokens, of two segments where a head is to read those."""
-    config: Any = model.get_base_model().config
+    config: Any = model.config
     text_config = config.get_text_config()
     ids = torch.arange(4).unsqueeze(0) + text_config.vocab_size // 2
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -585,11 +592,60 @@ def _outputs(model: PeftModel, task: str) -> dict[str, Tensor]:
 
 
 def _peft_outputs(make: Callable[[], PeftModel], task: str) -> dict[str, Tensor]:
+    """What an adapter of PEFT's says to the same tokens."""
     try:
-        return _outputs(make(), task)
+        model = make()
+        if _peft_runs(model):
+            return _outputs(model, task)
+        with _prompt_in_backbone(model):
+            # PEFT's model for question answering drops token types.
+            return _outputs(model.get_base_model(), "FEATURE_EXTRACTION" if task == "QUESTION_ANS" else task)
     except Exception as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise ValueError(f"PEFT's own prefix tuning fails on the base model: {type(error).__name__}, {why}") from error
+
+
+def _peft_runs(model: PeftModel) -> bool:
+    """Whether PEFT itself can run its prefix; if not, say so.
+
+    peft 0.21 looks for an argument called `past_key_values`, which is `cache` from transformers 5.24 on: task heads
+    raise an error, and `generate` silently returns the base model's tokens.
+    """
+    if "past_key_values" in inspect.signature(type(_backbone_of(model)).forward).parameters:
+        return True
+    warnings.warn(
+        f"peft {peft.__version__} looks for `past_key_values`, which transformers {transformers.__version__} calls "
+        "`cache`: PREFIX_TUNING adapters fail or are ignored there. The adapter was compared with PEFT's keys and "
+        "values put into the backbone. To run it with PEFT, use transformers below 5.24.",
+        stacklevel=3,
+    )
+    return False
+
+
+def _backbone_of(model: PeftModel) -> Any:
+    base: Any = model.get_base_model()
+    return base.base_model
+
+
+@contextmanager
+def _prompt_in_backbone(model: PeftModel) -> Iterator[None]:
+    """Let the base model of an adapter of PEFT's have its keys and values, as PEFT's own forward passes them."""
+    backbone = _backbone_of(model)
+    argument: Any = cache_argument(backbone)
+
+    def put_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mask = kwargs["attention_mask"]
+        prompt = model.get_prompt(batch_size=len(mask))
+        if not backbone.config.is_encoder_decoder:
+            seen = mask.new_ones(len(mask), model.active_peft_config.num_virtual_tokens)
+            kwargs["attention_mask"] = torch.cat([seen, mask], dim=1)
+        return args, {**kwargs, argument: prompt}
+
+    handle = backbone.register_forward_pre_hook(put_in, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _check_equal(source: AnyPath, peft_outputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:

@@ -6,19 +6,25 @@ with a prefix before it is trusted.
 
 from __future__ import annotations
 
+import importlib.metadata
+import inspect
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import takewhile
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
+import transformers
+from packaging.requirements import Requirement
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
 from .attention import (
+    CACHE_ARGUMENTS,
     KINDS,
     SHARED_STATES,
     AttentionTarget,
@@ -33,10 +39,9 @@ from .cache import PrefixOf
 from .encoder import KeyValueShape, Pair
 from .positions import PositionProbe, PositionTarget
 from .probe import PROBE_LENGTH, innermost, parameter_names, probe, untouched
+from .version import __version__
 
-# What attention modules call their cache.
-CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
-
+_NO_CACHE = "none of its attention modules has an argument for cached keys and values."
 _ALTERNATIVES = {
     "encoder": "BERT, RoBERTa, XLM-RoBERTa, ELECTRA or CamemBERT (all-MiniLM is a BERT of DistilBERT's size)",
     "decoder": "Llama, Qwen, GPT-2 or OPT",
@@ -58,9 +63,26 @@ class UnsupportedBackboneError(ValueError):
             family = "encoder"
         super().__init__(
             f"{type(model).__name__} cannot take a prefix: {why} P-Tuning v2 puts learned keys and values in front of "
-            f"every attention layer by way of `past_key_values`. Backbones of the same kind that work: "
-            f"{_ALTERNATIVES[family]}. For this one, use another PEFT method (LoRA, for instance)."
+            f"every attention layer by way of `past_key_values` (`cache` from transformers 5.24 on). Backbones of the "
+            f"same kind that work: {_ALTERNATIVES[family]}. For this one, use another PEFT method (LoRA, for "
+            f"instance).{_untested_transformers()}"
         )
+
+
+def _untested_transformers() -> str:
+    """What to do if the installed transformers is newer or older than those that this package was tested with."""
+    try:
+        requirements = [Requirement(line) for line in importlib.metadata.requires("prefix-adapter") or ()]
+    except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
+        return ""
+    tested = next(requirement.specifier for requirement in requirements if requirement.name == "transformers")
+    if tested.contains(transformers.__version__, prereleases=True):
+        return ""
+    return (
+        f" transformers {transformers.__version__} is installed, and prefix-adapter {__version__} was tested with "
+        f"{tested}. A backbone that worked with one of those versions may work again after: "
+        f"pip install 'transformers{tested}'."
+    )
 
 
 @dataclass
@@ -82,9 +104,9 @@ class _Recorder:
         self.target, self.record = target, _Record()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        call = Call(self.target.names, args, kwargs)
+        call = self.target.call(args, kwargs)
         inner = call.get(self.target.cache)
-        self.record.call = Call(self.target.names, args, kwargs)
+        self.record.call = self.target.call(args, kwargs)
         self.record.at_once = 0
         self.record.without_gradient = self.record.without_gradient or not torch.is_grad_enabled()
         self.record.cached = self.record.cached or inner is not None
@@ -133,28 +155,10 @@ def find_targets(model: nn.Module) -> Finding:
             input cannot be run.
         ValueError: if the attention implementation is one whose masks are not understood.
     """
-    recorders = _candidates(model)
-    if not recorders:
-        raise UnsupportedBackboneError(
-            model, "none of its attention modules has an argument for cached keys and values."
-        )
-    for recorder in recorders.values():
-        check_implementation(implementation_of(recorder.target.module, model))
-    positions = PositionProbe(model, recorders)
-    handles = [r.target.module.register_forward_pre_hook(r, with_kwargs=True) for r in recorders.values()]
     with untouched(model):
-        try:
-            output = probe(model)
-        except Exception as error:
-            raise UnsupportedBackboneError(
-                model, f"a forward pass on a dummy input failed ({type(error).__name__}: {error})."
-            ) from error
-        finally:
-            for handle in handles:
-                handle.remove()
-            position_targets = positions.found()
+        recorders, positions, output = _observe(model)
         targets = [_as_target(model, recorder) for recorder in recorders.values() if recorder.record.updates]
-        _check_complete(model, targets, getattr(output, "past_key_values", None))
+        _check_complete(model, targets, _cache_of(output))
         _describe_biases(targets, {name: recorder.record for name, recorder in recorders.items()})
         for target in targets:
             call = recorders[target.name].record.call
@@ -168,9 +172,9 @@ def find_targets(model: nn.Module) -> Finding:
             source = _source(model, target, targets)
             target.follows, target.slots = True, source.slots
             followers.append((target, source))
-    for position in position_targets:
+    for position in positions:
         position.kind = max((t for t in targets if t.kind != "cross"), key=partial(_nearness, position.name)).kind
-    return Finding(targets, followers, position_targets)
+    return Finding(targets, followers, positions)
 
 
 def _nearness(name: str, target: AttentionTarget) -> int:
@@ -179,22 +183,92 @@ def _nearness(name: str, target: AttentionTarget) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _candidates(model: nn.Module) -> dict[str, _Recorder]:
+def _observe(model: nn.Module) -> tuple[dict[str, _Recorder], list[PositionTarget], Any]:
+    """Probe the backbone: recorders of the modules that may take a prefix, position modules, the backbone's output.
+
+    A module is a candidate if an argument of its `forward` has the type or a known name of a cache. If the probe hands
+    a cache to a module under another name, the probe runs again with that name among the known ones.
+    """
+    modules = dict(model.named_modules())
+    known: tuple[str, ...] = CACHE_ARGUMENTS
+    recorders = _candidates(model, modules, known)
+    while True:
+        for recorder in recorders.values():
+            check_implementation(implementation_of(recorder.target.module, model))
+        handed: set[str] = set()
+        note = partial(_note_cache, handed)
+        handles = [
+            module.register_forward_pre_hook(recorders.get(name, note), with_kwargs=True)
+            for name, module in modules.items()
+        ]
+        positions = PositionProbe(model, recorders)
+        try:
+            output = probe(model)
+        except Exception as error:
+            why = f"a forward pass on a dummy input failed ({type(error).__name__}: {error})."
+            raise UnsupportedBackboneError(model, why if recorders else _NO_CACHE) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+            found = positions.found()
+        known = (*known, *sorted(handed - {*known}))
+        before, recorders = recorders, _candidates(model, modules, known)
+        if recorders.keys() == before.keys():
+            break
+    if not before:
+        raise UnsupportedBackboneError(model, _NO_CACHE)
+    return before, found, output
+
+
+def _note_cache(handed: set[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook that notes under which name a module is handed a cache."""
+    for name, value in (*zip(parameter_names(module), args, strict=False), *kwargs.items()):
+        if isinstance(value, Cache):
+            handed.add(name)
+
+
+def _candidates(model: nn.Module, modules: dict[str, nn.Module], known: tuple[str, ...]) -> dict[str, _Recorder]:
+    """Recorders of the innermost modules that take a cache.
+
+    Args:
+        known: names of arguments that take one.
+    """
     config = getattr(model, "config", None)
     two_sided = bool(getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False))
-    named = {}
-    for name, module in model.named_modules():
-        names = parameter_names(module)
-        cache = next((argument for argument in CACHE_ARGUMENTS if argument in names), None)
-        if cache is not None:
-            named[name] = AttentionTarget(name, module, names, cache, two_sided)
-    candidates = innermost({name: target.module for name, target in named.items()})
+    arguments = {name: argument for name, module in modules.items() if (argument := cache_argument(module, known))}
     # A backbone whose layers take no cache may name one itself, and is no attention module.
     return {
-        name: _Recorder(named[name])
-        for name, module in candidates.items()
+        name: _Recorder(AttentionTarget(name, module, parameter_names(module), arguments[name], two_sided))
+        for name, module in innermost({name: modules[name] for name in arguments}).items()
         if not hasattr(module, "get_input_embeddings")
     }
+
+
+def cache_argument(module: nn.Module, known: tuple[str, ...] = CACHE_ARGUMENTS) -> str | None:
+    """The argument of a module's `forward` that takes a key/value cache: by its type, else by a known name."""
+    names, typed = _arguments(type(module).forward)
+    named = [name for name in known if name in names]
+    return next(iter([*(name for name in named if name in typed), *typed, *named]), None)
+
+
+@lru_cache(maxsize=1024)
+def _arguments(forward: Any) -> tuple[list[str], list[str]]:
+    """The names of all arguments of a function, and of those that have a cache's type."""
+    names = list(inspect.signature(forward).parameters)
+    try:
+        types = get_type_hints(forward)
+    except Exception:  # annotations are code, and may name what is not imported
+        types = {}
+    return names, [name for name in names if any(map(_is_cache_type, (types.get(name), *get_args(types.get(name)))))]
+
+
+def _is_cache_type(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Cache)
+
+
+def _cache_of(output: Any) -> Any:
+    """The cache in a backbone's output: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return output.get("cache", output.get("past_key_values")) if isinstance(output, dict) else None
 
 
 def _as_target(model: nn.Module, recorder: _Recorder) -> AttentionTarget:

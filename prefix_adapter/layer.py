@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
@@ -11,7 +15,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .attention import AttentionTarget, Call, Slot, make_room, put_in_front, widen_own_mask
+from .attention import AttentionTarget, Call, Slot, make_room, put_in_front
 from .check import (
     SAVED,
     Spec,
@@ -26,11 +30,11 @@ from .check import (
 from .config import PrefixTuningV2Config
 from .encoder import Pair, PrefixEncoder, split_layers
 from .find import find_targets
-from .positions import positions_behind_padding
+from .positions import counting_module, positions_behind_padding
 from .probe import parameter_names
 from .rollback import Unfinished, drop_unfinished
-from .rows import Adapter, Piece, Plan, Row, describe, make_plan, pick_outputs
-from .watch import Watch, check_fits, check_input, sequences
+from .rows import Adapter, PerThread, Piece, Plan, Row, RowCall, check_names, describe, make_plan, pick_outputs
+from .watch import Forward, Watch, check_fits, check_input, sequences
 
 # PEFT's prefix of this method: it starts the name of every container of parameters.
 PREFIX = "prefix_tuning_v2_"
@@ -42,12 +46,62 @@ def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
+class _Thread(PerThread):
+    """What this thread is in the middle of.
+
+    Attributes:
+        call: its innermost call of a `PeftModel`.
+        replica: the copy of the model that `nn.DataParallel` is about to call in it.
+    """
+
+    call: RowCall | None = None
+    replica: nn.Module | None = None
+
+
+class _Calls:
+    """The calls of a model that are running. A copied or unpickled model has none.
+
+    Attributes:
+        thread: what the thread that asks is in the middle of.
+        mixed: the calls of all threads with `adapter_names`.
+        plain: the others.
+        own_masks: held by the thread that has changed the own mask of a module, which all threads share.
+    """
+
+    def __init__(self) -> None:
+        self.thread = _Thread()
+        self.mixed: list[RowCall] = []
+        self.plain: list[RowCall] = []
+        self.own_masks = threading.RLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+@dataclass(eq=False)
+class _WideMask:
+    """A module's own mask with room for a prefix, on its way from the hook that makes it to the forward that needs it.
+
+    Attributes:
+        module: the module that is called: the target, or a replica of it.
+        mask: bool `[1, 1, tokens, keys]`.
+        used: whether the forward has put it in place.
+    """
+
+    module: nn.Module
+    mask: Tensor
+    used: bool = False
+
+
 class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     """All prefixes of a model.
 
     It is a child of the model, so its parameters are saved, moved and frozen like any others, but it is never called:
     hooks on the attention modules put each layer's own keys and values in front. What learns is encoded when a forward
-    begins and forgotten when it ends; a layer that gradient checkpointing repeats encodes its own part anew.
+    begins and dropped when it ends; a layer that gradient checkpointing repeats encodes its own part anew.
+
+    The model's `forward` is wrapped, on the instance: torch runs no hooks after a KeyboardInterrupt or SystemExit, and
+    nothing of a forward may be left for the next one.
 
     Args:
         model: the transformers model to serve.
@@ -69,21 +123,21 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             self.add_module(name, nn.ModuleDict())
         self._active_adapter: list[str] = []
-        self._row_adapters: list[Row] | None = None
-        self.count_rows = False
-        self._batch: int | None = None
+        self._calls = _Calls()
         self._ready: dict[str, tuple[Any, dict[Slot, Pair]]] = {}
-        # A generation asks for the same at every token. Of a mixed batch for as long as its names are set.
+        # A generation asks for the same plans at every token. Those of mixed batches are kept in the `RowCall`.
         self._plans: dict[Any, Plan | None] = {}
         self._expectations: dict[Any, list[int]] = {}
-        self._mixed: dict[Any, Pair] = {}
-        self._own_masks: dict[int, Tensor] = {}
         self._watch = Watch(self.targets)
         # In a tuple, or the model would become a child of its own child.
         self._model = (model,)
+        self._depth = getattr(self._text_config, "num_hidden_layers", None)
         self._handles: list[Any] = []
+        # Modules whose `forward` is wrapped, with the attribute that holds it and what was there before.
+        self._wrapped: list[tuple[nn.Module, str, Any]] = []
         # Positions with hooks, by their index.
         self._hooked: set[int] = set()
+        self._removed = False
         try:
             self._hook(model)
         except BaseException:
@@ -217,6 +271,12 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
                     f"are {sorted(known)}."
                 )
             slots = [slot for slot in slots if slot.layer in wanted]
+        fixed = [position.name for position in self.positions if not position.movable]
+        if config.shift_positions and fixed:
+            raise ValueError(
+                f"`shift_positions=True`: {', '.join(fixed)} of {name} counts positions in a way that cannot "
+                "be moved. Use `shift_positions=False`."
+            )
         relative = any(target.bias or target.shares_bias for target in self.targets)
         if config.shift_positions and not self.positions and not relative:
             raise ValueError(
@@ -261,7 +321,12 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
                 getattr(self, container)[adapter_name] = module
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; PEFT chooses another one to be active if it was."""
+        """Delete an adapter; PEFT chooses another one to be active if it was.
+
+        Raises:
+            RuntimeError: if a call that is still running has the adapter.
+        """
+        self.check_unused(adapter_name)
         super().delete_adapter(adapter_name)
         self._forget_plans()
         self._ready.pop(adapter_name, None)
@@ -290,72 +355,159 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     def _forget_plans(self) -> None:
         self._plans, self._expectations = {}, {}
 
-    def set_row_adapters(self, names: list[str] | None) -> None:
-        """Give each row of the batch an adapter of its own, `"__base__"` for none; `None` ends it."""
-        self._row_adapters = None if names is None else [() if name == "__base__" else (name,) for name in names]
-        self._batch = None
-        self._forget_plans()
-        self._mixed = {}
-        if names is None:
-            self.count_rows = False
+    @contextmanager
+    def call_with(self, names: list[str] | None, count_rows: bool = False) -> Iterator[None]:
+        """Around one call of the model in this thread, which is to keep the adapters with which it begins.
+
+        Args:
+            names: an adapter's name for each row of the batch, `"__base__"` for none; `None` for the active adapters.
+            count_rows: whether the rows still have to be counted when the model is called.
+        """
+        compiling = torch.compiler.is_compiling()
+        if names is None and compiling:
+            # A graph reads the active adapters, and is compiled anew when they change.
+            yield
+            return
+        thread = self._calls.thread
+        call = RowCall(names, self._rows_of(names), None if compiling else thread.call, count_rows)
+        calls = self._calls.plain if names is None else self._calls.mixed
+        try:
+            calls.append(call)
+            if not compiling:
+                thread.call = call
+            yield
+        finally:
+            if not compiling:
+                thread.call = call.outer
+            calls.remove(call)
+
+    def _rows_of(self, names: list[str] | None) -> list[Row]:
+        """The adapters of each row by `adapter_names`, or the active ones in a single entry."""
+        if self._disable_adapters:
+            return [()]
+        if names is not None:
+            return [() if name == "__base__" else (name,) for name in names]
+        return [tuple(name for name in self.active_adapters if name in self.adapters)]
+
+    @property
+    def call(self) -> RowCall | None:
+        """The running call of this thread.
+
+        Raises:
+            RuntimeError: in a compiled graph, which cannot tell threads apart, if another thread is in a call as well.
+        """
+        calls = self._calls
+        if not torch.compiler.is_compiling():
+            return calls.thread.call
+        if not calls.mixed:
+            return None
+        if len(calls.mixed) + len(calls.plain) > 1:
+            raise RuntimeError(
+                "A compiled model was called with `adapter_names` while another thread is in a call of it. Let the "
+                "threads take turns, or do not compile the model."
+            )
+        return calls.mixed[0]
+
+    @property
+    def active_rows(self) -> list[Row]:
+        """A single entry: the active adapters, none if they are disabled."""
+        return self._rows_of(None)
 
     def _rows(self) -> list[Row]:
         """The adapters of each row; a single entry if all rows have the same."""
-        if self._disable_adapters:
-            return [()]
-        if self._row_adapters is not None:
-            return self._row_adapters
-        return [tuple(name for name in self.active_adapters if name in self.adapters)]
+        call = self.call
+        return self.active_rows if call is None else call.rows
 
-    def _plan(self, index: int, states: Tensor, memo: dict[Any, Any]) -> Plan | None:
+    def _switched(self) -> None:
+        """The active adapters were switched: that goes for the calls of this thread, and not for those of others."""
+        call = self._calls.thread.call
+        while call is not None:
+            call.switch(self._rows_of(call.names))
+            call = call.outer
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters, as PEFT does."""
+        super().set_adapter(adapter_names, inference_mode)
+        self._switched()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off, as PEFT does."""
+        super().enable_adapters(enabled)
+        self._switched()
+
+    def runs_elsewhere(self) -> bool:
+        """Whether another thread is in the middle of a call."""
+        own, call = 0, self._calls.thread.call
+        while call is not None:
+            own, call = own + 1, call.outer
+        return len(self._calls.mixed) + len(self._calls.plain) > own
+
+    def check_unused(self, adapter_name: str) -> None:
+        """See to it that no running call, of any thread, has an adapter that is about to be deleted.
+
+        Raises:
+            RuntimeError: if one has.
+        """
+        for call in [*self._calls.mixed, *self._calls.plain]:
+            if any(adapter_name in row for row in call.rows):
+                raise RuntimeError(
+                    f"Adapter {adapter_name!r} is in use by a call of the model that is still running. Delete it when "
+                    "the call is over."
+                )
+
+    def _plan(self, index: int, states: Tensor, forward: Forward) -> Plan | None:
         """What to put in front of a target that is given hidden states `[batch, ...]`; `None` if nothing."""
-        rows = memo.get("rows") or self._rows()
+        rows = forward.rows or self._rows()
         mixed = len(rows) > 1
         key = (index, states.device, states.shape[0]) if mixed else (index, rows[0])
-        if key in self._plans:
-            return self._plans[key]
+        call = self.call if mixed else None
+        plans = self._plans if call is None else call.plans
+        if key in plans:
+            return plans[key]
         plan = make_plan(rows, self.adapters, self.targets[index], states)
         if mixed or plan is None or plan.visible is None:
-            self._plans[key] = plan
+            plans[key] = plan
         return plan
 
-    def _prefix(self, slot: Slot, plan: Plan, keys: Tensor, memo: dict[Any, Any]) -> Pair:
+    def _prefix(self, slot: Slot, plan: Plan, keys: Tensor, forward: Forward) -> Pair:
         """The prefix `[1 or batch, heads, length, size]` in front of an attention layer's keys and values."""
         if plan.picked is None:
             row = plan.rows[0]
             # The same pair for the same prefix: the cache's view goes by that.
-            return self._piece(row[0], slot, keys, memo) if len(row) == 1 else self._row(row, slot, keys, memo)
+            return self._piece(row[0], slot, keys, forward) if len(row) == 1 else self._row(row, slot, keys, forward)
+        call = self.call
+        pairs = {} if call is None else call.pairs
         key = (slot, keys.device, keys.dtype, keys.shape[0])
-        if key not in self._mixed:
-            rows = [self._row(row, slot, keys, memo) for row in plan.rows]
+        if key not in pairs:
+            rows = [self._row(row, slot, keys, forward) for row in plan.rows]
             prefix_keys, prefix_values = (
                 torch.cat(side).to(keys.dtype)[plan.picked] for side in zip(*rows, strict=True)
             )
-            self._mixed[key] = prefix_keys, prefix_values
-        return self._mixed[key]
+            pairs[key] = prefix_keys, prefix_values
+        return pairs[key]
 
-    def _row(self, row: tuple[Piece, ...], slot: Slot, keys: Tensor, memo: dict[Any, Any]) -> Pair:
+    def _row(self, row: tuple[Piece, ...], slot: Slot, keys: Tensor, forward: Forward) -> Pair:
         """The prefix of one row `[1, heads, length, size]`, or `[batch, heads, length, size]` under dropout."""
-        parts = [self._piece(piece, slot, keys, memo) for piece in row]
+        parts = [self._piece(piece, slot, keys, forward) for piece in row]
         batch = max(part.shape[0] for part, _ in parts)
         joined = [torch.cat([part.expand(batch, -1, -1, -1) for part in side], 2) for side in zip(*parts, strict=True)]
         return joined[0], joined[1]
 
-    def _piece(self, piece: Piece, slot: Slot, keys: Tensor, memo: dict[Any, Any]) -> Pair:
+    def _piece(self, piece: Piece, slot: Slot, keys: Tensor, forward: Forward) -> Pair:
         name = piece.adapter
         if name is None:
             return slot.shape.split(keys.new_zeros(1, piece.length, slot.shape.columns))
         dropout = self.adapters[name].dropout if self.training else 0.0
         if dropout:
-            part = self._encode(name, slot, memo).to(keys.device, keys.dtype)
+            part = self._encode(name, slot, forward).to(keys.device, keys.dtype)
             return slot.shape.split(F.dropout(part.expand(keys.shape[0], -1, -1), dropout))
-        pairs = self._pairs(name, memo)
-        pair = slot.shape.split(self._encode(name, slot, memo)) if pairs is None else pairs[slot]
+        pairs = self._pairs(name, forward)
+        pair = slot.shape.split(self._encode(name, slot, forward)) if pairs is None else pairs[slot]
         return pair if pair[0].device == keys.device else (pair[0].to(keys.device), pair[1].to(keys.device))
 
-    def _pairs(self, adapter_name: str, memo: dict[Any, Any]) -> dict[Slot, Pair] | None:
+    def _pairs(self, adapter_name: str, forward: Forward) -> dict[Slot, Pair] | None:
         """Keys and values of all layers, if they are known or can be made at once by whichever layer asks first."""
-        pairs = memo.get(("pairs", adapter_name))
+        pairs = forward.memo.get(("pairs", adapter_name))
         if pairs is not None:
             return pairs
         state, known = self._state(adapter_name), self._ready.get(adapter_name)
@@ -364,11 +516,11 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
                 with torch.no_grad():
                     known = self._ready[adapter_name] = state, self._split(adapter_name)
             pairs = known[1]
-        elif torch.is_grad_enabled() or "rows" not in memo:
+        elif torch.is_grad_enabled() or not forward.rows:
             return None
         else:
             pairs = self._split(adapter_name)
-        memo["pairs", adapter_name] = pairs
+        forward.memo["pairs", adapter_name] = pairs
         return pairs
 
     def _split(self, adapter_name: str) -> dict[Slot, Pair]:
@@ -390,7 +542,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             return None
         return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
 
-    def _encode_whole(self, row: Row, memo: dict[Any, Any]) -> None:
+    def _encode_whole(self, row: Row, forward: Forward) -> None:
         """Encode what learns of a row's adapters for all layers at once, for this forward.
 
         A layer's own columns have a gradient as large as the whole table, which is zero but for them, and each layer
@@ -398,17 +550,17 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         """
         for name in row:
             adapter = self.adapters[name]
-            if self._pairs(name, memo) is not None:
+            if self._pairs(name, forward) is not None:
                 continue
             if self.training and adapter.dropout:
                 parts = self.encoder_of(name).encode(slice(None)).split([s.shape.columns for s in adapter.columns], 1)
-                memo["encoded", name] = dict(zip(adapter.columns, parts, strict=True))
+                forward.memo["encoded", name] = dict(zip(adapter.columns, parts, strict=True))
             else:
-                memo["pairs", name] = self._split(name)
+                forward.memo["pairs", name] = self._split(name)
 
-    def _encode(self, adapter_name: str, slot: Slot, memo: dict[Any, Any]) -> Tensor:
+    def _encode(self, adapter_name: str, slot: Slot, forward: Forward) -> Tensor:
         """An adapter's prefix for a slot, `[1, n, columns]`."""
-        whole = memo.get(("encoded", adapter_name))
+        whole = forward.memo.get(("encoded", adapter_name))
         if whole is not None:
             return whole[slot].unsqueeze(0)
         encoder, columns = self.encoder_of(adapter_name), self.adapters[adapter_name].columns[slot]
@@ -427,29 +579,34 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     def _hook(self, model: nn.Module) -> None:
         # Methods and what they are given first: unlike closures they are copied with the model that they hang on.
-        before, after = "register_forward_pre_hook", "register_forward_hook"
-        always: list[Any] = []
-        hooks: list[tuple[nn.Module, str, Any]] = [
-            (model, before, self._before_model),
-            (model, after, self._after_model),
-        ]
-        backbone: Any = getattr(model, "base_model", model)
-        self._backbone_names = parameter_names(backbone)
-        if "position_ids" in self._backbone_names:
-            hooks.append((backbone, before, self._before_backbone))
+        before = "register_forward_pre_hook"
+        hooks: list[tuple[nn.Module, str, Any]] = [(model, before, self._note_replica)]
+        self._wrap_forward(model, self._run_model)
+        counting = counting_module(model, self.positions)
+        if counting is not None:
+            hooks.append((counting, before, partial(self._before_counting, parameter_names(counting))))
         for index, target in enumerate(self.targets):
             hooks.append((target.module, before, partial(self._before_attention, index)))
             if target.own_mask is not None:
-                restore = partial(self._restore_own_mask, index)
-                always.append(target.module.register_forward_hook(restore, always_call=True))
+                self._wrap_forward(target.module, self._run_with_own_mask, index)
         for follower, source in self.followers:
             index = next(index for index, target in enumerate(self.targets) if target is source)
             hooks.append((follower.module, before, partial(self._before_follower, follower, index)))
-        handles = [getattr(module, register)(hook, with_kwargs=True) for module, register, hook in hooks]
-        self._handles = [*always, *handles]
+        self._handles = [getattr(module, register)(hook, with_kwargs=True) for module, register, hook in hooks]
         self._hook_positions(limited=True)
-        # Behind those, as it ends what they look at; also of a forward that fails.
-        self._handles.append(model.register_forward_hook(self._forget_forward, always_call=True))
+
+    def _wrap_forward(self, module: nn.Module, run: Any, *args: Any) -> None:
+        """Have `module.forward` be `run`, after `args` given the index in `_wrapped` of what it replaces."""
+        # accelerate keeps the forward under a private name, and calls that when the weights are in place.
+        name = "_old_forward" if hasattr(module, "_old_forward") else "forward"
+        wrapper = partial(run, *args, len(self._wrapped))
+        self._wrapped.append((module, name, vars(module).get(name)))
+        setattr(module, name, update_wrapper(wrapper, getattr(module, name)))
+
+    def _unwrapped(self, entry: int, module: nn.Module) -> Any:
+        """What `_wrap_forward` has replaced: the class's own `forward`, for the module that is called, or another."""
+        _, _, before = self._wrapped[entry]
+        return partial(type(module).forward, module) if before is None else before
 
     def _hook_positions(self, limited: bool) -> None:
         """Hooks where positions are looked up in a table; without a limit there is nothing to do until they shift."""
@@ -466,100 +623,167 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         """Take the hooks off the model, which then is what it was."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._removed = [], True
+        for module, name, before in self._wrapped:
+            # If somebody has wrapped it once more, it stays, and does nothing.
+            if getattr(vars(module).get(name), "func", None) in (self._run_model, self._run_with_own_mask):
+                if before is None:
+                    delattr(module, name)
+                else:
+                    setattr(module, name, before)
         self._watch.release(self.model)
 
-    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._unfinished:
+    def _note_replica(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not self.model:
+            self._calls.thread.replica = module
+
+    def _run_model(self, entry: int, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, with a record of what happens in it that ends with it, however it ends."""
+        compiling, module = torch.compiler.is_compiling(), self.model
+        if not compiling and self._calls.thread.replica is not None:
+            module, self._calls.thread.replica = self._calls.thread.replica, None
+        if self._unfinished and not compiling:
             drop_unfinished(self)
-        rows = self._rows()
-        if not any(rows):
-            return
-        self._watch.begin()
-        memo = self._watch.forward.memo
-        memo["rows"] = rows
-        if self._row_adapters is None and not torch.compiler.is_compiling():
-            self._encode_whole(rows[0], memo)
+        run = self._unwrapped(entry, module)
+        rows: list[Row] = [()] if self._removed else self._rows()
+        forward = Forward(rows)
+        if compiling:
+            if any(rows):
+                self._before_model(forward, module, args, kwargs)
+            return run(*args, **kwargs)
+        before = self._watch.current
+        try:
+            self._watch.current = forward if any(rows) else None
+            if any(rows):
+                self._before_model(forward, module, args, kwargs)
+            output = run(*args, **kwargs)
+            if any(rows):
+                self._after_model(forward, kwargs)
+            return output
+        finally:
+            self._watch.current = before
+
+    def _before_model(
+        self, forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        call = self.call
+        mixed = call is not None and call.names is not None
+        if not mixed and not torch.compiler.is_compiling():
+            self._encode_whole(forward.rows[0], forward)
         if self._hooked:
-            memo["shifts"] = {target.kind: self._shifts(target.kind) for target in self.positions}
+            forward.shifts = {target.kind: self._shifts(target.kind, forward) for target in self.positions}
             ids, shape = sequences(args, kwargs)
             if shape:
-                check_input(self.model, ids, shape[-1], self.positions, max(self._shifts(self.targets[0].kind)))
-        if self._row_adapters is not None:
-            self._count_rows(rows, args, kwargs)
+                shift = max(self._shifts(self.targets[0].kind, forward))
+                check_input(self.model, ids, shape[-1], self.positions, shift)
+        if call is not None and mixed:
+            shape = sequences(args, kwargs)[1]
+            if shape and call.count_rows:
+                check_names(len(call.names or ()), shape[0], replica=module is not self.model)
+            # An encoder-decoder's rows are those that it decodes: beams come after the encoder.
+            shape = sequences((), kwargs, "decoder_")[1] or shape
+            forward.batch = math.prod(shape[:-1]) if shape else None
         if self.training and torch.is_grad_enabled():
             self._watch.prepare_checkpointing(self.model, shares_keys=bool(self.followers))
 
-    def _count_rows(self, rows: list[Row], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        shape = sequences(args, kwargs)[1]
-        if shape and self.count_rows and shape[0] != len(rows):
-            raise ValueError(f"`adapter_names` has {len(rows)} names for a batch of {shape[0]}.")
-        # An encoder-decoder's rows are those that it decodes: beams come after the encoder.
-        shape = sequences((), kwargs, "decoder_")[1] or shape
-        self._batch = math.prod(shape[:-1]) if shape else None
-
-    def _before_backbone(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before_counting(
+        self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if kwargs.get("position_ids") is not None:
             return None
         active = {name for row in self._rows() for name in row}
         # With `shift_positions` padding is counted as PEFT counts it.
         if not active or any(self.adapters[name].shifts for name in active):
             return None
-        call = Call(self._backbone_names, args, kwargs)
+        call = Call(names, args, kwargs)
         positions = positions_behind_padding(self.positions, call)
         if positions is None:
             return None
         call.set("position_ids", positions)
         return tuple(call.args), call.kwargs
 
-    def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        rows = self._watch.forward.memo.get("rows")
-        if rows is None:
-            return
+    def _after_model(self, forward: Forward, kwargs: dict[str, Any]) -> None:
         drops_layers = False
         if self.training:
             config = getattr(self.model, "config", None)
             names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
             drops_layers = any(getattr(config, name, 0) for name in names)
-        self._watch.end(self._expected(rows, kwargs.get("encoder_outputs") is not None), drops_layers)
+        expected = self._expected(forward.rows, kwargs.get("encoder_outputs") is not None)
+        self._watch.check(forward, expected, self._left_out, drops_layers)
 
     def _expected(self, rows: list[Row], encoder_rests: bool) -> list[int]:
         """Indices of the targets that are to use a prefix."""
-        key = (encoder_rests, rows[0] if len(rows) == 1 else None)
-        if key not in self._expectations:
+        call, key = self.call, (encoder_rests, rows[0])
+        known = self._expectations if call is None or len(rows) == 1 else call.expectations
+        if key not in known:
             adapters = [self.adapters[name] for row in rows for name in row]
-            self._expectations[key] = [
+            known[key] = [
                 index
                 for index, target in enumerate(self.targets)
                 if any(adapter.fills(target) for adapter in adapters)
                 and not (encoder_rests and target.kind == "encoder")
             ]
-        return self._expectations[key]
+        return known[key]
 
-    def _forget_forward(self, *_: Any) -> None:
-        self._watch.forget()
+    def _left_out(self) -> set[int]:
+        """Indices of the targets in layers that the model leaves out, having been told a smaller depth than it has.
+
+        transformers does so to guess tokens ahead with a model's own first layers (`assistant_early_exit`).
+        """
+        depth = getattr(self._text_config, "num_hidden_layers", None)
+        if self._depth is None or depth is None or depth >= self._depth:
+            return set()
+        return {i for i, t in enumerate(self.targets) if all(slot.layer >= depth for slot in t.slots.values())}
 
     def _before_attention(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target, forward = self.targets[index], self._watch.forward
-        call = Call(target.names, args, kwargs)
-        plan = self._plan(index, call.get(target.names[0]), forward.memo)
+        call = target.call(args, kwargs)
+        plan = self._plan(index, call.get(target.names[0]), forward)
         if plan is None:
             return None
         forward.called.add(index)
+        wide: _WideMask | None = None
 
         def prefix_of(keys: Tensor, values: Tensor, layer_idx: int | None) -> Pair:
+            if wide is not None and not wide.used:
+                raise RuntimeError(
+                    f"{target.name}: its `forward` was replaced after the adapter was added, and hides the prefix. "
+                    "Add the adapter after whatever replaces it."
+                )
             self._watch.served(index, forward)
-            return self._prefix(target.slot(layer_idx), plan, keys, forward.memo)
+            return self._prefix(target.slot(layer_idx), plan, keys, forward)
 
         put_in_front(call, target, self.model, plan.length, plan.visible, prefix_of, forward.memo)
         if target.own_mask is not None:
-            self._own_masks[index] = widen_own_mask(target, target.own_mask, plan.length)
+            own = getattr(module, target.own_mask)
+            wide = _WideMask(module, F.pad(own, (plan.length, 0, plan.length, 0), value=True))
+            call.kwargs["wide_mask"] = wide
         return tuple(call.args), call.kwargs
 
-    def _restore_own_mask(self, index: int, *_: Any) -> None:
-        if index in self._own_masks:
-            target: Any = self.targets[index]
-            setattr(target.module, target.own_mask, self._own_masks.pop(index))
+    def _run_with_own_mask(
+        self, index: int, entry: int, *args: Any, wide_mask: _WideMask | None = None, **kwargs: Any
+    ) -> Any:
+        """The forward of a module with a mask of its own (GPT-Neo), which is wider while it runs with a prefix."""
+        target = self.targets[index]
+        run = self._unwrapped(entry, target.module if wide_mask is None else wide_mask.module)
+        if torch.compiler.is_compiling():
+            return self._swap_mask(target, wide_mask, run, args, kwargs)
+        # Threads share the module, and with it the mask.
+        with self._calls.own_masks:
+            return self._swap_mask(target, wide_mask, run, args, kwargs)
+
+    def _swap_mask(
+        self, target: AttentionTarget, wide: _WideMask | None, run: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if wide is None or target.own_mask is None:
+            return run(*args, **kwargs)
+        own = getattr(wide.module, target.own_mask)
+        try:
+            setattr(wide.module, target.own_mask, wide.mask)
+            wide.used = True
+            return run(*args, **kwargs)
+        finally:
+            setattr(wide.module, target.own_mask, own)
 
     def _before_follower(
         self,
@@ -569,38 +793,38 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        call, memo = Call(follower.names, args, kwargs), self._watch.forward.memo
-        plan = self._plan(index, call.get(follower.names[0]), memo)
+        call, forward = Call(follower.names, args, kwargs), self._watch.forward
+        plan = self._plan(index, call.get(follower.names[0]), forward)
         if plan is None:
             return None
-        make_room(call, follower, self.model, plan.length, plan.visible, memo)
+        make_room(call, follower, self.model, plan.length, plan.visible, forward.memo)
         return tuple(call.args), call.kwargs
 
-    def _shifts(self, kind: str) -> list[int]:
+    def _shifts(self, kind: str, forward: Forward) -> list[int]:
         """By how much the positions of each row move in the encoder or the decoder."""
-        shifts = self._watch.forward.memo.get("shifts")
-        if shifts is not None and kind in shifts:
-            return shifts[kind]
-        return [sum(self.adapters[name].shift(kind) for name in row) for row in self._rows()]
+        if kind in forward.shifts:
+            return forward.shifts[kind]
+        return [sum(self.adapters[name].shift(kind) for name in row) for row in forward.rows or self._rows()]
 
     def _before_positions(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target = self.positions[index]
-        shifts = self._shifts(target.kind)
+        forward = self._watch.forward
+        shifts = self._shifts(target.kind, forward)
         check_fits(self.model, target.too_many(args, kwargs, max(shifts)), target.limit, max(shifts))
-        if len(set(shifts)) == 1 and shifts[0]:
-            return target.shift(shifts[0], args, kwargs)
-        return None
+        if not any(shifts) or (len(set(shifts)) > 1 and target.for_all_rows(args, kwargs)):
+            return None
+        return target.shift(shifts, forward.batch, args, kwargs)
 
     def _after_positions(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        target = self.positions[index]
-        shifts = self._shifts(target.kind)
-        if len(set(shifts)) == 1:
+        target, forward = self.positions[index], self._watch.forward
+        shifts = self._shifts(target.kind, forward)
+        if len(set(shifts)) == 1 or not target.for_all_rows(args, kwargs):
             return None
-        # Positions are often the same for all rows, `[1, tokens]`: compute what each shift gives, and pick.
+        # Compute what each shift gives for all rows, and pick.
         outputs = {}
         for by in set(shifts):
-            shifted, named = target.shift(by, args, kwargs) if by else (args, kwargs)
-            outputs[by] = target.module.forward(*shifted, **named)
-        return pick_outputs([outputs[by] for by in shifts], self._batch or len(shifts))
+            shifted, named = target.shift([by], None, args, kwargs)
+            outputs[by] = module.forward(*shifted, **named)
+        return pick_outputs([outputs[by] for by in shifts], forward.batch or len(shifts))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from .check import check_tensors, find_embeddings, tensors_of
 from .layer import LAYER_NAME, PREFIX, PrefixTuningV2Layer
 from .rollback import drop_adapter, drop_unfinished
+from .rows import Row, check_names
 
 # Heads that PEFT names itself, after it has wrapped a model for the task.
 _LATE_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -95,9 +95,25 @@ class PrefixTuningV2Model(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's, which looks for a method's layers in all of the model: this one has one, and the heads."""
+        if self.prefix_layer.runs_elsewhere():
+            self._adopt_heads()
         for module in [*_heads(self.model), self.prefix_layer]:
             set_adapter(module, adapter_name, inference_mode, layer_cls=self.tuner_layer_cls)
         self.active_adapter = adapter_name
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        if self.prefix_layer.runs_elsewhere():
+            self._adopt_heads()
+        super()._enable_adapter_layers(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's.
+
+        Raises:
+            RuntimeError: if a call that is still running has the adapter. Nothing is changed then.
+        """
+        self.prefix_layer.check_unused(adapter_name)
+        super().delete_adapter(adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -174,6 +190,8 @@ class PrefixTuningV2Model(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             self._check_merge_allowed()
+        for name in self.prefix_layer.adapters:
+            self.prefix_layer.check_unused(name)
         self.prefix_layer.remove_hooks()
         delattr(self.model, LAYER_NAME)
         return super()._unload_and_optionally_merge(False, *args, **kwargs)
@@ -181,23 +199,23 @@ class PrefixTuningV2Model(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT enters this around a forward: `adapter_names` gives every row of the batch an adapter of its own."""
-        names = kwargs.get("adapter_names")
-        if names is None:
+        layer, names, count = self.prefix_layer, kwargs.get("adapter_names"), False
+        if names is not None:
+            names, count = self._check_adapter_names(names, args, kwargs)
+            self._adopt_heads()
+        with layer.call_with(names, count):
             yield
-            return
-        names = self._check_adapter_names(names, args, kwargs)
-        heads = [module for module in _heads(self.model) if isinstance(module, ModulesToSaveWrapper)]
-        for head in heads:
-            head.forward = partial(_head_of_rows, head, names)  # type: ignore[method-assign]
-        self.prefix_layer.set_row_adapters(names)
-        try:
-            yield
-        finally:
-            self.prefix_layer.set_row_adapters(None)
-            for head in heads:
-                del head.forward
 
-    def _check_adapter_names(self, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    def _adopt_heads(self) -> None:
+        """Have the heads, from now on, do what the call of the thread says that calls them."""
+        for head in _heads(self.model):
+            if type(head) is ModulesToSaveWrapper:
+                head.__class__ = HeadOfRows
+                vars(head)["prefix_layer"] = (self.prefix_layer,)
+
+    def _check_adapter_names(
+        self, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[str], bool]:
         if self.training:
             raise ValueError("`adapter_names` is for inference: call `model.eval()`, or train one adapter at a time.")
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
@@ -211,11 +229,10 @@ class PrefixTuningV2Model(BaseTuner):
         given = args[0] if args else None
         for name in ("input_ids", "inputs", "inputs_embeds"):
             given = kwargs.get(name) if given is None else given
-        if given is not None and len(names) != given.shape[0]:
-            raise ValueError(f"`adapter_names` has {len(names)} names for a batch of {given.shape[0]}.")
+        if given is not None:
+            check_names(len(names), given.shape[0], replica=self.model is not self.prefix_layer.model)
         # Some of PEFT's models pass no inputs here: then the count is checked where the model is called.
-        self.prefix_layer.count_rows = given is None
-        return list(names)
+        return list(names), given is None
 
 
 def _drop_unfinished(model: nn.Module) -> None:
@@ -248,20 +265,37 @@ def _heads(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _head_of_rows(head: ModulesToSaveWrapper, names: list[str], states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A task head for a batch in which each row has an adapter of its own, or the base model's head.
+class HeadOfRows(ModulesToSaveWrapper):
+    """PEFT's wrapper of a task head, for batches in which each row has an adapter of its own, and for threads.
 
-    Heads may have different numbers of labels (in an `AdapterPool`): what a row's own does not have is `-inf`.
-
-    PEFT's wrapper does so for a few kinds of modules, if all adapters have a head, and if the active one has.
+    PEFT's own does the former for a few kinds of modules, if all adapters have a head, and if the active one has.
     """
-    spread = [name for name in names for _ in range(states.shape[0] // len(names))]
-    outputs: dict[int, Tensor] = {}
-    for name in set(spread):
-        modules = head.modules_to_save
-        module = modules[name] if name in modules else head.original_module  # noqa: SIM401 (a ModuleDict has no get)
-        rows = [row for row, own in enumerate(spread) if own == name]
-        outputs |= dict(zip(rows, module(states[rows], *args, **kwargs), strict=True))
-    width = max(output.shape[-1] for output in outputs.values())
-    padded = [F.pad(output, (0, width - output.shape[-1]), value=-torch.inf) for _, output in sorted(outputs.items())]
-    return torch.stack(padded)
+
+    # In a tuple, or it would become a child.
+    prefix_layer: tuple[PrefixTuningV2Layer]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the head of each row gives, or the active adapter's; the arguments are those of the head.
+
+        Heads may have different numbers of labels (in an `AdapterPool`): what a row's own does not have is `-inf`.
+        """
+        (layer,) = self.prefix_layer
+        call = layer.call
+        if call is None or (call.names is None and call.rows == layer.active_rows):
+            return super().forward(*args, **kwargs)
+        heads = [self._head_of(row) for row in call.rows]
+        if all(head is heads[0] for head in heads):
+            return heads[0](*args, **kwargs)
+        states, *rest = args
+        spread = [head for head in heads for _ in range(states.shape[0] // len(heads))]
+        outputs: dict[int, Tensor] = {}
+        for head in dict.fromkeys(spread):
+            rows = [row for row, own in enumerate(spread) if own is head]
+            outputs |= dict(zip(rows, head(states[rows], *rest, **kwargs), strict=True))
+        width = max(output.shape[-1] for output in outputs.values())
+        padded = [F.pad(out, (0, width - out.shape[-1]), value=-torch.inf) for _, out in sorted(outputs.items())]
+        return torch.stack(padded)
+
+    def _head_of(self, row: Row) -> nn.Module:
+        own = self.modules_to_save
+        return next((own[name] for name in row if name in own), self.original_module)

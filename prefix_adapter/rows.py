@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .attention import AttentionTarget, Slot
+from .encoder import Pair
 
 # The adapters of one row of the batch, from left to right; none for the base model.
 Row = tuple[str, ...]
@@ -41,6 +43,45 @@ class Adapter:
         return any(slot in self.columns for slot in target.slots.values())
 
 
+class PerThread(threading.local):
+    """Attributes that every thread has for itself.
+
+    A copied or unpickled model starts without values: the calls that they belong to are calls of the original.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+@dataclass(eq=False)
+class RowCall:
+    """One call of the model in one thread: `forward` or `generate` of a `PeftModel`, or a call of an `AdapterPool`.
+
+    It keeps the adapters with which it began: another thread that switches adapters does not change it.
+
+    Attributes:
+        names: the `adapter_names` of the call; `None` if it takes the active adapters.
+        rows: the adapters of each row; a single entry if all rows have the same.
+        outer: the call of the same thread inside which this one was made.
+        count_rows: whether the number of rows still has to be compared with the number of names.
+        plans: what `make_plan` has made for `names`, by target and batch.
+        pairs: the prefixes of the batch, by slot and batch.
+        expectations: the targets that are to use a prefix.
+    """
+
+    names: list[str] | None
+    rows: list[Row]
+    outer: RowCall | None = None
+    count_rows: bool = False
+    plans: dict[Any, Plan | None] = field(default_factory=dict)
+    pairs: dict[Any, Pair] = field(default_factory=dict)
+    expectations: dict[Any, list[int]] = field(default_factory=dict)
+
+    def switch(self, rows: list[Row]) -> None:
+        """Go on with other adapters."""
+        self.rows, self.plans, self.pairs, self.expectations = rows, {}, {}, {}
+
+
 @dataclass(frozen=True)
 class Piece:
     """A part of a row's prefix: an adapter's, or blank (`adapter` is `None`), and then hidden."""
@@ -64,6 +105,22 @@ class Plan:
     rows: list[tuple[Piece, ...]]
     picked: Tensor | None
     visible: Tensor | None
+
+
+def check_names(names: int, batch: int, replica: bool) -> None:
+    """Compare the number of `adapter_names` with that of the rows.
+
+    Args:
+        names: how many names there are.
+        batch: how many rows.
+        replica: whether the model is a copy that `nn.DataParallel` has made for a part of the batch.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    if names != batch:
+        split = " `nn.DataParallel` splits the batch but not the names: call the model without it." if replica else ""
+        raise ValueError(f"`adapter_names` has {names} names for a batch of {batch}.{split}")
 
 
 def describe(slots: Iterable[Slot]) -> str:
@@ -111,11 +168,13 @@ def _fill(row: list[Piece], length: int) -> tuple[Piece, ...]:
 
 
 def pick_outputs(outputs: list[Any], batch: int) -> Any:
-    """Row by row out of what a module has returned for each: `[batch or 1, ...]`, or tuples of such."""
+    """Row by row out of what a module has returned for each: `[batch or 1, ...]` or `[tokens, size]`, or tuples."""
     first = outputs[0]
     if isinstance(first, tuple):
         return tuple(pick_outputs(list(parts), batch) for parts in zip(*outputs, strict=True))
-    batch = max(batch, first.shape[0])
+    if first.dim() == 2:
+        outputs = [output.unsqueeze(0) for output in outputs]
+    batch = max(batch, outputs[0].shape[0])
     stacked = torch.stack([output.expand(batch, *output.shape[1:]) for output in outputs])
     rows = pick_rows(list(range(len(outputs))), stacked[0])
     return stacked[rows, torch.arange(batch, device=stacked.device)]

@@ -204,11 +204,8 @@ def _states(layer: PrefixTuningV2Layer, adapter_name: str | None, ids: list[int]
 @contextmanager
 def _only(layer: PrefixTuningV2Layer, adapter_name: str | None) -> Iterator[None]:
     """Have one adapter act, whichever are active; PEFT's own switches would change what is trained."""
-    layer.set_row_adapters([adapter_name or "__base__"])
-    try:
+    with layer.call_with([adapter_name or "__base__"]):
         yield
-    finally:
-        layer.set_row_adapters(None)
 
 
 def _check_exact(layer: PrefixTuningV2Layer, adapter_name: str, text: list[int], input_ids: list[int]) -> None:

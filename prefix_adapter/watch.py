@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionTarget
 from .positions import PositionTarget
+from .rows import PerThread, Row
 
 
 class PrefixNotUsedError(RuntimeError):
@@ -23,11 +23,18 @@ class Forward:
     """What is noted in a forward of the whole model.
 
     Attributes:
+        rows: the adapters of each row; a single entry if all rows have the same. Empty in a forward of a part of the
+            model, such as an encoder, of which nothing is noted.
+        batch: the number of sequences in a batch whose rows have adapters of their own, if it is known.
+        shifts: by how much the positions of each row move, by kind of attention.
         called: indices of the targets that were given a view with a prefix.
         served: of those that have asked it.
         memo: what is the same for all of its layers, by whatever tells it apart.
     """
 
+    rows: list[Row] = field(default_factory=list)
+    batch: int | None = None
+    shifts: dict[str, list[int]] = field(default_factory=dict)
     called: set[int] = field(default_factory=set)
     served: set[int] = field(default_factory=set)
     memo: dict[Any, Any] = field(default_factory=dict)
@@ -38,6 +45,12 @@ class _Trace:
     """Of one target: whether it was served when it was compiled."""
 
     served: bool = False
+
+
+class _Running(PerThread):
+    """The forward that this thread is in; each thread has its own, `nn.DataParallel`'s replicas too."""
+
+    forward: Forward | None = None
 
 
 class Watch:
@@ -51,28 +64,25 @@ class Watch:
 
     def __init__(self, targets: list[AttentionTarget]) -> None:
         self._targets = targets
-        # By thread: `nn.DataParallel` runs copies of a model side by side, with the same hooks.
-        self._forwards: dict[int, Forward] = {}
+        self._running = _Running()
         # Attributes, not a set: what a graph has read of that, it is compiled anew for when it changes.
         self._traces = [_Trace() for _ in targets]
         self._input_gradients = False
         self._may_checkpoint: list[Any] | None = None
 
-    def begin(self) -> None:
-        """A forward of the whole model begins."""
-        if not torch.compiler.is_compiling():
-            self._forwards[threading.get_ident()] = Forward()
+    @property
+    def current(self) -> Forward | None:
+        """The forward of the whole model that this thread is in."""
+        return self._running.forward
+
+    @current.setter
+    def current(self, forward: Forward | None) -> None:
+        self._running.forward = forward
 
     @property
     def forward(self) -> Forward:
-        """This forward; one that is lost at once if it is none of the whole model."""
-        forward = None if torch.compiler.is_compiling() else self._forwards.get(threading.get_ident())
-        return Forward() if forward is None else forward
-
-    def forget(self) -> None:
-        """A forward of the whole model is over, or has failed."""
-        if not torch.compiler.is_compiling():
-            self._forwards.pop(threading.get_ident(), None)
+        """The same; if there is none, a new one that nobody keeps."""
+        return Forward() if torch.compiler.is_compiling() else self.current or Forward()
 
     def served(self, index: int, forward: Forward) -> None:
         """A target has asked for its prefix."""
@@ -81,20 +91,21 @@ class Watch:
         else:
             forward.served.add(index)
 
-    def end(self, expected: list[int], drops_layers: bool) -> None:
-        """The forward is over.
+    def check(
+        self, forward: Forward, expected: list[int], left_out: Callable[[], set[int]], drops_layers: bool
+    ) -> None:
+        """Check a forward that is over.
 
         Args:
+            forward: what was noted in it.
             expected: indices of the targets with a prefix.
+            left_out: gives the indices of those that the model was told to leave out.
             drops_layers: whether the model leaves out layers at random (LayerDrop).
 
         Raises:
             PrefixNotUsedError: if one of them was not reached, or did not ask for it. A whole stack may rest, such as
                 cross-attention without an encoder, but not all of them.
         """
-        if torch.compiler.is_compiling() or threading.get_ident() not in self._forwards:
-            return
-        forward = self._forwards.pop(threading.get_ident())
         if len(forward.served) == len(expected):
             return
         unused = forward.called - forward.served
@@ -104,6 +115,8 @@ class Watch:
                 "keys and values. Its outputs would silently be the base model's."
             )
         served = forward.served | {index for index, trace in enumerate(self._traces) if trace.served}
+        skipped = left_out()
+        expected = [index for index in expected if index not in skipped]
         active = {self._targets[index].stack for index in expected if index in served}
         missed = [
             index for index in expected if index not in served and (self._targets[index].stack in active or not active)

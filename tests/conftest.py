@@ -11,8 +11,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers.integrations.peft
+from packaging.version import Version
 
 torch.set_num_threads(1)
 
@@ -38,6 +41,14 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs the real data and weights in {SHARED}, which are not part of the project")
     return SHARED
+
+
+@pytest.fixture
+def native_adapters() -> None:
+    """transformers' own `add_adapter`, `load_adapter` and so on, which name the oldest peft that they take."""
+    oldest = getattr(transformers.integrations.peft, "MIN_PEFT_VERSION", "0")
+    if Version(peft.__version__) < Version(oldest):
+        pytest.skip(f"transformers {transformers.__version__} asks for peft {oldest}, and this is {peft.__version__}")
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,49 @@
-"""P-Tuning v2 for BERT and RoBERTa in plain tensor maths, written from the papers: nothing of the package is in it.
+"""References that have nothing of the package in them: P-Tuning v2 in plain tensor maths, and PEFT's prefix tuning.
 
-Everything is a function of `weights`, a flat dictionary, so that the reference has gradients of its own.
+P-Tuning v2 for BERT and RoBERTa is written from the papers. Everything there is a function of `weights`, a flat
+dictionary, so that the reference has gradients of its own.
 """
 
+import inspect
 import math
+from typing import Any
 
+import pytest
 import torch
+import transformers
 from torch import Tensor
+
+# peft 0.21 looks for an argument `past_key_values`, which is `cache` from transformers 5.24 on: with a task head
+# PEFT's prefix tuning is an error there, and `generate` returns the base model's tokens.
+PEFT_RUNS = "past_key_values" in inspect.signature(transformers.BertModel.forward).parameters
+needs_peft_to_run = pytest.mark.skipif(
+    not PEFT_RUNS,
+    reason="PEFT's own prefix tuning does not generate with this transformers (an old name)",
+)
+
+
+def output_of_peft(model: Any, **inputs: Any) -> Any:
+    """What a model with a PREFIX_TUNING adapter of PEFT's computes.
+
+    Where PEFT cannot, the backbone is given PEFT's keys and values and a mask with as many columns, as PEFT does.
+    """
+    if PEFT_RUNS:
+        return model(**inputs)
+    base = model.get_base_model()
+
+    def put_in(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        prompt, mask = model.get_prompt(len(inputs["input_ids"])), kwargs.get("attention_mask")
+        if mask is not None and not base.config.is_encoder_decoder:
+            seen = mask.new_ones(len(mask), model.active_peft_config.num_virtual_tokens)
+            kwargs = {**kwargs, "attention_mask": torch.cat([seen, mask], dim=1)}
+        return args, {**kwargs, "cache": prompt}
+
+    handle = base.base_model.register_forward_pre_hook(put_in, with_kwargs=True)
+    try:
+        return base(**inputs)
+    finally:
+        handle.remove()
+
 
 Weights = dict[str, Tensor]
 

@@ -2,17 +2,27 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+import types
+import zipfile
 from pathlib import Path
 
 import pytest
+import reference
 import tiny
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import arms
 import report
+from gpu import device, references
+from gpu.run import PLAN
 
+BENCHMARKS = Path(arms.__file__).parent
 N, WIDTH = 5, 12
 
 
@@ -136,3 +146,229 @@ def test_a_page_of_results(tmp_path):
     assert "| step of the last third over full fine-tuning's | 0.50 | 0.500 ± 0.010 | yes |" in page
     report.plot(results, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 1000
+
+
+# ---- The command for a GPU
+
+
+def gpu_command(out, *arguments, plan=None, path=None):
+    """`bash benchmarks/gpu.sh OUT ...`, with other sections in place of its own, from modules in the folder `path`."""
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(path) if path else ""
+    command = ["bash", str(BENCHMARKS / "gpu.sh"), str(out), *arguments]
+    command += [] if plan is None else ["--plan", json.dumps(plan)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def checks_of(out):
+    """The status of each check and of each section, and the checks themselves, as gpu.json says it."""
+    sections = json.loads((out / "gpu.json").read_text(encoding="utf-8"))["sections"]
+    checks = {(each["section"], check["check"]): check for each in sections for check in each["checks"]}
+    return {key: each["status"] for key, each in checks.items()}, {e["section"]: e["status"] for e in sections}, checks
+
+
+def test_gpu_command_tiny(tmp_path):
+    """All of it, on the CPU."""
+    process = gpu_command(tmp_path / "out", "--tiny")
+    printed, _ = process.communicate(timeout=550)
+    statuses, sections, checks = checks_of(tmp_path / "out")
+    assert list(sections) == [name for name, *_ in PLAN]
+    assert set(statuses.values()) <= {"passed", "skipped"}, printed
+    assert process.returncode == 0
+    assert sections["training command"] in ("passed", "skipped")
+    assert all(status == "passed" for name, status in sections.items() if name != "training command")
+    assert all(each["reason"] for each in checks.values() if each["status"] == "skipped")
+    # The same test has a larger error where the arithmetic is coarser, and there was something to compare.
+    worst = [checks[f"references {p}", "paper"]["figures"]["worst"] for p in ("fp32", "fp16", "bf16")]
+    assert 0 < worst[0] < worst[1] < worst[2]
+    found = json.loads((tmp_path / "out" / "performance.json").read_text())
+    seeds = {(e["precision"], e["arm"]) for e in found if e["section"] == "train" and e["shape"] == "multilingual"}
+    assert seeds == {(p, arm) for p in ("fp32", "bf16", "tf32") for arm in ("full", "lora", "peft", "ours", "floor")}
+    assert {each["section"] for each in found} == {"train", "memory", "decode", "first token"}
+    assert {each["cache"] for each in found if each["section"] == "decode"} == {"dynamic", "static", "compiled"}
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| references fp32 | 20 | 0 | 0 | 0 |" in page and "### Beside the seed's table" not in page
+    assert "| multilingual | 2 | 20 | - |" in page
+
+
+SECTIONS = """
+import os, signal, sys, time
+from gpu import Skip
+
+def raises(figures):
+    figures["seen"] = 7
+    raise ValueError("a wrong number")
+
+def skips(figures):
+    raise Skip("needs a thing")
+
+def dies(figures):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+def sleeps(figures):
+    time.sleep(60)
+
+def hangs(figures):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])  # as a call into a library does
+    time.sleep(60)
+
+def fine(figures):
+    figures["pid"] = os.getpid()
+
+def troubled(args, extra):
+    sleeps.limit = hangs.limit = 0.5
+    assert extra == 3
+    yield from [("raises", raises), ("skips", skips), ("dies", dies), ("sleeps", sleeps), ("hangs", hangs)]
+    yield "fine", fine
+
+def broken(args):
+    raise RuntimeError("no such device")
+
+def good(args):
+    yield "fine", fine
+
+def alone(args):
+    yield "fine", fine
+
+def long(args):
+    yield "fine", fine
+    yield "sleeps", sleeps
+    yield "later", fine
+"""
+
+
+@pytest.fixture
+def sections(tmp_path):
+    """A folder with sections that do nothing but go wrong."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "trouble.py").write_text(SECTIONS)
+    return folder
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_gpu_command_records_a_failure_and_goes_on(sections, tmp_path, jobs):
+    """Whatever a check does, those behind it run, in the same process or in another one."""
+    plan = [["troubled", "trouble:troubled", {"extra": 3}, False], ["broken", "trouble:broken", {}, False]]
+    plan += [["alone", "trouble:alone", {}, True], ["good", "trouble:good", {}, False]]
+    process = gpu_command(tmp_path / "out", "--jobs", jobs, plan=plan, path=sections)
+    printed, _ = process.communicate(timeout=120)
+    statuses, known, checks = checks_of(tmp_path / "out")
+    expected = {"raises": "failed", "skips": "skipped", "dies": "failed", "sleeps": "failed", "hangs": "failed"}
+    expected |= {"fine": "passed"}
+    assert {name: status for (section, name), status in statuses.items() if section == "troubled"} == expected, printed
+    assert known == {"troubled": "failed", "broken": "failed", "alone": "passed", "good": "passed"}
+    assert process.returncode == 1
+    assert checks["troubled", "raises"]["error"].strip().endswith("ValueError: a wrong number")
+    assert "in raises" in checks["troubled", "raises"]["error"] and checks["troubled", "raises"]["figures"] == {
+        "seen": 7
+    }
+    assert checks["troubled", "skips"]["reason"] == "needs a thing"
+    assert "ended with status -11" in checks["troubled", "dies"]["error"]
+    assert "TookTooLong: more than 0 s" in checks["troubled", "sleeps"]["error"]
+    assert "killed after 1 s" in checks["troubled", "hangs"]["error"]
+    assert "RuntimeError: no such device" in checks["broken", "start"]["error"]
+    assert (tmp_path / "out" / "log.txt").read_text().count("ValueError: a wrong number") >= 1
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| troubled | 1 | 4 | 1 | 0 | - |" in page and "- troubled: raises: ValueError: a wrong number" in page
+
+
+@pytest.mark.parametrize("how", ["budget", "SIGTERM", "SIGKILL"])
+def test_gpu_command_that_is_cut_off_leaves_what_it_had(sections, tmp_path, how):
+    plan = [["long", "trouble:long", {}, False], ["good", "trouble:good", {}, False]]
+    out = tmp_path / "out"
+    process = gpu_command(out, "--jobs", "1", "--budget", "3" if how == "budget" else "60", plan=plan, path=sections)
+    if how != "budget":
+        while '"sleeps", "started"' not in (out / "gpu.jsonl").read_text() if (out / "gpu.jsonl").is_file() else True:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.send_signal(getattr(signal, how))
+    printed, _ = process.communicate(timeout=60)
+    statuses, known, checks = checks_of(out)
+    assert statuses["long", "fine"] == "passed" and statuses["long", "later"] == "not run", printed
+    assert statuses["long", "sleeps"] == "not finished"
+    assert known == {"long": "not finished", "good": "not run"}
+    assert process.returncode == (-signal.SIGKILL if how == "SIGKILL" else 3)
+    if how == "SIGKILL":  # nobody is left to end the worker
+        os.kill(checks["long", "fine"]["figures"]["pid"], signal.SIGKILL)
+    else:
+        with pytest.raises(ProcessLookupError):
+            os.kill(checks["long", "fine"]["figures"]["pid"], 0)
+        assert "The time was up before the end." in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["wheels", "packages"])
+def test_gpu_command_imports_what_is_brought(sections, tmp_path, kind):
+    brought = tmp_path / "brought"
+    brought.mkdir()
+    if kind == "packages":
+        (brought / "trouble.py").write_text(SECTIONS)
+    else:
+        about = "Metadata-Version: 2.1\nName: trouble\nVersion: 1.0\n"
+        with zipfile.ZipFile(brought / "trouble-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("trouble.py", SECTIONS)
+            wheel.writestr("trouble-1.0.dist-info/METADATA", about)
+            wheel.writestr(
+                "trouble-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            )
+            wheel.writestr("trouble-1.0.dist-info/RECORD", "")
+    plan = [["good", "trouble:good", {}, False]]
+    process = gpu_command(tmp_path / "out", "--wheels", str(brought), plan=plan)
+    printed, _ = process.communicate(timeout=120)
+    assert checks_of(tmp_path / "out")[1] == {"good": "passed"} and process.returncode == 0, printed
+
+
+def gpu_check(section, name, precision="fp32"):
+    """A check of the command, to be run here."""
+    args = types.SimpleNamespace(tiny=True)
+    call = dict(section(args, precision))[name]
+    return lambda: call({})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["sdpa any, grouped", "generate, dynamic cache", "mixed batch, grouped"])
+def test_gpu_checks_see_a_prefix_that_is_off(name, precision, monkeypatch):
+    """By a tenth in float32, where an error of 1e-6 is seen, and by three tenths in bfloat16."""
+    check = gpu_check(device.on_device, name, precision)
+    check()
+    behind, factor = device.Subject.behind, 1.1 if precision == "fp32" else 1.3
+
+    def off(self, model, table, *inputs):
+        return behind(self, model, None if table is None else table * factor, *inputs)
+
+    monkeypatch.setattr(device.Subject, "behind", off)
+    with pytest.raises(AssertionError, match="an error of"):
+        gpu_check(device.on_device, name, precision)()
+
+
+def test_gpu_checks_see_a_mask_that_is_off(monkeypatch):
+    check = gpu_check(device.on_device, "CausalMask")
+    check()
+
+    def off_by_one(tokens, length, where):
+        return torch.ones(tokens, length + tokens, dtype=torch.bool, device=where).tril(length - 1)[None, None]
+
+    monkeypatch.setattr(device, "CausalMask", off_by_one)
+    with pytest.raises(AssertionError, match="with a plain mask"):
+        check()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_gpu_references_see_a_backbone_that_is_off(precision, monkeypatch):
+    check = gpu_check(references.references, "paper", precision)
+    check()
+    linear = reference._linear
+    monkeypatch.setattr(reference, "_linear", lambda weights, name, x: linear(weights, name, x) * 1.2)
+    with pytest.raises(AssertionError, match="an error of"):
+        check()
+
+
+def test_figures_of_a_gpu_go_between_the_comments():
+    page = f"before\n{report.GPU_START}\n\nNone yet.\n\n{report.GPU_END}\nafter\n"
+    filled = report.insert(page, "| some | figures |\n")
+    assert filled == f"before\n{report.GPU_START}\n\n| some | figures |\n\n{report.GPU_END}\nafter\n"
+    assert report.insert(filled, "other") == page.replace("None yet.", "other")
+    with pytest.raises(ValueError, match="the page has no"):
+        report.insert("a page without", "figures")
+    for path in (BENCHMARKS / "performance_notes.md", BENCHMARKS.parent / "docs" / "performance.md"):
+        assert "X" in report.insert(path.read_text(encoding="utf-8"), "X")

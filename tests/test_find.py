@@ -1,13 +1,21 @@
 """What takes a prefix is found by looking, tried out, or refused at wrap time with a word on what to do instead."""
 
+import inspect
+import re
+import tomllib
 import types
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import transformers as tr
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from prefix_adapter import PrefixTuningV2Config, UnsupportedBackboneError, get_peft_model
+from prefix_adapter.attention import CACHE_ARGUMENTS
+from prefix_adapter.find import cache_argument
 
 SMALL = {
     "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -50,14 +58,19 @@ def test_the_alternatives_that_are_named_do_work():
         get_peft_model(tr.AutoModel.from_config(config), PrefixTuningV2Config())
 
 
-def _ignore_the_mask(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
-    return type(self).forward(self, hidden_states, None, past_key_values, **kwargs)
+def _cache_in(kwargs):
+    return next(name for name in CACHE_ARGUMENTS if name in kwargs)
 
 
-def _ignore_what_update_returns(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
-    if past_key_values is not None:
-        past_key_values.update(*(torch.zeros(len(hidden_states), 4, hidden_states.shape[1], 8) for _ in range(2)), 0)
-    return type(self).forward(self, hidden_states, None, None, **kwargs)
+def _ignore_the_mask(self, hidden_states, attention_mask=None, **kwargs):
+    return type(self).forward(self, hidden_states, None, **kwargs)
+
+
+def _ignore_what_update_returns(self, hidden_states, attention_mask=None, **kwargs):
+    cache = kwargs.pop(_cache_in(kwargs))
+    if cache is not None:
+        cache.update(*(torch.zeros(len(hidden_states), 4, hidden_states.shape[1], 8) for _ in range(2)), 0)
+    return type(self).forward(self, hidden_states, None, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -120,3 +133,90 @@ def test_shapes_are_those_of_the_layers():
     columns = bart.base_model.model.prefix_tuning_v2.adapters["default"].columns
     assert [slot.kind for slot in columns] == ["encoder"] * 3 + ["decoder"] * 3 + ["cross"] * 3
     assert [slot.layer for slot in columns] == [0, 1, 2] * 3
+
+
+# ---- A cache under a name that nobody has foreseen
+
+
+@pytest.mark.parametrize("typed", [True, False], ids=["typed", "untyped"])
+@pytest.mark.parametrize("kind", ["bert", "llama", "bart"])
+def test_a_cache_is_found_by_what_it_is(kind, typed):
+    """transformers 5.24 renamed the argument, and may do so again: an unknown name changes nothing."""
+    expected, model = tiny.model(kind), tiny.model(kind)
+    wrapped = get_peft_model(expected, PrefixTuningV2Config(prefix_dropout=0.0))
+    names = [target.name for target in expected.prefix_tuning_v2.targets]
+    plain = type(model.get_submodule(names[0]))
+    argument = cache_argument(model.get_submodule(names[0]))
+
+    class Renamed(plain):
+        def __call__(self, *args, **kwargs):
+            if argument in kwargs:
+                kwargs["kv_store"] = kwargs.pop(argument)
+            return super().__call__(*args, **kwargs)
+
+        def forward(self, hidden_states, *args, kv_store=None, **kwargs):
+            return super().forward(hidden_states, *args, **{argument: kv_store}, **kwargs)
+
+    renamed = {argument: "kv_store"}
+    signature = inspect.signature(plain.forward)
+    parameters = [p.replace(name=renamed.get(p.name, p.name)) for p in signature.parameters.values()]
+    Renamed.forward.__signature__ = signature.replace(parameters=parameters)
+    if typed:
+        Renamed.forward.__annotations__["kv_store"] = tr.Cache | None
+    for name in names:
+        model.get_submodule(name).__class__ = Renamed
+    again = get_peft_model(model, PrefixTuningV2Config(prefix_dropout=0.0))
+    again.load_state_dict(wrapped.state_dict())
+    for each in (wrapped, again):
+        tiny.randomize(each)
+    assert torch.equal(again(tiny.ids())[0], wrapped(tiny.ids())[0])
+
+
+def test_an_older_name_of_the_cache_is_accepted():
+    """A caller's module may use the old name, which transformers renames inside `forward` only."""
+    model = tiny.model("llama")
+    attention = model.layers[0].self_attn
+    if cache_argument(attention) != "cache":
+        pytest.skip("this transformers has the old name alone")
+    get_peft_model(model, PrefixTuningV2Config(init_std=1.0))
+    seen = torch.randn(1, 4, 32)
+    call = {"position_embeddings": model.rotary_emb(seen, torch.arange(4)[None]), "attention_mask": None}
+    with torch.no_grad():
+        expected = attention(seen, **call, cache=tr.DynamicCache())[0]
+        older = attention(seen, **call, past_key_values=tr.DynamicCache())[0]
+        unknown = attention(seen, **call)[0]
+    assert torch.equal(unknown, expected)  # a call without a cache has the prefix too
+    assert torch.equal(older, expected)
+
+
+def test_positions_that_cannot_be_moved_are_refused(monkeypatch):
+    """transformers 5.24 renamed the number of tokens before as well. An unknown name would silently move nothing."""
+    table = type(tiny.model("bart").encoder.embed_positions)
+
+    def renamed(self, input_ids, count=0, position_ids=None):
+        return torch.nn.Embedding.forward(self, torch.arange(input_ids.shape[1])[None] + count + self.offset)
+
+    monkeypatch.setattr(table, "forward", renamed)
+    get_peft_model(tiny.model("bart"), PrefixTuningV2Config())
+    with pytest.raises(ValueError, match=r"encoder\.embed_positions of BartModel counts positions"):
+        get_peft_model(tiny.model("bart"), PrefixTuningV2Config(shift_positions=True))
+
+
+# ---- Versions
+
+
+def test_a_refusal_by_an_untested_transformers_says_so(monkeypatch):
+    monkeypatch.setattr("prefix_adapter.find.transformers.__version__", "5.99.0")
+    with pytest.raises(
+        UnsupportedBackboneError, match=r"transformers 5\.99\.0 is installed.*pip install 'transformers"
+    ):
+        get_peft_model(tr.AutoModel.from_config(REFUSED["albert"]), PrefixTuningV2Config())
+
+
+def test_the_bound_on_transformers_is_the_newest_minor_that_the_constraints_install():
+    root = Path(__file__).resolve().parents[1]
+    newest = Version(re.search(r"^transformers==(.*)$", (root / "constraints.txt").read_text("utf-8"), re.M)[1])
+    dependencies = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    bound = next(r.specifier for r in map(Requirement, dependencies) if r.name == "transformers")
+    assert newest in bound and Version(f"{newest.major}.{newest.minor + 1}") not in bound
+    assert Version(f"{newest.major}.{newest.minor}.99") in bound

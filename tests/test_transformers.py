@@ -92,7 +92,7 @@ def needs_heads_in_transformers():
 
 
 @pytest.fixture(params=[(kind, encoder) for kind in KINDS for encoder in ENCODERS], ids="-".join)
-def saved(request, tmp_path):
+def saved(request, tmp_path, native_adapters):
     """Two adapters "a" and "b" that PEFT trained and saved, their base model, and what they answer."""
     kind, encoder = request.param
     if kind == "bert":
@@ -171,7 +171,7 @@ def test_native_set_and_delete_adapter(saved):
     assert torch.equal(logits(model), saved.answers["base"])
 
 
-def test_native_adapters_side_by_side():
+def test_native_adapters_side_by_side(native_adapters):
     first, second = wrapped_model("llama", seed=2), wrapped_model("llama", seed=3)
     states = {"a": first.state_dict(), "b": second.state_dict()}
     native, wrapped = base_model("llama"), get_peft_model(base_model("llama"), adapter("llama"), "a")

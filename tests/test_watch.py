@@ -22,8 +22,8 @@ def test_an_attention_that_stops_using_its_cache():
     model = wrapped()
     attention = model.base_model.model.encoder.layer[1].attention.self
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
-        return type(self).forward(self, hidden_states, None, None, **kwargs)
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        return type(self).forward(self, hidden_states)
 
     attention.forward = types.MethodType(forward, attention)
     with pytest.raises(PrefixNotUsedError, match=r"encoder\.layer\.1\.attention\.self \(BertSelfAttention\)"):

@@ -6,10 +6,10 @@
     curl localhost:8000/classify --json '{"adapter": "intents", "text": "My card is gone."}'
     curl localhost:8000/generate --json '{"adapter": null, "prompt": "Once upon a time"}'
 
-Every folder in `--adapters` that holds an adapter can be asked for by its name, and is loaded when it first is.
-Requests that arrive while a batch is computed make up the next one, whatever adapters they ask for
-(`--one-adapter-a-batch` is for comparison: see load_test.py). GET /adapters, /metrics (Prometheus) and /docs say what
-there is and what happens.
+Every folder in `--adapters` that holds an adapter can be asked for by its name. It is loaded when it is first asked
+for, and again when its files have changed. Requests that arrive while a batch is computed make up the next one,
+whatever adapters they ask for. GET /adapters, /metrics (Prometheus), /health/live, /health/ready and /docs say what
+there is and what happens. settings.py has all limits.
 
 What this example leaves to a server of yours: who may ask, encryption, several machines, streaming.
 """
@@ -19,31 +19,59 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
+import logging
+import os
 import re
-import time
+import signal
+import sys
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import prometheus_client as prometheus
-import transformers
-from fastapi import FastAPI, HTTPException, Response
-from pydantic import BaseModel, Field
-from worker import Question, call, load_tokenizer, new_process
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from limits import REGISTRY, Counting, Limits, Protocol
+from process import Question, call, new_process
+from pydantic import BaseModel, ConfigDict, Field
+from settings import Settings
 
-MAX_WAITING, MAX_NEW_TOKENS = 1024, 256
-GATHERING = 0.01  # seconds that a batch waits for more requests: those that were answered just now ask again
+log = logging.getLogger(__name__)
+
+BATCHES = prometheus.Histogram("batch_rows", "Rows of a batch.", buckets=[1, 2, 4, 8, 16, 32, 64], registry=REGISTRY)
+ADAPTERS = prometheus.Gauge("adapters", "Adapters in memory.", ["service"], registry=REGISTRY)
+ADAPTER_BYTES = prometheus.Gauge("adapter_bytes", "Bytes of them.", ["service"], registry=REGISTRY)
+WAITING = prometheus.Gauge("waiting", "Requests that wait for a batch.", ["service"], registry=REGISTRY)
+READY = prometheus.Gauge("ready", "Whether the model's process answers.", ["service"], registry=REGISTRY)
+
+NAME = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$"  # of an adapter: a folder right under `--adapters`, no path
 
 
-@dataclass
-class Request:
-    """A request that waits for its batch."""
+def unavailable(detail: str, seconds: int) -> HTTPException:
+    """A 503 that says when to ask again."""
+    return HTTPException(503, detail, {"Retry-After": str(seconds)})
 
-    question: Question
+
+# ---- A base model
+
+
+@dataclass(eq=False)
+class Waiting:
+    """A request that waits for its answer; `row` is its number in the batch that is computed, if it is in it."""
+
+    adapter: str | None
+    text: str
+    max_new_tokens: int
     answer: asyncio.Future
+    row: int | None = None
 
 
 class Service:
@@ -53,178 +81,252 @@ class Service:
         kind: `"classify"` or `"generate"`.
         model: the base model's folder or name on the Hub.
         adapters: the folder whose folders are adapters.
-        max_bytes: of the adapters in memory.
-        mixed: whether a batch may mix adapters.
-        max_batch: its rows at most.
-        threads: torch's in the model's process.
+        settings: the limits.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        model: str,
-        adapters: Path,
-        max_bytes: int | None = None,
-        mixed: bool = True,
-        max_batch: int = 64,
-        threads: int | None = None,
-    ) -> None:
-        self.new_process = partial(new_process, kind, model, max_bytes, threads)
-        self.process = self.new_process()
-        self.tokenizer, self.adapters = load_tokenizer(model), adapters
-        self.mixed, self.max_batch = mixed, max_batch
-        config = transformers.AutoConfig.from_pretrained(model)
-        self.limit = getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length
-        self.waiting: deque[Request] = deque()
+    def __init__(self, kind: str, model: str, adapters: Path, settings: Settings) -> None:
+        self.kind, self.model, self.adapters, self.settings = kind, model, adapters, settings
+        self.ready = False
+        self.pid = 0
+        self.loaded: dict[str, int] = {}
+        self.waiting: deque[Waiting] = deque()
         self.arrived = asyncio.Event()
-        self.tried: dict[str, asyncio.Future] = {}
+        self.process, self.gone = new_process(kind, model, adapters, settings)
+
+    # ---- Its process
 
     async def call(self, method: str, *args: Any) -> Any:
-        """What a method of the worker returns."""
-        process = self.process
-        try:
-            return await asyncio.get_running_loop().run_in_executor(process, call, method, *args)
-        except BrokenExecutor as error:
-            if self.process is process:
-                self.process, self.tried = self.new_process(), {}
-            raise HTTPException(
-                503, "The model's process has ended; a new one starts.", {"Retry-After": "10"}
-            ) from error
-
-    def folder(self, adapter: str | None) -> str | None:
-        """The folder of an adapter; only names of folders right under `adapters` mean one."""
-        if adapter is None:
-            return None
-        folder = self.adapters / adapter
-        if not re.fullmatch(r"[\w-][\w.-]*", adapter) or not (folder / "adapter_config.json").is_file():
-            raise HTTPException(404, f"There is no adapter {adapter!r}; GET /adapters lists them.")
-        return str(folder)
-
-    async def ask(self, adapter: str | None, text: str, max_new_tokens: int = 0) -> Any:
-        """The answer to a request, when its batch is done."""
-        folder = self.folder(adapter)
-        input_ids = self.tokenizer(text)["input_ids"]
-        if not input_ids or len(input_ids) + max_new_tokens > self.limit:
-            raise HTTPException(
-                422, f"{len(input_ids)} tokens and {max_new_tokens} new ones; the model takes 1 to {self.limit}."
-            )
-        if len(self.waiting) >= MAX_WAITING:
-            raise HTTPException(503, "Too many requests are waiting.", {"Retry-After": "1"})
-        if folder is not None:
-            await self.try_out(folder)
-        request = Request(Question(folder, input_ids, max_new_tokens), asyncio.get_running_loop().create_future())
-        self.waiting.append(request)
-        self.arrived.set()
-        answer = await request.answer
-        if "error" in answer:
-            raise HTTPException(500, answer["error"])
+        """What a method of the worker returns; a BrokenExecutor if its process has ended."""
+        answer, self.loaded = await asyncio.get_running_loop().run_in_executor(self.process, call, method, *args)
         return answer
 
-    async def try_out(self, folder: str) -> None:
-        """Load an adapter by itself: one that cannot be used is the trouble of those who ask for it alone."""
-        if folder not in self.tried:
-            self.tried[folder] = asyncio.ensure_future(self.call("load", folder))
-        loading = self.tried[folder]
-        try:
-            why = await asyncio.shield(loading)
-        except HTTPException:
-            self.tried.pop(folder, None)
-            raise
-        if why:
-            self.tried.pop(folder, None)  # it may be mended
-            raise HTTPException(422, f"Adapter {Path(folder).name!r} cannot be used: {why}")
+    async def start(self) -> None:
+        """Wait for the model.
 
-    def next_batch(self) -> list[Request]:
+        Raises:
+            RuntimeError: if it cannot be loaded; the process has said why.
+        """
+        try:
+            self.pid = await self.call("ping")
+        except BrokenExecutor as error:
+            raise RuntimeError(f"{self.model} could not be loaded. The lines above say why.") from error
+        self.ready = True
+
+    async def watch(self, stop: Callable[[], None]) -> None:
+        """Start another process when the model's has ended or hangs; stop the server when that is in vain."""
+        while True:
+            await asyncio.sleep(0.2)
+            try:
+                # Everybody who waits for a batch has given up after `answer_seconds`, which ends it.
+                async with asyncio.timeout(2 * self.settings.answer_seconds):
+                    await self.call("ping")
+            except TimeoutError:
+                log.error("The process of %s (%d) hangs, and is killed.", self.model, self.pid)
+                os.kill(self.pid, signal.SIGKILL)
+            except BrokenExecutor:
+                log.error("The process of %s (%d) has ended. Another one starts.", self.model, self.pid)
+                self.ready, self.loaded = False, {}
+                while self.waiting:
+                    fail(self.waiting.popleft(), self.ended())
+                self.process, self.gone = new_process(self.kind, self.model, self.adapters, self.settings)
+                try:
+                    await self.start()
+                except RuntimeError as error:
+                    log.critical("%s The server ends.", error)
+                    return stop()
+
+    def ended(self) -> HTTPException:
+        """The answer to those who wait when the process ends."""
+        return unavailable("The model's process has ended, and another one starts.", 10)
+
+    # ---- Its requests
+
+    async def ask(self, adapter: str | None, text: str, max_new_tokens: int = 0) -> dict[str, Any]:
+        """The answer to a request, when its batch is done.
+
+        Raises:
+            HTTPException: if there is none.
+        """
+        if len(text) > self.settings.max_characters:
+            raise HTTPException(422, f"A text may have {self.settings.max_characters:,} characters.")
+        if max_new_tokens > self.settings.max_new_tokens:
+            raise HTTPException(422, f"max_new_tokens: at most {self.settings.max_new_tokens}.")
+        if not self.ready:
+            raise self.ended()
+        if len(self.waiting) >= self.settings.max_waiting:
+            raise unavailable("Too many requests are waiting.", 1)
+        request = Waiting(adapter, text, max_new_tokens, asyncio.get_running_loop().create_future())
+        self.waiting.append(request)
+        self.arrived.set()
+        try:
+            async with asyncio.timeout(self.settings.answer_seconds):
+                answer = await request.answer
+        except TimeoutError:
+            raise unavailable("The answer took too long.", 10) from None
+        finally:
+            if request in self.waiting:
+                self.waiting.remove(request)
+            if request.row is not None:  # nobody waits for this row any more
+                self.gone[request.row] = 1
+        if "status" in answer:
+            again = {"Retry-After": "1"} if answer["status"] == 503 else None
+            raise HTTPException(answer["status"], answer["detail"], again)
+        return answer
+
+    def next_batch(self) -> list[Waiting]:
         """The requests that waited longest; of one adapter alone if batches are not mixed."""
-        first = self.waiting[0].question.adapter
-        batch = [each for each in self.waiting if self.mixed or each.question.adapter == first][: self.max_batch]
-        taken = {id(each) for each in batch}
-        self.waiting = deque(each for each in self.waiting if id(each) not in taken)
-        return [each for each in batch if not each.answer.cancelled()]
+        mixed, first = not self.settings.one_adapter_a_batch, self.waiting[0].adapter
+        batch = [each for each in self.waiting if mixed or each.adapter == first][: self.settings.max_batch]
+        for row, request in enumerate(batch):
+            self.waiting.remove(request)
+            self.gone[row], request.row = 0, row
+        return batch
 
     async def work(self) -> None:
         """Have batch after batch computed, as long as the server runs."""
         while True:
             await self.arrived.wait()
-            while self.waiting:
-                if len(self.waiting) < self.max_batch:
-                    await asyncio.sleep(GATHERING)
-                batch = self.next_batch()
-                BATCHES.observe(len(batch))
-                try:
-                    answers = await self.call("answer", [each.question for each in batch])
-                except Exception as error:
-                    answers = [error] * len(batch)
-                for request, answer in zip(batch, answers, strict=True):
-                    if request.answer.done():
-                        continue
-                    if isinstance(answer, Exception):
-                        request.answer.set_exception(answer)
-                    else:
-                        request.answer.set_result(answer)
-            self.arrived.clear()
+            # Those that were answered just now ask again.
+            if len(self.waiting) < self.settings.max_batch:
+                await asyncio.sleep(self.settings.gather_seconds)
+            if self.waiting:
+                await self.compute(self.next_batch())
+            if not self.waiting:
+                self.arrived.clear()
+
+    async def compute(self, batch: list[Waiting]) -> None:
+        """Have a batch computed, and hand out its answers."""
+        BATCHES.observe(len(batch))
+        questions = [Question(each.adapter, each.text, each.max_new_tokens, row) for row, each in enumerate(batch)]
+        try:
+            answers = await self.call("answer", questions)
+        except BrokenExecutor:
+            self.ready = False
+            for request in batch:
+                fail(request, self.ended())
+            return
+        except Exception as error:
+            log.error("A batch failed.", exc_info=error)
+            for request in batch:
+                fail(request, HTTPException(500, "The batch of this request failed; see the server's log."))
+            return
+        for request, answer in zip(batch, answers, strict=True):
+            request.row = None
+            if not request.answer.done():
+                request.answer.set_result(answer)
 
 
-REGISTRY = prometheus.CollectorRegistry()
-REQUESTS = prometheus.Counter("requests", "Requests by path and status.", ["path", "status"], registry=REGISTRY)
-SECONDS = prometheus.Histogram("request_seconds", "Seconds until the answer.", ["path"], registry=REGISTRY)
-BATCHES = prometheus.Histogram("batch_rows", "Rows of a batch.", buckets=[1, 2, 4, 8, 16, 32, 64], registry=REGISTRY)
-ADAPTERS = prometheus.Gauge("adapters", "Adapters in memory.", ["service"], registry=REGISTRY)
-ADAPTER_BYTES = prometheus.Gauge("adapter_bytes", "Bytes of them.", ["service"], registry=REGISTRY)
+def fail(request: Waiting, error: Exception) -> None:
+    """Let a request that waits have an error."""
+    request.row = None
+    if not request.answer.done():
+        request.answer.set_exception(error)
 
 
-class Counting:
-    """Counts requests and their seconds; plain ASGI, as starlette's own way costs each request a task."""
-
-    def __init__(self, app: Any, paths: set[str]) -> None:
-        self.app, self.paths = app, paths
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """One request."""
-        started = time.perf_counter()
-        path = scope.get("path") if scope.get("path") in self.paths else "other"
-
-        async def count(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                REQUESTS.labels(path, message["status"]).inc()
-                SECONDS.labels(path).observe(time.perf_counter() - started)
-            await send(message)
-
-        await self.app(scope, receive, count)
+# ---- The requests
 
 
 class Classify(BaseModel):
     """What /classify takes."""
 
-    adapter: str | None = Field(None, description="A folder's name; null for the base model alone.")
-    text: str = Field(min_length=1, max_length=100_000)
+    model_config = ConfigDict(strict=True, extra="forbid")
+    adapter: str | None = Field(None, pattern=NAME, max_length=100, description="A folder's name; null: no adapter.")
+    text: str = Field(min_length=1)
 
 
 class Generate(BaseModel):
     """What /generate takes."""
 
-    adapter: str | None = Field(None, description="A folder's name; null for the base model alone.")
-    prompt: str = Field(min_length=1, max_length=100_000)
-    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 32
+    model_config = ConfigDict(strict=True, extra="forbid")
+    adapter: str | None = Field(None, pattern=NAME, max_length=100, description="A folder's name; null: no adapter.")
+    prompt: str = Field(min_length=1)
+    max_new_tokens: int = Field(32, ge=1)
 
 
-def create_app(classifier: Service | None = None, generator: Service | None = None) -> FastAPI:
-    """The application, with a path for each service that there is."""
-    services = {name: each for name, each in (("classify", classifier), ("generate", generator)) if each is not None}
+class StrictRequest(Request):
+    """A request whose body is JSON in UTF-8 as its specification has it; Python's parser takes more."""
+
+    async def json(self) -> Any:
+        """The body; a 400 for duplicate keys, NaN, Infinity, and what is no JSON."""
+        try:
+            text = (await self.body()).decode()
+            return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            why = "it is nested too deeply" if isinstance(error, RecursionError) else printable(error)
+            raise HTTPException(400, f"The body is no valid JSON: {why}") from None
+
+
+class StrictRoute(APIRoute):
+    """A route for JSON alone."""
+
+    def get_route_handler(self) -> Any:
+        """FastAPI's, with a `StrictRequest`."""
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Any:
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if request.method == "POST" and kind != "application/json":
+                raise HTTPException(415, "Send JSON, with the header Content-Type: application/json.")
+            return await handle(StrictRequest(request.scope, request.receive))
+
+        return strict
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name occurs twice in an object")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def printable(value: Any) -> str:
+    """A text with parts of a stranger's, short and in ASCII."""
+    return str(value)[:200].encode("ascii", "backslashreplace").decode()
+
+
+async def say_what_is_wrong(_: Request, error: Exception) -> Response:
+    """A 422 in a sentence. FastAPI's own repeats what was sent, all of it, and fails on what JSON cannot hold."""
+    assert isinstance(error, RequestValidationError)
+    problems = [
+        f"{printable('.'.join(map(str, each['loc'][1:])) or 'body')}: {printable(each['msg'])}"
+        for each in error.errors()[:5]
+    ]
+    return JSONResponse({"detail": "; ".join(problems)}, 422)
+
+
+# ---- The application
+
+
+def create_app(
+    classifier: Service | None = None, generator: Service | None = None, stop: Callable[[], None] = lambda: None
+) -> Any:
+    """The ASGI application, with a path for each service that there is.
+
+    Args:
+        classifier: for /classify.
+        generator: for /generate.
+        stop: ends the server; called when a model's process has ended and no other can be started.
+    """
+    services = {each.kind: each for each in (classifier, generator) if each is not None}
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> Any:
         for each in services.values():
-            await each.call("loaded")  # the model is, or the server does not start
-        tasks = [asyncio.create_task(each.work()) for each in services.values()]
+            await each.start()  # the model is in memory, or the server does not start
+        tasks = [asyncio.create_task(task) for each in services.values() for task in (each.work(), each.watch(stop))]
         yield
-        for task, each in zip(tasks, services.values(), strict=True):
+        for task in tasks:
             task.cancel()
+        for each in services.values():
             each.process.shutdown(cancel_futures=True)
 
     app = FastAPI(title="Many adapters on one base model", lifespan=lifespan)
-
-    app.add_middleware(Counting, paths={f"/{name}" for name in services})
+    app.router.route_class = StrictRoute
+    app.add_exception_handler(RequestValidationError, say_what_is_wrong)
 
     if classifier is not None:
 
@@ -239,51 +341,84 @@ def create_app(classifier: Service | None = None, generator: Service | None = No
             return await generator.ask(body.adapter, body.prompt, body.max_new_tokens)
 
     @app.get("/adapters")
-    async def _adapters() -> dict[str, Any]:
-        return {
-            name: {
-                "on_disk": sorted(path.parent.name for path in each.adapters.glob("*/adapter_config.json")),
-                "loaded": await each.call("loaded"),
-            }
-            for name, each in services.items()
-        }
+    def _adapters() -> dict[str, Any]:
+        return {kind: {"on_disk": names_in(each.adapters), "loaded": each.loaded} for kind, each in services.items()}
 
     @app.get("/metrics")
     async def _metrics() -> Response:
-        for name, each in services.items():
-            loaded = await each.call("loaded")
-            ADAPTERS.labels(name).set(len(loaded))
-            ADAPTER_BYTES.labels(name).set(sum(loaded.values()))
+        for kind, each in services.items():
+            ADAPTERS.labels(kind).set(len(each.loaded))
+            ADAPTER_BYTES.labels(kind).set(sum(each.loaded.values()))
+            WAITING.labels(kind).set(len(each.waiting))
+            READY.labels(kind).set(each.ready)
         return Response(prometheus.generate_latest(REGISTRY), media_type=prometheus.CONTENT_TYPE_LATEST)
 
-    return app
+    @app.get("/health/live")
+    async def _live() -> dict[str, Any]:
+        return {"live": True}
+
+    @app.get("/health/ready")
+    async def _ready(response: Response) -> dict[str, Any]:
+        ready = {kind: each.ready for kind, each in services.items()}
+        response.status_code = 200 if all(ready.values()) else 503
+        return ready
+
+    settings = next(iter(services.values())).settings
+    paths = {f"/{kind}" for kind in services} | {"/adapters", "/metrics", "/health/live", "/health/ready"}
+    return Counting(Limits(app, settings), paths)
+
+
+def names_in(adapters: Path) -> list[str]:
+    """The adapters that can be asked for."""
+    return sorted(
+        path.parent.name for path in adapters.glob("*/adapter_config.json") if re.fullmatch(NAME, path.parent.name)
+    )
+
+
+def uvicorn_options(settings: Settings) -> dict[str, Any]:
+    """What uvicorn has settings for."""
+    return {
+        "http": partial(Protocol, settings),
+        "ws": "none",
+        "lifespan": "on",
+        "log_level": "warning",
+        "server_header": False,
+        "proxy_headers": False,
+        "h11_max_incomplete_event_size": settings.max_head_bytes,
+        "timeout_keep_alive": settings.keep_alive_seconds,
+        "timeout_graceful_shutdown": settings.shutdown_seconds,
+    }
 
 
 def main() -> None:
     """Load the base models, and serve."""
-    import uvicorn
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--adapters", type=Path, required=True, help="folder whose folders are adapters")
     parser.add_argument("--classifier", help="base model of the adapters for sequence classification")
     parser.add_argument("--generator", help="base model of the adapters for causal language modelling")
-    parser.add_argument("--max-bytes", type=int, default=2**30, help="of the adapters in memory, for each base model")
-    parser.add_argument("--max-batch", type=int, default=64, help="rows of a batch at most")
-    parser.add_argument("--one-adapter-a-batch", action="store_true", help="for comparison")
-    parser.add_argument("--threads", type=int, help="of torch, for each model")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
+    Settings.add_to(parser)
     args = parser.parse_args()
     if not args.adapters.is_dir():
         parser.error(f"--adapters: there is no folder {args.adapters}")
-    services = {}
-    for option, kind in (("classifier", "classify"), ("generator", "generate")):
-        name, mixed = getattr(args, option), not args.one_adapter_a_batch
-        if name:
-            services[option] = Service(kind, name, args.adapters, args.max_bytes, mixed, args.max_batch, args.threads)
-    if not services:
+    if not (args.classifier or args.generator):
         parser.error("give --classifier or --generator, or both")
-    uvicorn.run(create_app(**services), host=args.host, port=args.port, log_level="warning")
+    settings = Settings.of(args)
+    services = {
+        option: Service(kind, name, args.adapters, settings)
+        for option, kind, name in (
+            ("classifier", "classify", args.classifier),
+            ("generator", "generate", args.generator),
+        )
+        if name
+    }
+    app = create_app(**services, stop=lambda: setattr(server, "should_exit", True))
+    server = uvicorn.Server(uvicorn.Config(app, host=args.host, port=args.port, **uvicorn_options(settings)))
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()  # ends the process by itself after SIGTERM
+        if not all(each.ready for each in services.values()):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,22 @@
 
     python examples/server/load_test.py --classifier MODEL --generator MODEL --report docs/serving-load.md
 
-For each number of adapters random ones are made for the base model, as large as trained ones. Three servers are
-started: one mixes adapters in a batch; one switches from adapter to adapter, with all requests that wait for it in a
-batch; one switches from request to request. Closed-loop clients, which draw an adapter for each request, ask one
-server, then the next, in turns. With one adapter the first two do the same: how far they are apart there says how
-exact the figures are.
+For each number of adapters random ones are made for the base model, as large as trained ones, with heads of different
+sizes. Three servers are started: one mixes adapters in a batch; one puts the requests of one adapter into a batch; one
+makes a batch of each request. Closed-loop clients, which draw an adapter and a text for each request, ask one server,
+then the next, in turns. With one adapter the first two do the same: how far they are apart there says how exact the
+figures are.
+
+Each answer is compared with the one that the adapter gave when it was made, alone on its model. Among the requests are
+wrong ones, which must get their status, and ones whose client closes the connection at once. A run is bounded by
+`--seconds` and `--requests`; the exit status is 1 if an answer was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -24,8 +28,10 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -40,39 +46,112 @@ CLASSES = {
 # The servers that are compared: what each is called, and started with.
 SERVERS = {
     "mixed": ("mixed", []),
-    "by_adapter": ("switching, a batch for each adapter", ["--one-adapter-a-batch"]),
-    "by_request": ("switching for each request", ["--max-batch", "1"]),
+    "by_adapter": ("a batch for each adapter", ["--one-adapter-a-batch"]),
+    "by_request": ("a batch for each request", ["--max-batch", "1"]),
 }
-TEXT = "I still have not received my new card, when will it arrive?"
-BODIES = {
-    "classify": {"text": TEXT},
-    "generate": {"prompt": "Once upon a time there was a", "max_new_tokens": 64},
+HEADS = [2, 3, 7, 5]  # labels of the adapters' heads, in turn; the base model has 3
+TEXTS = {
+    "classify": [
+        "I still have not received my new card, when will it arrive?",
+        "Why?",
+        "The transfer that I made on Monday is still pending, and the person who is to get it asks me every day.",
+    ],
+    "generate": ["Once upon a time there was a", "Lily went to the park with her mum. They saw a big dog and"],
 }
+NEW_TOKENS = 64
+# Bodies that must be refused, and with what. In ten requests of a client one is of these, and one is not waited for.
+WRONG: list[tuple[bytes, int]] = [
+    (b'{"adapter": "no-such-adapter", "%s": "w"}', 404),
+    (b'{"adapter": "../../etc", "%s": "w"}', 422),
+    (b'{"adapter": NaN, "%s": "w"}', 400),
+    (b'{"%s": "\\ud800"}', 422),
+    (b'{"%s": "' + b"a" * 30_000 + b'"}', 422),
+    (b'{"%s": "' + b"a" * 300_000 + b'"}', 413),
+    (b"[" * 100_000, 400),
+]
 
 
-def make_adapters(folder: Path, name: str, path: str, count: int) -> None:
-    """Random adapters of 20 tokens for a base model."""
+@dataclass
+class Tally:
+    """What the clients of a run have seen."""
+
+    answered: int = 0
+    latencies: list[float] = field(default_factory=list)
+    refused: int = 0
+    vanished: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        """Take in another run's."""
+        self.answered += other.answered
+        self.latencies += other.latencies
+        self.refused += other.refused
+        self.vanished += other.vanished
+        self.wrong += other.wrong
+
+
+def key_of(path: str) -> str:
+    """What the text of a request is called."""
+    return "text" if path == "classify" else "prompt"
+
+
+def make_adapters(folder: Path, name: str, path: str, count: int) -> dict[tuple[str, str], Any]:
+    """Save the base model, and random adapters of 20 tokens; for each adapter and text, what it answers alone."""
     _, auto_class, task_type = CLASSES[path]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    torch.manual_seed(0)
+    options = {"num_labels": 3} if path == "classify" else {}
+    auto_class.from_pretrained(name, **options).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
     config = PrefixTuningV2Config(task_type=task_type, num_virtual_tokens=20, init_std=0.3)
+    answers: dict[tuple[str, str], Any] = {}
     for number in range(count):
+        adapter, size = f"{path}-{number}", HEADS[number % len(HEADS)]
         torch.manual_seed(number)
-        get_peft_model(auto_class.from_pretrained(name), config).save_pretrained(folder / f"{path}-{number}")
+        options = {"num_labels": size} if path == "classify" else {}
+        model = get_peft_model(auto_class.from_pretrained(name, **options), config).eval()
+        model.save_pretrained(folder / "adapters" / adapter)
+        labels: list[Any] = list(range(size))
+        if number % 3:
+            labels = [f"{adapter} {label}" for label in labels]
+            (folder / "adapters" / adapter / "recipe.yaml").write_text(f"labels: {labels}\n", encoding="utf-8")
+        for text in TEXTS[path]:
+            answers[adapter, text] = answer_alone(model, tokenizer(text, return_tensors="pt")["input_ids"], labels)
+            if path == "generate":
+                answers[adapter, text] = tokenizer.decode(answers[adapter, text], skip_special_tokens=True)
+    return answers
 
 
-def start(args: argparse.Namespace, adapters: Path, path: str, options: list[str]) -> tuple[subprocess.Popen, str]:
+@torch.inference_mode()
+def answer_alone(model: Any, ids: torch.Tensor, labels: list[Any]) -> Any:
+    """What a model answers to a single row: label and probability, or new tokens."""
+    if "CAUSAL_LM" in str(model.peft_config["default"].task_type):
+        return model.generate(input_ids=ids, max_new_tokens=NEW_TOKENS, do_sample=False)[0, ids.shape[1] :]
+    probabilities = model(input_ids=ids).logits[0].softmax(-1)
+    best = int(probabilities.argmax())
+    return labels[best], float(probabilities[best])
+
+
+def right(path: str, expected: Any, answer: dict[str, Any]) -> bool:
+    """Whether an answer is the expected one."""
+    if path == "generate":
+        return answer == {"text": expected}
+    return answer["label"] == expected[0] and math.isclose(answer["probability"], expected[1], abs_tol=1e-4)
+
+
+def start(folder: Path, path: str, options: list[str]) -> tuple[subprocess.Popen, str]:
     """A server, and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    option = CLASSES[path][0]
-    command = [sys.executable, str(Path(__file__).with_name("app.py")), "--adapters", str(adapters), "--threads", "1"]
-    command += [f"--{option}", getattr(args, option), "--port", str(port)]
+    command = [sys.executable, str(Path(__file__).with_name("app.py")), "--adapters", str(folder / "adapters")]
+    command += ["--threads", "1", f"--{CLASSES[path][0]}", str(folder / "base"), "--port", str(port)]
     server = subprocess.Popen(command + options)
     address = f"127.0.0.1:{port}"
     for _ in range(240):
         try:
             http = HTTPConnection(address)
-            http.request("GET", "/adapters")
+            http.request("GET", "/health/ready")
             http.getresponse().read()
             return server, address
         except OSError:
@@ -82,62 +161,90 @@ def start(args: argparse.Namespace, adapters: Path, path: str, options: list[str
     raise SystemExit("The server did not start.")
 
 
-def load(address: str, path: str, adapters: int, clients: int, seconds: float) -> tuple[int, list[float]]:
-    """How many requests were answered within the time, and the seconds of all that were asked in it.
-
-    Clients ask again when they are answered.
-    """
-    answered: list[bool] = []
-    latencies: list[float] = []
+def load(address: str, path: str, adapters: int, answers: dict, args: argparse.Namespace, seconds: float) -> Tally:
+    """What clients see who ask for some seconds, each again when it is answered."""
     end = time.perf_counter() + seconds
+    names = [f"{path}-{number}" for number in range(adapters)]
 
-    def client(number: int) -> None:
+    def client(number: int) -> Tally:
+        tally = Tally()
         # The standard library's: httpx, which looks through all connections for each request, would be the bottleneck.
         http = HTTPConnection(address, timeout=120)
         # Drawn: clients that went through the adapters in order, and were answered together, would ask for the same.
         drawn = random.Random(number)
-        while (started := time.perf_counter()) < end:
-            body = json.dumps({**BODIES[path], "adapter": f"{path}-{drawn.randrange(adapters)}"})
+        for _ in range(args.requests):
+            if (started := time.perf_counter()) > end:
+                break
+            adapter, text, chance = drawn.choice(names), drawn.choice(TEXTS[path]), drawn.random()
+            body: Any = {"adapter": adapter, key_of(path): text}
+            body = json.dumps({**body, "max_new_tokens": NEW_TOKENS} if path == "generate" else body)
+            if chance < 0.1:
+                gone = HTTPConnection(address, timeout=120)
+                gone.request("POST", f"/{path}", body, {"Content-Type": "application/json"})
+                gone.close()
+                tally.vanished += 1
+                continue
+            status = 200
+            if chance < 0.2:
+                body, status = drawn.choice(WRONG)
+                body = body.replace(b"%s", key_of(path).encode())
             http.request("POST", f"/{path}", body, {"Content-Type": "application/json"})
-            answer = http.getresponse()
-            text = answer.read()
-            if answer.status != 200:
-                raise RuntimeError(f"{answer.status}: {text!r}")
-            finished = time.perf_counter()
-            answered.append(finished <= end)
-            latencies.append(finished - started)
+            response = http.getresponse()
+            found = response.read()
+            if response.status != status:
+                tally.wrong.append(f"{response.status} instead of {status}: {found[:200]!r}")
+            elif status != 200:
+                tally.refused += 1
+            else:
+                finished = time.perf_counter()
+                tally.answered += finished <= end
+                tally.latencies.append(finished - started)
+                if not right(path, answers[adapter, text], json.loads(found)):
+                    tally.wrong.append(f"{adapter}, {text!r}: {found[:200]!r}, not {answers[adapter, text]!r}")
+        return tally
 
-    with ThreadPoolExecutor(clients) as threads:
-        list(threads.map(client, range(clients)))
-    return sum(answered), latencies
+    total = Tally()
+    with ThreadPoolExecutor(args.clients) as threads:
+        for tally in threads.map(client, range(args.clients)):
+            total.add(tally)
+    return total
 
 
 def measure(args: argparse.Namespace, path: str) -> list[dict]:
     """The servers at each number of adapters."""
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        make_adapters(Path(folder), getattr(args, CLASSES[path][0]), path, max(args.counts))
-        servers = {name: start(args, Path(folder), path, options) for name, (_, options) in SERVERS.items()}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        answers = make_adapters(folder, getattr(args, CLASSES[path][0]), path, max(args.counts))
+        servers = {name: start(folder, path, options) for name, (_, options) in SERVERS.items()}
         try:
-            for clients, count in itertools.product(args.clients, args.counts):
+            for count in args.counts:
                 rates: dict[str, list[float]] = {name: [] for name in SERVERS}
-                waits: dict[str, list[float]] = {name: [] for name in SERVERS}
+                totals = {name: Tally() for name in SERVERS}
                 for turn in range(args.turns + 1):
                     for name, (_, address) in servers.items():
                         seconds = args.seconds if turn else 1.0  # the first turn loads the adapters
-                        number, latencies = load(address, path, count, clients, seconds)
+                        tally = load(address, path, count, answers, args, seconds)
+                        totals[name].wrong += tally.wrong
                         if turn:
-                            rates[name].append(number / seconds)
-                            waits[name] += latencies
-                result = {"path": path, "clients": clients, "adapters": count}
-                for name in SERVERS:
-                    result[name] = {
+                            rates[name].append(tally.answered / seconds)
+                            totals[name].add(tally)
+                for name, total in totals.items():
+                    cuts = statistics.quantiles(total.latencies, n=100)
+                    result = {
+                        "path": path,
+                        "adapters": count,
+                        "server": name,
                         "requests_per_second": statistics.median(rates[name]),
                         "spread": max(rates[name]) - min(rates[name]),
-                        "p95_seconds": statistics.quantiles(waits[name], n=20)[-1],
+                        "seconds": [cuts[49], cuts[94], cuts[98]],
+                        "compared": len(total.latencies),
+                        "refused": total.refused,
+                        "vanished": total.vanished,
+                        "wrong": total.wrong,
                     }
-                print(json.dumps(result), flush=True)
-                results.append(result)
+                    print(json.dumps(result), flush=True)
+                    results.append(result)
         finally:
             for server, _ in servers.values():
                 server.terminate()
@@ -145,34 +252,39 @@ def measure(args: argparse.Namespace, path: str) -> list[dict]:
     return results
 
 
-def report(args: argparse.Namespace, results: list[dict]) -> str:
+def report(args: argparse.Namespace, results: list[dict], others: float) -> str:
     """The figures as a page."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, encoding="utf-8", check=False
+    )
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    columns = ["request", "clients", "adapters", "mixed, requests/s"]
-    columns += [f"{words}, requests/s (mixed over it)" for name, (words, _) in SERVERS.items() if name != "mixed"]
-    columns += ["95% of requests within, s"]
+    columns = ["request", "adapters", "batches", "requests/s", "mixed over it", "median, s", "95%, s", "99%, s"]
+    columns += ["compared", "wrong", "refused", "gone"]
     lines = [
         "# The example server under load",
         "",
         "<!-- Written by examples/server/load_test.py. -->",
         "",
-        f"Clients on the same machine ({machine}), each with one request at a time; one torch thread; batches of up "
-        f"to 64; adapters of 20 tokens; median of {args.turns} turns of {args.seconds:g} s, the servers in turns, "
-        f"and half the distance of the fastest and slowest; torch {torch.__version__}, transformers "
+        f"{args.clients} clients on the same machine ({machine}), each with one request at a time; one torch thread; "
+        f"batches of up to 64; adapters of 20 tokens, with heads of {', '.join(map(str, sorted(HEADS)))} labels. "
+        f"Requests per second: median of {args.turns} turns of {args.seconds:g} s, the servers in turns, and half the "
+        "distance of the fastest and slowest. Seconds: from sending a request to having its answer. Each answer was "
+        "compared with the adapter's own, computed alone. One request in ten was a wrong one, to be refused with the "
+        "right status; one in ten was given up by its client at once. Clients and servers share the cores. The "
+        f"machine's load average before the start was {others:.1f}. torch {torch.__version__}, transformers "
         f"{transformers.__version__}, commit {commit.stdout.strip()}.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
     ]
+    mixed = {(each["path"], each["adapters"]): each for each in results if each["server"] == "mixed"}
     for each in results:
-        rates = {name: each[name]["requests_per_second"] for name in SERVERS}
-        cells = [each["path"], str(each["clients"]), str(each["adapters"])]
-        for name, rate in rates.items():
-            ratio = "" if name == "mixed" else f" ({rates['mixed'] / rate:.1f})"
-            cells.append(f"{rate:.0f} ± {each[name]['spread'] / 2:.0f}{ratio}")
-        cells.append(", ".join(f"{each[name]['p95_seconds']:.2f}" for name in SERVERS))
-        lines.append(f"| {' | '.join(cells)} |")
+        rate = each["requests_per_second"]
+        ratio = mixed[each["path"], each["adapters"]]["requests_per_second"] / rate
+        cells = [each["path"], each["adapters"], SERVERS[each["server"]][0], f"{rate:.0f} ± {each['spread'] / 2:.0f}"]
+        cells += ["" if each["server"] == "mixed" else f"{ratio:.1f}", *(f"{cut:.2f}" for cut in each["seconds"])]
+        cells += [each["compared"], len(each["wrong"]), each["refused"], each["vanished"]]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -182,7 +294,8 @@ def main() -> None:
     parser.add_argument("--classifier", help="base model for /classify")
     parser.add_argument("--generator", help="base model for /generate")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 8, 64], help="numbers of adapters")
-    parser.add_argument("--clients", type=int, nargs="+", default=[16, 64], help="numbers of clients")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=1000, help="of a client in a turn at most")
     parser.add_argument("--seconds", type=float, default=8.0, help="of a turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--report", type=Path, help="write the figures as a page")
@@ -190,11 +303,15 @@ def main() -> None:
     paths = [path for path, (option, *_) in CLASSES.items() if getattr(args, option)]
     if not paths:
         parser.error("give --classifier or --generator, or both")
+    others = os.getloadavg()[0]
     results = [result for path in paths for result in measure(args, path)]
-    page = report(args, results)
+    page = report(args, results, others)
     print(page)
     if args.report:
         args.report.write_text(page, encoding="utf-8")
+    wrong = [each for result in results for each in result["wrong"]]
+    if wrong:
+        raise SystemExit(f"{len(wrong)} wrong answers, the first: {wrong[0]}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,19 @@
-"""From a data set to a published adapter, with Accelerate. Needs the extra `train`; the core never imports this."""
+"""From a data set to a published adapter, with Accelerate. Needs the extra `train`; the core never imports this.
 
-from .data import DataError
-from .evaluation import answer_rows
-from .inference import evaluate_adapter, load_trained, predict
-from .loop import TrainingDiverged, TrainingInterrupted
-from .multitask import JointRecipe, load_joint_recipe, train_together
-from .recipe import Data, Recipe, RecipeError, load_recipe, recipe_names
-from .run import train
+A name is imported when it is used: a recipe can be read without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .data import DataError
+    from .evaluation import answer_rows
+    from .inference import evaluate_adapter, load_trained, predict
+    from .loop import TrainingDiverged, TrainingInterrupted
+    from .multitask import JointRecipe, load_joint_recipe, train_together
+    from .recipe import Data, Recipe, RecipeError, load_recipe, recipe_names
+    from .run import train
 
 __all__ = [
     "Data",
@@ -26,3 +33,25 @@ __all__ = [
     "train",
     "train_together",
 ]
+_NAMES = {
+    "data": ("DataError",),
+    "evaluation": ("answer_rows",),
+    "inference": ("evaluate_adapter", "load_trained", "predict"),
+    "loop": ("TrainingDiverged", "TrainingInterrupted"),
+    "multitask": ("JointRecipe", "load_joint_recipe", "train_together"),
+    "recipe": ("Data", "Recipe", "RecipeError", "load_recipe", "recipe_names"),
+    "run": ("train",),
+}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

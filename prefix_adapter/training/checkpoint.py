@@ -4,6 +4,7 @@
       adapter_model.safetensors   the trained weights under PEFT's names, beside PEFT's configuration: a saved adapter
       optimizer.safetensors       AdamW's moments
       state.json                  step, best step so far, schedule, random number generators' states
+      SHA256SUMS                  the checksums of these files, which `sha256sum -c` reads too
 
 Under DeepSpeed the folder `deepspeed` with the processes' own files takes the optimizer's place.
 
@@ -14,16 +15,20 @@ are in `trained.safetensors` under the model's own names. Nothing frozen is ever
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
@@ -36,7 +41,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from ..check import Spec, check_file
 from .distributed import save_parts, whole
+from .files import UNFINISHED, naming, to_disk
 from .model import trained
 from .recipe import RecipeError
 
@@ -45,10 +52,15 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"step-(\d{6,})$")
 _WEIGHTS, _OPTIMIZER, _STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
-_DEEPSPEED = "deepspeed"
-NOT_THE_ADAPTER = (_OPTIMIZER, _STATE, _DEEPSPEED)
+_DEEPSPEED, _SUMS, _CARD = "deepspeed", "SHA256SUMS", "README.md"
+NOT_THE_ADAPTER = (_OPTIMIZER, _STATE, _DEEPSPEED, _SUMS)
 """Files of a checkpoint that are for resuming only."""
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 _GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not as it was written, or fits another run; the message names the file."""
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
@@ -60,7 +72,7 @@ def find(checkpoints: Path) -> list[int]:
     """The steps that there are whole checkpoints of, in order."""
     if not checkpoints.is_dir():
         return []
-    found = (_NAME.match(entry.name) for entry in checkpoints.iterdir())
+    found = (_NAME.match(entry.name) for entry in checkpoints.iterdir() if entry.is_dir())
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -89,12 +101,41 @@ def save_weights(model: nn.Module, weights: dict[str, Tensor], folder: str | os.
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Read what `save_weights` wrote into a model, which may be sharded."""
+    """Read what `save_weights` wrote into a model, which may be sharded.
+
+    Raises:
+        CheckpointError: if the file is damaged, or not of this model; nothing is changed.
+    """
+    check_weights(model, folder)
     names = _names(model)
-    contents = load_file(folder / (_WEIGHTS if names is None else SAFETENSORS_WEIGHTS_NAME))
+    contents = load_file(_weights_in(folder, names))
     weights: Any = contents if names is None else {own: contents[saved] for own, saved in names.items()}
     with whole(trained(model).values(), changed=True):
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def check_weights(model: nn.Module, folder: Path) -> None:
+    """Hold the file of `save_weights` against a model.
+
+    Raises:
+        CheckpointError: if the file is damaged, or has other tensors than the model trains.
+    """
+    names = _names(model)
+    parameters = trained(model)
+    if names is not None:
+        parameters = {saved: parameters[own] for own, saved in names.items()}
+    _check_tensors(_weights_in(folder, names), {name: Spec.of(each) for name, each in parameters.items()}, model)
+
+
+def _weights_in(folder: Path, names: dict[str, str] | None) -> Path:
+    return folder / (_WEIGHTS if names is None else SAFETENSORS_WEIGHTS_NAME)
+
+
+def _check_tensors(path: Path, needed: dict[str, Spec], model: nn.Module) -> None:
+    try:
+        check_file(path, needed, {}, model)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def gather_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -115,24 +156,27 @@ def save(
 
     Raises:
         OSError: if it cannot be written, with what was there before untouched.
-        FloatingPointError: if a weight is not finite; nothing is written.
+        FloatingPointError: if a weight or a moment is not finite; nothing is written.
     """
     unwrapped = accelerator.unwrap_model(model)
     weights = gather_weights(unwrapped)
     moments: Any = {}
     parts: Path | None = None
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        parts = checkpoints / ".unfinished-parts" / _DEEPSPEED
+        parts = checkpoints / f"{UNFINISHED}parts" / _DEEPSPEED
         save_parts(model, parts)
     else:  # in other processes than the main one it is empty, as the weights are
         moments = get_optimizer_state_dict(unwrapped, optimizer.optimizer, options=_GATHERED).get("state", {})
     generators = gather_object([_generators()])
     failure: Exception | None = None
     if accelerator.is_main_process:
-        broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
         try:
-            if broken:
-                raise FloatingPointError(f"some of the weights {broken[0]} are not finite")
+            for name, weight in weights.items():
+                if not weight.isfinite().all():
+                    raise FloatingPointError(f"some of the weights {name} are not finite")
+            for name, own in moments.items():
+                if not all(moment.isfinite().all() for moment in own.values()):
+                    raise FloatingPointError(f"some of AdamW's moments of {name} are not finite")
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             contents = {**state, "step": step, "generators": generators, "scaler": scaler}
             _write(folder_of(checkpoints, step), unwrapped, weights, moments, parts, contents)
@@ -149,61 +193,246 @@ def save(
 def _write(
     target: Path, model: nn.Module, weights: Any, moments: Any, parts: Path | None, state: dict[str, Any]
 ) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".unfinished-"))
+    scratch = None
     try:
-        save_weights(model, weights, scratch)
-        if parts:
-            parts.rename(scratch / parts.name)
-        else:
-            flat = {f"{name}/{key}": value.contiguous() for name, own in moments.items() for key, value in own.items()}
-            save_file(flat, scratch / _OPTIMIZER)
-        (scratch / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        scratch.chmod(0o755)
-        for path in scratch.rglob("*"):
-            if path.is_file():
-                path.chmod(0o644)  # safetensors makes files that only their owner can read
-            _to_disk(path)
-        if target.exists():  # written by a run that stopped at this very step, and goes on from an earlier one
-            _remove(target)
-        scratch.rename(target)
-        _to_disk(target.parent)
-    except BaseException as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if isinstance(error, OSError) or "SafetensorError" in type(error).__name__:
-            raise OSError(f"{target}: {error}") from error  # safetensors has an error of its own for a full disk
+        with naming(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=UNFINISHED))
+            save_weights(model, weights, scratch)
+            if parts:
+                parts.rename(scratch / parts.name)
+            else:
+                flat = {f"{name}/{key}": own[key].contiguous() for name, own in moments.items() for key in own}
+                save_file(flat, scratch / _OPTIMIZER)
+            (scratch / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            files = sorted(path for path in scratch.rglob("*") if path.is_file())
+            sums = [f"{_sum(path)}  {path.relative_to(scratch).as_posix()}\n" for path in files if path.name != _CARD]
+            (scratch / _SUMS).write_text("".join(sums), encoding="utf-8")
+            scratch.chmod(0o755)
+            for path in scratch.rglob("*"):
+                if path.is_file():
+                    path.chmod(0o644)  # safetensors makes files that only their owner can read
+                to_disk(path)
+            if target.exists():  # written by a run that stopped at this very step, and goes on from an earlier one
+                _remove(target)
+            scratch.rename(target)
+            to_disk(target.parent)
+    except BaseException:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def keep(checkpoints: Path, steps: set[int]) -> None:
-    """Remove all checkpoints but those of `steps`, and what unfinished ones left."""
+    """Remove all checkpoints but those of `steps`, and what unfinished ones left.
+
+    What cannot be removed now, as another process reads it on Windows for instance, is left for the next time.
+    """
     for path in list(checkpoints.iterdir()):
         match = _NAME.match(path.name)
         if match and int(match[1]) not in steps:
-            _remove(path)
-        elif path.name.startswith(".unfinished-"):
+            with suppress(OSError):
+                _remove(path)
+        elif path.name.startswith(UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:
     """Remove a checkpoint. It loses its name first: what bears the name of a step is whole."""
-    scratch = path.with_name(f".unfinished-{path.name}")
+    scratch = path.with_name(UNFINISHED + path.name)
     shutil.rmtree(scratch, ignore_errors=True)
     path.rename(scratch)
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def load_state(folder: Path) -> dict[str, Any]:
-    """What `save` was given as `state`, and the step."""
-    return json.loads((folder / _STATE).read_text(encoding="utf-8"))
+def choose(checkpoints: Path, accelerator: Accelerator, model: nn.Module, metric: str) -> int | None:
+    """The last checkpoint that is whole, after a warning if there is a later one; every process must call this.
+
+    Args:
+        checkpoints: the folder of checkpoints.
+        accelerator: the accelerator.
+        model: the model.
+        metric: the metric that the best checkpoint is chosen by.
+
+    Returns:
+        Its step; `None` if there are no checkpoints.
+
+    Raises:
+        CheckpointError: if there are checkpoints, and none of them is whole; the message names the file.
+        OSError: if a file cannot be read.
+    """
+    outcome: list[Any] = [None, []]
+    if accelerator.is_main_process:
+        outcome = _choose(checkpoints, model, metric)
+    step, problems = broadcast_object_list(outcome)
+    if isinstance(step, Exception):
+        raise step
+    if problems and step is None:
+        raise CheckpointError(
+            f"{problems[0]} No other checkpoint in {checkpoints} is whole: put the file back from a copy, or start "
+            "the run anew (--overwrite)."
+        )
+    if problems and accelerator.is_main_process:
+        warnings.warn(f"{problems[0]} The run goes on from the whole checkpoint of step {step}.", stacklevel=2)
+    return step
+
+
+def _choose(checkpoints: Path, model: nn.Module, metric: str) -> list[Any]:
+    problems = []
+    for step in reversed(find(checkpoints)):
+        folder = folder_of(checkpoints, step)
+        try:
+            best = check(folder, model, metric)["best_step"]
+            if best not in (None, step):  # its weights are what the run leaves, if no better ones come
+                check_sums(folder_of(checkpoints, best))
+                check_weights(model, folder_of(checkpoints, best))
+        except CheckpointError as error:
+            problems.append(str(error))
+        except OSError as error:
+            return [error, []]
+        else:
+            return [step, problems]
+    return [None, problems]
+
+
+def check(folder: Path, model: nn.Module, metric: str | None = None) -> dict[str, Any]:
+    """Hold a checkpoint against its checksums, and against what a run of this model needs to go on.
+
+    Args:
+        folder: the checkpoint.
+        model: the model.
+        metric: the metric that the best checkpoint is chosen by; not looked for if `None`.
+
+    Returns:
+        The contents of `state.json`.
+
+    Raises:
+        CheckpointError: if it is damaged, or of another run; the message names the file.
+        OSError: if a file cannot be read.
+    """
+    check_sums(folder)
+    state = load_state(folder, metric)
+    check_weights(model, folder)
+    if (folder / _DEEPSPEED).is_dir():
+        return state
+    moments: dict[str, Spec] = {}
+    for name, parameter in trained(model).items():
+        moments |= {f"{name}/{key}": Spec.of(parameter) for key in _MOMENTS}
+        moments[f"{name}/step"] = Spec((), torch.float32)
+    path = folder / _OPTIMIZER
+    _check_tensors(path, moments, model)
+    for name, tensor in load_file(path).items():
+        if name.endswith("/step") and tensor.item() not in range(state["step"] + 1):
+            raise _damaged(path, f"{name} is {tensor.item():g}, and the checkpoint is of step {state['step']}")
+        if name.endswith("/exp_avg_sq") and (tensor < 0).any():
+            raise _damaged(path, f"{name}, a mean of squares, has negative numbers")
+    return state
+
+
+def check_sums(folder: Path) -> None:
+    """Compare the files of a checkpoint with its checksums, if it has some: earlier versions wrote none.
+
+    Raises:
+        CheckpointError: if a file is missing or another one.
+        OSError: if a file cannot be read.
+    """
+    path = folder / _SUMS
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is missing.")
+    if not path.exists():
+        return
+    for line in _read(path).splitlines():
+        digest, _, name = line.partition("  ")
+        if not name:
+            raise _damaged(path, f"{line[:80]!r} is no checksum and name")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing.")
+        if _sum(folder / name) != digest:
+            raise _damaged(folder / name, f"its checksum is not that in {_SUMS}")
+
+
+def _damaged(path: Path, why: object) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {why}.")
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _damaged(path, error) from error
+
+
+def load_state(folder: Path, metric: str | None = None) -> dict[str, Any]:
+    """What `save` was given as `state`, with the step and the states of the random number generators.
+
+    Args:
+        folder: the checkpoint.
+        metric: the metric that must be among `best_metrics`.
+
+    Raises:
+        CheckpointError: if it is missing, or not as it was written.
+        OSError: if it cannot be read.
+    """
+    path = folder / _STATE
+    try:
+        state = json.loads(_read(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(state, dict):
+        raise _damaged(path, "it is no JSON object")
+    match = _NAME.match(folder.name)
+    # A scaler (fp16) and DeepSpeed skip steps; else the schedule counts all of them.
+    skips = state.get("scaler") is not None or (folder / _DEEPSPEED).is_dir()
+    checks = {
+        "step": lambda step: _is_count(step) and step > 0 and (match is None or step == int(match[1])),
+        "best_step": lambda step: step is None or (_is_count(step) and 0 < step <= state["step"]),
+        "best_metrics": lambda own: own is None if state["best_step"] is None else _is_metrics(own, metric),
+        "evaluations_since_best": _is_count,
+        "loss_sum": lambda value: _is_number(value) and math.isfinite(value),
+        "loss_count": _is_count,
+        "scheduler": lambda own: isinstance(own, dict) and _is_count(own.get("last_epoch")),
+        "generators": lambda own: isinstance(own, list) and bool(own) and all(map(_is_generators, own)),
+        "scaler": lambda own: own is None or isinstance(own, dict),
+    }
+    for key, good in checks.items():
+        if key not in state:
+            raise _damaged(path, f"it has no `{key}`")
+        if not good(state[key]):
+            raise _damaged(path, f"its `{key}` cannot be {str(state[key])[:80]}")
+    counted = state["scheduler"]["last_epoch"]
+    if counted > state["step"] or (counted < state["step"] and not skips):
+        raise _damaged(path, f"its schedule has counted {counted} steps of {state['step']}")
+    return state
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_metrics(value: Any, metric: str | None) -> bool:
+    numbers = isinstance(value, dict) and all(map(_is_number, value.values()))
+    return numbers and (metric is None or metric in value)
+
+
+def _is_generators(states: Any) -> bool:
+    """Whether these are states that random number generators can have."""
+    try:
+        read = _decode(states)
+        torch.Generator().set_state(read["cpu"])
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+        return False
+    return True
 
 
 def restore(folder: Path, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -215,6 +444,7 @@ def restore(folder: Path, accelerator: Accelerator, model: nn.Module, optimizer:
         What `save` was given as `state`, and the step.
 
     Raises:
+        CheckpointError: if it is damaged; see `check`, which must be called before.
         RecipeError: if it was written under DeepSpeed, and is not restored so by as many processes, or the reverse.
     """
     state = load_state(folder)
@@ -230,7 +460,7 @@ def restore(folder: Path, accelerator: Accelerator, model: nn.Module, optimizer:
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     if len(generators) == accelerator.num_processes:
-        _set_generators(generators[accelerator.process_index])
+        _set_generators(_decode(generators[accelerator.process_index]), accelerator)
     else:
         accelerator.print(
             f"The checkpoint was written by {len(generators)} processes, and there are {accelerator.num_processes}: "
@@ -259,10 +489,16 @@ def _generators() -> dict[str, str]:
     return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
 
 
-def _set_generators(states: dict[str, str]) -> None:
-    read = {
-        name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for name, text in states.items()
+def _decode(states: dict[str, str]) -> dict[str, Tensor]:
+    return {
+        name: torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)
+        for name, text in states.items()
     }
-    torch.set_rng_state(read["cpu"])
-    if "cuda" in read and torch.cuda.is_available():
-        torch.cuda.set_rng_state(read["cuda"])
+
+
+def _set_generators(states: dict[str, Tensor], accelerator: Accelerator) -> None:
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+    elif torch.cuda.is_available() or "cuda" in states:
+        accelerator.print("The checkpoint was written on another kind of device: dropout will draw other numbers.")

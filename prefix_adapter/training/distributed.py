@@ -109,11 +109,28 @@ def prepare(accelerator: Accelerator, model: Any, recipe: Recipe) -> tuple[Any, 
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _register_prefixes(model)
         accelerator.state.deepspeed_plugin.set_deepspeed_weakref()  # by this transformers generates in step
-    elif accelerator.distributed_type == DistributedType.FSDP and hasattr(model, "generate"):
+        return prepared, wrapped, optimizer
+    start_moments(optimizer)
+    if accelerator.distributed_type == DistributedType.FSDP and hasattr(model, "generate"):
         register_fsdp_forward_method(prepared, "generate")
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base._is_fsdp_managed_module = True  # as above
     return prepared, wrapped, optimizer
+
+
+def start_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter the state that AdamW gives it with its first gradient.
+
+    A checkpoint must have the state of all parameters, and some have had no gradient when it is written: a part that
+    the task does not use, or the head of a task that was not drawn yet.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 @contextmanager

@@ -46,6 +46,7 @@ class Lesson:
         self.recipe, self.task, self.accelerator = recipe, task, accelerator
         self.validation_rows = validation_rows
         features = make_features(task, train_rows, True, recipe.data.num_proc)
+        task.check_tokens(features, recipe.data.train)
         items = [task.num_items(labels) for labels in features["labels"]]
         if not all(items):  # a completion that did not fit in, for instance: the mean of no losses is not a number
             kept = [i for i, count in enumerate(items) if count]

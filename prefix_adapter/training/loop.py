@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 import signal
 import threading
 import warnings
@@ -22,6 +21,7 @@ from . import checkpoint
 from .batches import shares
 from .distributed import check, load_whole
 from .model import new_scheduler, trained
+from .outputs import how_to_resume
 from .recipe import RecipeError
 
 if TYPE_CHECKING:
@@ -150,20 +150,50 @@ class Loop:
         self.lesson.try_out(self.accelerator.unwrap_model(self.model))
 
     def resume(self) -> bool:
-        """Go back to the last checkpoint; `False` if there is none."""
-        found = checkpoint.find(self.checkpoints)
-        if not found:
+        """Go back to the last whole checkpoint; `False` if there is none.
+
+        The schedule is that of this run's recipe: where the recipe has more steps than the one that the checkpoint was
+        written with, the rates from here on are those that a run of that length has.
+
+        Raises:
+            CheckpointError: if there are checkpoints, and none that is whole.
+            RecipeError: if the checkpoint is behind the last step of this run.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        step = checkpoint.choose(self.checkpoints, self.accelerator, model, self.metric)
+        if step is None:
             return False
-        folder = checkpoint.folder_of(self.checkpoints, found[-1])
+        if step > self.steps:
+            raise RecipeError(
+                f"`num_train_epochs`, `max_steps`: the run in {self.recipe.output_dir} has been trained for {step} "
+                f"steps, and with these it would have {self.steps}. It can be made longer, not shorter."
+            )
+        folder = checkpoint.folder_of(self.checkpoints, step)
         state = checkpoint.restore(folder, self.accelerator, self.model, self.optimizer)
-        self.step = state["step"]
+        self.step = step
         self.state = {key: state[key] for key in self.state}
         self._sum, self._count = state["loss_sum"], state["loss_count"]
-        self.scheduler.load_state_dict(state["scheduler"])
-        for group, rate in zip(self.optimizer.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
+        self._set_schedule(state["scheduler"]["last_epoch"])
         self._keep()
+        self.accelerator.print(f"Resuming after step {self.step} of {self.steps}.{self._why_done()}")
         return True
+
+    def _set_schedule(self, count: int) -> None:
+        """Go on with the schedule after so many of its steps."""
+        factors = [factor(count) for factor in self.scheduler.lr_lambdas]
+        rates = [rate * factor for rate, factor in zip(self.scheduler.base_lrs, factors, strict=True)]
+        done = {"last_epoch": count, "_step_count": count + 1, "_last_lr": rates}
+        self.scheduler.load_state_dict({**self.scheduler.state_dict(), **done})
+        for group, rate in zip(self.optimizer.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _why_done(self) -> str:
+        """What to say of a run that has nothing left to train."""
+        if self.step == self.steps:
+            return " With a larger `num_train_epochs` or `max_steps` it would be trained longer."
+        if self._patience_is_over():
+            return " It had stopped early; with a larger `early_stopping_patience` it would be trained longer."
+        return ""
 
     def run(self) -> None:
         """Train to the end.
@@ -205,7 +235,7 @@ class Loop:
                 if stop and not last and not self._patience_is_over():
                     raise TrainingInterrupted(
                         f"Stopped after step {self.step} of {self.steps}; the checkpoint is in {self.checkpoints}. "
-                        f"Go on with: prefix-adapter {self.lesson.command} --resume {shlex.quote(recipe.output_dir)}",
+                        f"{how_to_resume(recipe.output_dir, self.lesson.command)}",
                         self._signal,
                     )
         finally:

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import SafetensorError
 from torch import nn
 
+from ..api import PeftModel, get_peft_model  # not from peft: this makes our method known to PEFT
 from ..start import init_from, init_from_text, token_ids
-from .recipe import NO_ADAPTER, RecipeError
+from .recipe import NO_ADAPTER, RecipeError, say
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,27 +33,52 @@ _HEAD_RATE = 2e-2
 _HEADS = ("classifier", "score", "qa_outputs")
 """Heads that PEFT trains and saves by itself, for the task types that have one."""
 _NEED_A_METRIC = ("reduce_lr_on_plateau", "greedy")
-_REVISIONS = ("revision", "trust_remote_code")
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer."""
-    known = {key: value for key, value in recipe.model_kwargs.items() if key in _REVISIONS}
+    """The base model's tokenizer.
+
+    Raises:
+        RecipeError: if there is none, or it has no vocabulary: from a folder without a tokenizer's files transformers
+            makes one that reads every text as unknown, or as nothing.
+    """
+    known = {key: value for key, value in recipe.model_kwargs.items() if key == "revision"}
     try:
-        return transformers.AutoTokenizer.from_pretrained(recipe.model, **known)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"`model`: no tokenizer can be loaded from {recipe.model!r}: {error}") from error
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            recipe.model, **known, trust_remote_code=recipe.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise RecipeError(f"`model`: no tokenizer can be loaded from {recipe.model!r}: {explain(error)}") from error
+    special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    if len(tokenizer.get_vocab().keys() - special) < 2:  # T5's has the sign for a space besides
+        raise RecipeError(
+            f"`model`: {recipe.model!r} has no tokenizer: there are no tokens but special ones. Save the model's own "
+            "tokenizer beside it (`tokenizer.save_pretrained`)."
+        )
+    return tokenizer
+
+
+def explain(error: BaseException) -> str:
+    """What transformers says of a model that cannot be loaded, in our words where code would have to be run."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it needs Python code that its repository contains, which is not run. If you trust the code, say so with "
+            "--trust_remote_code, or in Python with `trust_remote_code=True`."
+        )
+    return str(error)
 
 
 def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, list[str]]:
     """The base model with the task's head.
+
+    A head that was trained with another number of labels is replaced by a new one.
 
     Returns:
         The model, and the names of its modules that are the task's: the head, and what else the checkpoint has no
         weights for, perhaps a pooler.
 
     Raises:
-        RecipeError: if there is no such model, or it has no such head.
+        RecipeError: if there is no such model, it has no such head, or the tokenizer is not that of the model.
     """
     # PEFT asks for it by its old name in every forward.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
@@ -59,18 +87,70 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, list[str]]:
     transformers.logging.set_verbosity_error()  # the head is missing from the checkpoint: that is what we train
     try:
         model, found = auto_class.from_pretrained(
-            recipe.model, **{**task.model_kwargs(), **recipe.model_kwargs}, output_loading_info=True
+            recipe.model,
+            **{**task.model_kwargs(), **recipe.model_kwargs},
+            trust_remote_code=recipe.trust_remote_code,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RecipeError(f"`model`: {recipe.model!r} cannot be loaded as {task.auto_class}: {error}") from error
+    except (OSError, ValueError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
+        raise RecipeError(
+            f"`model`: {recipe.model!r} cannot be loaded as {task.auto_class}: {explain(error)}"
+        ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    missing = sorted({name.rpartition(".")[0] for name in found["missing_keys"]})
     beside = [
         name for name, child in model.named_children() if child is not model.base_model and list(child.parameters())
     ]
     heads = beside if task.has_head and model.base_model is not model else []
+    _check_sizes(recipe, found["mismatched_keys"], heads)
+    missing = sorted({name.rpartition(".")[0] for name in found["missing_keys"]})
+    _fit_tokenizer(recipe, task, model)
     return model, [*heads, *(name for name in missing if not name.startswith(tuple(f"{head}." for head in heads)))]
+
+
+def _check_sizes(recipe: Recipe, mismatched: Iterable[Any], heads: list[str]) -> None:
+    """See that only the head's tensors have other sizes in the checkpoint than in the model.
+
+    Args:
+        recipe: the recipe.
+        mismatched: for each such tensor its name, its shape in the checkpoint and its shape in the model.
+        heads: names of the head's modules.
+
+    Raises:
+        RecipeError: if another tensor has.
+    """
+    for name, theirs, ours in sorted(mismatched):
+        if not name.startswith(tuple(f"{head}." for head in heads)):
+            raise RecipeError(
+                f"`model`: {name} is {tuple(theirs)} in the checkpoint of {recipe.model!r}, and {tuple(ours)} by its "
+                "configuration (and `model_kwargs`)."
+            )
+    sizes = {(theirs[0], ours[0]) for _, theirs, ours in mismatched if len(theirs) == 2 and len(ours) == 2}
+    for theirs, ours in sizes:
+        say(f"{recipe.model} has a head with {theirs} outputs. The task needs {ours}: that head is not used.")
+
+
+def _fit_tokenizer(recipe: Recipe, task: Task, model: Any) -> None:
+    """See that the model knows the tokenizer's tokens, and tell it which one is padding.
+
+    Raises:
+        RecipeError: if the tokenizer is of another model.
+    """
+    known, tokenizer = model.get_input_embeddings().weight.shape[0], task.tokenizer
+    known = known or model.config.get_text_config().vocab_size  # of parameters that are shared out the shape is empty
+    largest = max(tokenizer.vocab_size - 1, *tokenizer.all_special_ids)
+    if largest >= known:
+        raise RecipeError(
+            f"`model`: the tokenizer of {recipe.model!r} has a token {largest} "
+            f"({tokenizer.convert_ids_to_tokens(largest)!r}), and the model has embeddings for {known:,} tokens only: "
+            "it is the tokenizer of another model, or the embeddings were not resized after tokens were added."
+        )
+    task.embeddings = known
+    # A decoder classifies by the last token that is no padding. Models without padding have no such token by default.
+    config = model.config.get_text_config()
+    if task.has_head and getattr(config, "pad_token_id", None) != tokenizer.pad_token_id:
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:

@@ -23,19 +23,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from accelerate.utils import DistributedType, set_seed
 from torch import nn
 
 from ..convert import new_folder
 from . import checkpoint, outputs
 from .data import DataError
-from .distributed import together
+from .distributed import start_moments, together
 from .evaluation import evaluate
 from .lesson import Lesson
 from .loop import Loop, accelerating
 from .model import adapter_config, learning_rates, load_base, load_tokenizer, start, trained, wrap
-from .recipe import Dumper, Recipe, RecipeError, read_values
+from .recipe import Recipe, RecipeError, read_values, write_values
 from .run import leave, load_splits
 from .tasks import TASK_CLASSES
 
@@ -142,8 +141,7 @@ class JointRecipe:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as YAML."""
-        text = yaml.dump(self.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
-        Path(path).write_text(text, encoding="utf-8")
+        write_values(self.to_dict(), path)
 
 
 def load_joint_recipe(path: str | os.PathLike[str], **overrides: Any) -> JointRecipe:
@@ -151,7 +149,8 @@ def load_joint_recipe(path: str | os.PathLike[str], **overrides: Any) -> JointRe
 
     Args:
         path: the file.
-        **overrides: values that take the place of the file's, for instance `output_dir`.
+        **overrides: values that take the place of the file's, for instance `output_dir`, and `trust_remote_code`,
+            which a file cannot set.
 
     Raises:
         RecipeError: if the file is no valid recipe; the message names the key.
@@ -304,14 +303,7 @@ class JointLesson:
         for each in model.models:  # they are measured one by one, and in the same precision
             self.accelerator.prepare_model(each, evaluation_mode=True)
         prepared, wrapped = self.accelerator.prepare(model, optimizer)
-        # As AdamW does with a parameter's first gradient. In a checkpoint it must be there for all of them, and a task
-        # that was not drawn yet has had none.
-        for parameter in trained(model).values():
-            optimizer.state[parameter] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        start_moments(optimizer)
         return prepared, wrapped, optimizer
 
     def try_out(self, model: SharedPrefix) -> None:
@@ -384,7 +376,8 @@ def train_together(
             raise RecipeError(
                 f"{kind} cannot divide models that share parameters: tasks are trained together without."
             )
-        return _train_together(recipe, accelerator, resume, overwrite, on_evaluation)
+        with outputs.held(Path(recipe.output_dir), accelerator, JointLesson.command):
+            return _train_together(recipe, accelerator, resume, overwrite, on_evaluation)
 
 
 def _train_together(
@@ -424,10 +417,12 @@ def _train_together(
     log = outputs.Log(settings, accelerator, recipe.to_dict())
     loop = Loop(settings, lesson, model, accelerator, checkpoints, log, on_evaluation)
     loop.try_out()
+    if resume:
+        outputs.check_shared(folder, accelerator)
+        _compare(recipe)
+        loop.resume()
     _claim(recipe, resume, accelerator)
     outputs.check_shared(folder, accelerator)
-    if resume and loop.resume():
-        accelerator.print(f"Resuming after step {loop.step} of {loop.steps}.")
     log.start(loop.step)
     loop.run()
 
@@ -491,6 +486,7 @@ def _may_claim(recipe: JointRecipe, resume: bool, overwrite: bool) -> None:
     folder = Path(recipe.output_dir)
     if resume:
         _compare(recipe, *outputs.LEARNT)
+        outputs.read_metrics(folder / outputs.METRICS)
         return
     more: list[str] = []
     if overwrite and (folder / outputs.RECIPE).is_file():
@@ -515,12 +511,9 @@ def _compare(recipe: JointRecipe, *left_out: str) -> None:
 
 def _claim(recipe: JointRecipe, resume: bool, accelerator: Accelerator) -> None:
     """As `outputs.claim`."""
-    if resume:
-        _compare(recipe)
     if accelerator.is_main_process:
         outputs.empty(Path(recipe.output_dir), resume)
-        if not resume:
-            outputs.save_recipe(recipe)
+        outputs.save_recipe(recipe)
         for own in recipe.recipes.values():
             outputs.empty(Path(own.output_dir), resume)
     accelerator.wait_for_everyone()

@@ -15,8 +15,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
-from contextlib import contextmanager
+import subprocess
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..hub import write_model_card
 from .distributed import together
+from .files import LOCKS, UNFINISHED, locked, naming, replacing, write_text
 from .recipe import Recipe, RecipeError, load_recipe
 
 if TYPE_CHECKING:
@@ -42,7 +45,6 @@ CHECKPOINTS, LOGS = "checkpoints", "logs"
 _WEIGHTS = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "trained.safetensors"}
 OURS = {RECIPE, METRICS, RESULTS, CURVE, CARD, CHECKPOINTS, LOGS, *_WEIGHTS}
 """All that a run leaves."""
-_SCRATCH = ".unfinished-"
 _PIPELINES = {
     "sequence-classification": "text-classification",
     "token-classification": "token-classification",
@@ -51,8 +53,10 @@ _PIPELINES = {
 }
 LEARNT = ("labels", "task_kwargs")
 """What training fills in, from the rows, where the user does not say."""
-MAY_DIFFER = ("output_dir", "report_to", "eval_batch_size", "logging_steps")
-"""What a run may be resumed with another value of."""
+MAY_GROW = ("num_train_epochs", "max_steps", "early_stopping_patience")
+"""The keys that make a run longer when it is resumed with another value."""
+MAY_DIFFER = ("output_dir", "report_to", "eval_batch_size", "logging_steps", "trust_remote_code", *MAY_GROW)
+"""The keys that a run may be resumed with another value of."""
 
 
 def may_claim(recipe: Recipe, resume: bool, overwrite: bool) -> None:
@@ -68,14 +72,30 @@ def may_claim(recipe: Recipe, resume: bool, overwrite: bool) -> None:
     """
     folder = Path(recipe.output_dir)
     if resume:
-        results = folder / RESULTS
-        if results.is_file() and json.loads(results.read_text(encoding="utf-8")).get("together"):
+        earlier = run_in(folder)
+        if _trained_together(folder / RESULTS):
             raise RecipeError(
                 f"`output_dir`: the adapter in {folder} was trained together with others, and cannot be resumed alone."
             )
-        compare(load_recipe(run_in(folder)), recipe, *LEARNT)
+        compare(load_recipe(earlier), recipe, *LEARNT)
+        read_metrics(folder / METRICS)
     else:
         may_fill(folder, overwrite)
+
+
+def _trained_together(results: Path) -> bool:
+    """Whether a run's `results.json`, if there is one, says that the run is a part of a larger one."""
+    try:
+        found = json.loads(results.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except (ValueError, RecursionError) as error:
+        found = error
+    if not isinstance(found, dict):
+        raise RecipeError(
+            f"{results} is damaged: it is no JSON object. Remove it; the run writes it anew when it is resumed."
+        )
+    return bool(found.get("together"))
 
 
 def run_in(folder: Path) -> Path:
@@ -120,23 +140,52 @@ def may_fill(folder: Path, overwrite: bool, more: Iterable[str] = ()) -> None:
 
 
 def _entries(folder: Path) -> set[str]:
-    """What is in a folder, but for what a process that was killed had not finished."""
-    return {path.name for path in folder.iterdir() if not path.name.startswith(_SCRATCH)}
+    """The names in a folder, without the lock, and without what a process that was killed had not finished."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith((UNFINISHED, *LOCKS))}
+
+
+@contextmanager
+def held(folder: Path, accelerator: Accelerator, command: str) -> Iterator[None]:
+    """Have the processes of one run, and no others, work in an output folder.
+
+    Args:
+        folder: the folder.
+        accelerator: the accelerator; the main process holds the lock.
+        command: the command that resumes the run.
+
+    Raises:
+        RecipeError: if another run works in it; see `files.locked`.
+        KeyboardInterrupt: on a Ctrl-C that is not noted by `Loop.run`; the message says what there is.
+        OSError: if nothing can be written there.
+    """
+    with ExitStack() as stack:
+        with together(accelerator):
+            if accelerator.is_main_process:
+                stack.enter_context(locked(folder))
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            there = (folder / RECIPE).is_file()
+            raise KeyboardInterrupt(
+                f"Stopped. {how_to_resume(folder, command)}" if there else f"Stopped. There is no run in {folder} yet."
+            ) from error
+
+
+def how_to_resume(folder: str | os.PathLike[str], command: str) -> str:
+    """The sentence that says how to go on with the run in a folder."""
+    path = os.fspath(folder)
+    quoted = subprocess.list2cmdline([path]) if os.name == "nt" else shlex.quote(path)
+    return f"Resume with: prefix-adapter {command} --resume {quoted}"
 
 
 def claim(recipe: Recipe, resume: bool, accelerator: Accelerator) -> None:
     """Make the output folder ready for the run, after `may_claim`: an earlier run in it is removed unless resumed.
 
-    Raises:
-        RecipeError: if the run that is to be resumed learnt other labels.
+    The recipe is written even if the run is resumed, as it may be a longer one now (`MAY_GROW`).
     """
-    folder = Path(recipe.output_dir)
-    if resume:
-        compare(load_recipe(folder / RECIPE), recipe)
     if accelerator.is_main_process:
-        empty(folder, resume)
-        if not resume:
-            save_recipe(recipe)
+        empty(Path(recipe.output_dir), resume)
+        save_recipe(recipe)
     accelerator.wait_for_everyone()
 
 
@@ -156,7 +205,7 @@ def empty(folder: Path, resume: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # The recipe, by which the folder is known as ours, goes last.
     for path in sorted(folder.iterdir(), key=lambda path: path.name == RECIPE):
-        if resume and not path.name.startswith(_SCRATCH):
+        if path.name in LOCKS or (resume and not path.name.startswith(UNFINISHED)):
             continue
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
@@ -176,32 +225,10 @@ def compare(earlier: Recipe, now: Recipe, *left_out: str) -> None:
             )
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write a file to, which takes the place of `path` when it is written: whole or not at all."""
-    scratch = path.with_name(_SCRATCH + path.name)
-    try:
-        yield scratch
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except BaseException as error:
-        scratch.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(f"{path}: {error}") from error
-        raise
-
-
 def save_recipe(recipe: Recipe | JointRecipe) -> None:
     """Write the recipe into its output folder."""
     with replacing(Path(recipe.output_dir) / RECIPE) as scratch:
         recipe.save(scratch)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    with replacing(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
 
 
 class Log:
@@ -226,31 +253,60 @@ class Log:
             }
             self.accelerator.init_trackers("prefix-adapter", config=flat)
         if self.accelerator.is_main_process and self.path.is_file():
-            kept = [line for line in self.read() if line["step"] <= step and line["split"] != "test"]
+            kept = [line for line in read_metrics(self.path) if line["step"] <= step and line["split"] != "test"]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, epoch: float, split: str, values: dict[str, float]) -> None:
         """Record values of a step."""
         if self.accelerator.is_main_process:
             line = {"step": step, "epoch": round(epoch, 4), "split": split, **values}
-            try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())  # a checkpoint relies on the lines before it
-            except OSError as error:
-                raise OSError(f"{self.path}: {error}") from error
+            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint relies on the lines before it
         self.accelerator.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
 
     def read(self) -> list[dict[str, Any]]:
-        """The lines recorded so far. A last line that was cut off by the end of the process is left out."""
-        lines = []
-        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []:
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-        return lines
+        """The lines recorded so far; see `read_metrics`."""
+        return read_metrics(self.path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`; none if there is no such file.
+
+    The last line is left out if it cannot be read: a process that dies, or a machine, may have written a part of it.
+
+    Raises:
+        RecipeError: if an earlier line is damaged; the message names it.
+    """
+    if not path.is_file():
+        return []
+    texts = path.read_bytes().splitlines()
+    lines = []
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            problem = _problem_of_line(line)
+        except (ValueError, RecursionError) as error:
+            problem = f"it is no JSON ({error})"
+        if not problem:
+            lines.append(line)
+        elif number < len(texts):
+            raise RecipeError(f"{path}, line {number}: {problem}. Mend or remove the line, or remove the file.")
+    return lines
+
+
+def _problem_of_line(line: Any) -> str | None:
+    if not isinstance(line, dict):
+        return "it is no JSON object"
+    for name, kinds in (("step", (int,)), ("epoch", (int, float)), ("split", (str,))):
+        if type(line.get(name)) not in kinds:
+            return f"its `{name}` is {line.get(name)!r}"
+    values = {name: value for name, value in line.items() if name != "split"}
+    wrong = [name for name, value in values.items() if type(value) not in (int, float)]
+    return f"its `{wrong[0]}` is no number" if wrong else None
 
 
 def versions() -> dict[str, str]:

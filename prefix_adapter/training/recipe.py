@@ -7,16 +7,19 @@ import dataclasses
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field
 from importlib import resources
 from inspect import formatannotation
 from pathlib import Path
-from typing import Any, Literal, Optional, Union, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union, get_args, get_type_hints
 
 import yaml
 from huggingface_hub.dataclasses import type_validator
-from jsonargparse import ArgumentParser, Namespace
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
 TASKS = (
     "sequence-classification",
@@ -28,6 +31,8 @@ TASKS = (
 )
 NO_ADAPTER = ("FULL", "HEAD")
 """What `adapter.peft_type` may say besides a PEFT type: train all of the model, or its task head alone."""
+_CODE = ("allow_all_kernels", "use_kernels", "kernel_config")
+"""Arguments of `from_pretrained` with which transformers downloads and runs kernels."""
 
 
 class RecipeError(ValueError):
@@ -124,6 +129,8 @@ class Recipe:
         early_stopping_patience: Stop after so many evaluations without a better one.
         report_to: Accelerate's trackers, for instance `[tensorboard]`, written to `output_dir/logs`.
         labels: The labels, in the order of the head's outputs; read from the training rows if not given.
+        trust_remote_code: Run the Python code that the base model's repository contains. No file can set this: it is
+            an option of the command line and an argument in Python, and is not saved with the recipe.
     """
 
     task: Literal[TASKS]  # type: ignore[valid-type]
@@ -159,9 +166,11 @@ class Recipe:
     early_stopping_patience: Optional[int] = None
     report_to: list[str] = field(default_factory=list)
     labels: Optional[list[Union[str, int]]] = None
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         _check_types(self)
+        self._check_code()
         kind = self.adapter.get("peft_type", "PREFIX_TUNING_V2")
         if not isinstance(kind, str):
             raise RecipeError(f"`adapter.peft_type` must be the name of a method, got {kind!r}.")
@@ -201,6 +210,21 @@ class Recipe:
                 "`adapter.prefix_projection`: an MLP cannot start from `init_text`. Leave it out, for a table."
             )
 
+    def _check_code(self) -> None:
+        """Refuse settings with which transformers runs code from a repository, unless the caller trusts it."""
+        if "trust_remote_code" in self.model_kwargs:
+            raise RecipeError(
+                "`model_kwargs.trust_remote_code`: leave it out. If you trust the code of the base model's "
+                "repository, say so with --trust_remote_code, or in Python with `trust_remote_code=True`."
+            )
+        for name in self.model_kwargs:
+            attention = name == "attn_implementation" and "/" in str(self.model_kwargs[name])
+            if (attention or name in _CODE) and not self.trust_remote_code:
+                raise RecipeError(
+                    f"`model_kwargs.{name}`: {self.model_kwargs[name]!r} runs code from a repository. If you trust "
+                    "it, say so with --trust_remote_code, or in Python with `trust_remote_code=True`."
+                )
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """The recipe of plain values, as `to_dict` gives them.
@@ -232,8 +256,19 @@ class Recipe:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as YAML."""
-        text = yaml.dump(self.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
-        Path(path).write_text(text, encoding="utf-8")
+        write_values(self.to_dict(), path)
+
+
+def write_values(values: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write the values of a recipe as YAML, `trust_remote_code` as false: no file can set it."""
+    text = yaml.dump({**values, "trust_remote_code": False}, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def say(text: str) -> None:
+    """Print a line for the user to standard error, in the first of the processes that a launcher started."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _set(contents: dict[str, Any], values: dict[str, Any], without: Iterable[str] = ()) -> dict[str, Any]:
@@ -316,20 +351,52 @@ def recipe_path(name: str | os.PathLike[str]) -> str:
     raise RecipeError(f"There is no file {str(name)!r} and no recipe of that name; there are {recipe_names()}.")
 
 
+_FILE_BYTES, _FILE_NODES = 1_000_000, 100_000
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-2 is a number, a date is a text, and a key that occurs twice is an error."""
+    """YAML in which 1e-2 is a number, a date is a text, and a key that occurs twice is an error.
+
+    Aliases may repeat parts of a file, up to `_FILE_NODES` values in all: a few lines of aliases of aliases would
+    otherwise become more values than any memory holds.
+    """
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None:
+            self._count(node, {})
+        return node
+
+    def _count(self, node: Any, counts: dict[int, int | None]) -> int:
+        """How many values a node holds, every alias counted as a copy of what it names."""
+        if id(node) not in counts:
+            counts[id(node)] = None
+            inner = node.value if isinstance(node, yaml.CollectionNode) else []
+            parts = (part for each in inner for part in (each if isinstance(each, tuple) else (each,)))
+            counts[id(node)] = 1 + sum(self._count(part, counts) for part in parts)
+        found = counts[id(node)]
+        if found is None:
+            raise yaml.MarkedYAMLError(problem="a value contains itself", problem_mark=node.start_mark)
+        if found > _FILE_NODES:
+            raise yaml.MarkedYAMLError(
+                problem=f"it has more than {_FILE_NODES:,} values, repetitions counted", problem_mark=node.start_mark
+            )
+        return found
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = []
+        seen = set()
         for key, _ in node.value:
-            if key.value in seen:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"`{key.value}` occurs twice", problem_mark=key.start_mark)
-            seen.append(key.value)
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
 class Dumper(yaml.SafeDumper):
-    """Puts in quotes what `_Loader` would not read as a text."""
+    """Puts in quotes what `_Loader` would not read as a text, and writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: D102 (PyYAML's)
+        return True
 
 
 for _kind in (_Loader, Dumper):
@@ -343,16 +410,25 @@ def read_values(name: str | os.PathLike[str]) -> dict[str, Any]:
     """The values of a YAML file, or of a recipe that comes with the package.
 
     Raises:
-        RecipeError: if there is none, or it is no mapping.
+        RecipeError: if there is no such file, if it is too large or no mapping, or if it sets `trust_remote_code`.
     """
     path = recipe_path(name)
+    if os.path.getsize(path) > _FILE_BYTES:
+        raise RecipeError(f"{path} is no recipe: it has more than {_FILE_BYTES:,} bytes.")
     try:
         with open(path, encoding="utf-8") as file:
             values = yaml.load(file, _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise RecipeError(f"{path} cannot be read: its values are nested too deeply.") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a number of thousands of digits
         raise RecipeError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is no recipe: it must be a mapping of keys to values.")
+    if values.get("trust_remote_code"):
+        raise RecipeError(
+            f"{path}: `trust_remote_code`: a file cannot say that a repository's code may run. If you trust the code, "
+            "say so with --trust_remote_code, or in Python with `trust_remote_code=True`."
+        )
     return values
 
 
@@ -400,3 +476,120 @@ def load_recipe(name: str | os.PathLike[str], **overrides: Any) -> Recipe:
         return Recipe.from_dict(_set(values, overrides))
     except RecipeError as error:
         raise RecipeError(f"{name}: {error}") from error
+
+
+# ---- The recipe in an adapter's folder
+
+_HARMLESS = ("task", "model", "labels", "max_length", "eval_batch_size", "mixed_precision", "seed")
+"""The keys that are taken from the recipe in an adapter's folder, besides `data` and those below."""
+_DTYPES = ("auto", "float32", "float16", "bfloat16")
+_HARMLESS_MODEL_KWARGS: dict[str, Any] = {
+    "dtype": lambda value: value in _DTYPES,
+    "torch_dtype": lambda value: value in _DTYPES,
+    "attn_implementation": lambda value: value in ("eager", "sdpa", "flash_attention_2", "flex_attention"),
+    "revision": lambda value: isinstance(value, str),
+}
+_HARMLESS_GENERATION_KWARGS = (
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"),
+    *("no_repeat_ngram_size", "early_stopping", "min_new_tokens", "renormalize_logits"),
+)
+_MOST = {"eval_batch_size": 1024, "max_length": 1_000_000, "num_beams": 64, "max_answer_length": 1000}
+_MOST_OF_OTHERS = 100_000
+
+
+def load_adapter_recipe(
+    path: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    rows: bool = False,
+    trust_remote_code: bool = False,
+) -> Recipe:
+    """Read the recipe in the folder of an adapter, which somebody else may have written.
+
+    Only settings are taken that an adapter needs to be used and that can do no harm: the task, the base model's name,
+    labels, the names of columns, lengths and batch sizes within bounds, the dtype and the like. Other keys are left
+    out; a setting that would change what the model computes and is not on the list is refused.
+
+    Args:
+        path: the file.
+        model: the base model, in place of the recipe's.
+        rows: also take where the run's rows are.
+        trust_remote_code: whether the base model's repository may run its code; the file cannot set it.
+
+    Raises:
+        RecipeError: if it is no recipe, or sets something that is refused.
+    """
+    values = read_values(path)
+    kept = {key: values[key] for key in _HARMLESS if key in values}
+    kept["trust_remote_code"] = trust_remote_code
+    if model is not None:
+        kept["model"] = model
+    data, adapter = values.get("data", {}), values.get("adapter", {})
+    known = {each.name for each in dataclasses.fields(Data)} - {"num_proc"} if rows else {"columns"}
+    if isinstance(data, dict):
+        kept["data"] = {key: value for key, value in data.items() if key in known}
+    if isinstance(adapter, dict) and "peft_type" in adapter:
+        kept["adapter"] = {"peft_type": adapter["peft_type"]}
+    try:
+        kept["model_kwargs"] = _harmless_model_kwargs(values.get("model_kwargs", {}), trust_remote_code)
+        kept["task_kwargs"] = _harmless_task_kwargs(values.get("task_kwargs", {}))
+        for key in ("max_length", "eval_batch_size"):
+            _check_bound(key, kept.get(key))
+        return Recipe.from_dict({"output_dir": os.path.dirname(path) or ".", **kept})
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def _harmless_model_kwargs(settings: Any, trust_remote_code: bool) -> dict[str, Any]:
+    if not isinstance(settings, dict):
+        raise RecipeError(f"`model_kwargs` must be a mapping, got {_short(settings)}.")
+    kept = {}
+    for key, value in settings.items():
+        if key == "trust_remote_code":
+            if value and not trust_remote_code:
+                raise RecipeError(
+                    "`model_kwargs.trust_remote_code`: the adapter's recipe asks for the code of the base model's "
+                    "repository to be run, which only you can allow: with --trust_remote_code, or in Python with "
+                    "`trust_remote_code=True`."
+                )
+        elif re.search("dropout|pdrop", str(key)):
+            continue  # it is for training alone
+        elif key in _HARMLESS_MODEL_KWARGS and _HARMLESS_MODEL_KWARGS[key](value):
+            kept[key] = value
+        else:
+            raise _refused(f"model_kwargs.{key}", value)
+    return kept
+
+
+def _harmless_task_kwargs(settings: Any) -> dict[str, Any]:
+    if not isinstance(settings, dict):
+        raise RecipeError(f"`task_kwargs` must be a mapping, got {_short(settings)}.")
+    for key, value in settings.items():
+        if key == "generation_kwargs" and isinstance(value, dict):
+            for name, each in value.items():
+                if name not in _HARMLESS_GENERATION_KWARGS or not isinstance(each, (bool, int, float)):
+                    raise _refused(f"task_kwargs.generation_kwargs.{name}", each)
+                _check_bound(f"task_kwargs.generation_kwargs.{name}", each)
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            _check_bound(f"task_kwargs.{key}", value)
+        else:
+            raise _refused(f"task_kwargs.{key}", value)
+    return settings
+
+
+def _check_bound(key: str, value: Any) -> None:
+    most = _MOST.get(key.rpartition(".")[2], _MOST_OF_OTHERS)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) <= most:
+        raise _refused(key, value, f" (more than {most:,})")
+
+
+def _refused(key: str, value: Any, why: str = "") -> RecipeError:
+    return RecipeError(
+        f"`{key}`: {_short(value)} is not taken from an adapter's folder{why}. If you trust this recipe, name it "
+        "yourself: --config FILE, or in Python `config=`."
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

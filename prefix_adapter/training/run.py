@@ -14,12 +14,14 @@ from accelerate.utils import set_seed
 
 from ..convert import fold
 from . import checkpoint, outputs
-from .data import DataError, hold_out, load_rows, take
+from .data import DataError, divide, load_rows
 from .distributed import together
 from .evaluation import evaluate
+from .files import UNFINISHED, naming, to_disk
 from .lesson import Lesson
 from .loop import Loop, accelerating
 from .model import adapter_config, learning_rates, load_base, load_tokenizer, start, trained, wrap
+from .recipe import load_recipe
 from .tasks import TASK_CLASSES
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ def train(
 
     Args:
         recipe: the recipe.
-        resume: go on with the run in `recipe.output_dir`, from its last checkpoint.
+        resume: go on with the run in `recipe.output_dir`, from its last checkpoint. With a larger
+            `num_train_epochs`, `max_steps` or `early_stopping_patience` a finished run is trained longer.
         overwrite: replace the run in `recipe.output_dir`.
         on_evaluation: called by the main process after every evaluation, with the step and the validation rows'
             metrics; what it raises ends the run.
@@ -54,15 +57,17 @@ def train(
         The contents of `results.json`: metrics of the validation rows at the best step and of the test rows, and more.
 
     Raises:
-        RecipeError: if the recipe cannot be run.
+        RecipeError: if the recipe cannot be run, or another run works in `recipe.output_dir`.
         DataError: if there is something wrong with the rows.
         UnsupportedBackboneError: if the base model cannot take a prefix.
+        CheckpointError: if the run that is to be resumed has checkpoints, and none that is whole.
         TrainingInterrupted: on SIGINT or SIGTERM, after a checkpoint was written.
         TrainingDiverged: if the loss is not finite.
         OSError: if a file cannot be written.
     """
     recipe = copy.deepcopy(recipe)  # what the rows tell is filled in
-    with accelerating(recipe) as accelerator:
+    folder = Path(recipe.output_dir)
+    with accelerating(recipe) as accelerator, outputs.held(folder, accelerator, Lesson.command):
         return _train(recipe, accelerator, resume, overwrite, on_evaluation)
 
 
@@ -91,10 +96,12 @@ def _train(
     lesson = Lesson(recipe, task, rows["train"], rows["validation"], accelerator)
     loop = Loop(recipe, lesson, model, accelerator, checkpoints, log, on_evaluation)
     loop.try_out()
+    if resume:
+        outputs.check_shared(folder, accelerator)
+        outputs.compare(load_recipe(folder / outputs.RECIPE), recipe)
+        loop.resume()
     outputs.claim(recipe, resume, accelerator)
     outputs.check_shared(folder, accelerator)
-    if resume and loop.resume():
-        accelerator.print(f"Resuming after step {loop.step} of {loop.steps}.")
     log.start(loop.step)
     loop.run()
 
@@ -130,7 +137,7 @@ def load_splits(recipe: Recipe, task: Task) -> dict[str, Dataset]:
     Raises:
         DataError: if there is something wrong with the rows.
     """
-    data, seed = recipe.data, recipe.seed
+    data = recipe.data
     rows = {split: load_rows(data, split) for split in ("train", "validation", "test") if getattr(data, split)}
     for name in task.optional_columns:
         lacking = [getattr(data, split) for split, own in rows.items() if name not in own.column_names]
@@ -143,30 +150,42 @@ def load_splits(recipe: Recipe, task: Task) -> dict[str, Dataset]:
         if split in rows:
             task.check(rows[split], getattr(data, split))
     recipe.labels = task.labels
-    if "validation" not in rows:
-        rows["train"], rows["validation"] = hold_out(rows["train"], data.validation_fraction, seed)
-    return {split: take(own, getattr(data, f"max_{split}_rows"), seed) for split, own in rows.items()}
+    return divide(rows, data, recipe.seed)
 
 
 def leave(recipe: Recipe, best: Path, lines: list[dict[str, Any]], results: dict[str, Any]) -> None:
-    """Write what a run leaves; the weights come last, so that a folder that has them has everything.
+    """Write what a run leaves.
+
+    All files are written and on the disk before the first one gets its place. The weights come last, so that a folder
+    that has them has everything.
 
     Args:
         recipe: the recipe.
         best: the best checkpoint.
         lines: what was recorded on the way.
         results: the contents of `results.json`.
+
+    Raises:
+        OSError: if a file cannot be written; what was there before is untouched.
     """
     folder = Path(recipe.output_dir)
-    outputs.save_recipe(recipe)
-    outputs.draw_curve(lines, results["metric"], results["best_step"], folder / outputs.CURVE)
-    outputs.write_text(folder / outputs.RESULTS, json.dumps(results, indent=2) + "\n")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as scratch:
+    with naming(folder), tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as scratch:
         export = Path(scratch) / "adapter"
         if recipe.adapter["peft_type"] == "PREFIX_TUNING_V2" and recipe.adapter.get("prefix_projection"):
             fold(best, export)
         else:
-            shutil.copytree(best, export, ignore=shutil.ignore_patterns(*checkpoint.NOT_THE_ADAPTER))
+            export.mkdir()
+            for path in best.iterdir():
+                if path.name not in checkpoint.NOT_THE_ADAPTER:
+                    shutil.copyfile(path, export / path.name)
+        recipe.save(export / outputs.RECIPE)
+        outputs.draw_curve(lines, results["metric"], results["best_step"], export / outputs.CURVE)
+        (export / outputs.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         outputs.write_card(export, recipe, results)
-        for path in sorted(export.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name)):
+        paths = sorted(export.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name))
+        for path in paths:
+            path.chmod(0o644)  # safetensors makes files that only their owner can read
+            to_disk(path)
+        for path in paths:
             path.replace(folder / path.name)
+        to_disk(folder)

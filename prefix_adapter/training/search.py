@@ -28,11 +28,11 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -43,6 +43,7 @@ from .loop import TrainingDiverged, TrainingInterrupted
 from .model import adapter_config, load_tokenizer
 from .recipe import Recipe, RecipeError
 from .run import load_splits, train
+from .settings import Search
 from .tasks import TASK_CLASSES
 
 if TYPE_CHECKING:
@@ -66,57 +67,6 @@ _SPACE: dict[str, Any] = {
 }
 _THE_SAME = ("task", "output_dir", "metric_for_best_model", "mixed_precision", "data")
 """Keys that all trials share: their values could not be compared otherwise."""
-
-
-@dataclass
-class Search:
-    """The settings of a search.
-
-    Args:
-        space: The keys of the recipe that are varied, dotted where nested, and how: a list of choices, or a mapping
-            with `low` and `high` (whole numbers are drawn if both are whole, unless `type: float`) and perhaps
-            `log: true` or `step`. `when: {<another key>: <one of its choices>}` in a mapping limits it to trials with
-            that value (a list then goes under `choices`), and a list of such mappings gives one key several ranges;
-            where none applies the key has its default, whatever the recipe says. By default table or MLP, each with
-            its range of learning rates, and length and dropout of the prefix.
-        n_trials: Trials that are finished in the end, earlier ones of a resumed search included. A pruned trial
-            counts, and one that diverged; one that was cut off is done again and does not.
-        timeout: Begin no further trial after so many seconds.
-        sampler: What chooses the values: tpe (Optuna's default, which learns from the trials before), random, or grid
-            (all combinations in random order, n_trials at most).
-        pruner: What ends poor trials early: median (worse than half of the others after as many evaluations),
-            hyperband, or none.
-        seed: Of the sampler. With it a search in one process can be repeated.
-        storage: Optuna's storage, as a URL that SQLAlchemy knows; `study.db` in the output folder by default. A study
-            belongs to one search at a time.
-        study_name: The name of the study in the storage.
-        n_jobs: Processes that train at the same time; they share out the GPUs, or the threads of the CPU.
-        keep_trials: Whether the trials' folders stay.
-
-    Raises:
-        RecipeError: if a value is impossible.
-    """
-
-    space: Optional[dict[str, Any]] = None
-    n_trials: int = 30
-    timeout: Optional[float] = None
-    sampler: Literal["tpe", "random", "grid"] = "tpe"
-    pruner: Literal["median", "hyperband", "none"] = "median"
-    seed: int = 0
-    storage: Optional[str] = None
-    study_name: str = "prefix-adapter"
-    n_jobs: int = 1
-    keep_trials: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("n_trials", "n_jobs"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.timeout is not None and not self.timeout > 0:
-            raise RecipeError(f"`timeout` must be above 0, got {self.timeout}.")
-        for name, known in (("sampler", ("tpe", "random", "grid")), ("pruner", ("median", "hyperband", "none"))):
-            if getattr(self, name) not in known:
-                raise RecipeError(f"`{name}` must be one of {list(known)}, got {getattr(self, name)!r}.")
 
 
 Point = dict[str, Any]
@@ -168,11 +118,15 @@ class Parameter:
         return [type(own.low)(f"{own.low + i * own.step:.12g}") for i in range(count + 1)]
 
 
-def default_space(recipe: Recipe) -> dict[str, Any]:
+def default_space(recipe: Recipe, fixed: Sequence[str] = ()) -> dict[str, Any]:
     """What is varied if the user does not say.
 
+    Args:
+        recipe: the recipe.
+        fixed: keys that stay as the recipe says.
+
     Raises:
-        RecipeError: if the recipe's adapter is no prefix.
+        RecipeError: if the recipe's adapter is no prefix, or nothing is left to vary.
     """
     kind = recipe.adapter["peft_type"]
     if kind != "PREFIX_TUNING_V2":
@@ -180,14 +134,19 @@ def default_space(recipe: Recipe) -> dict[str, Any]:
             f"`space`: the default one is for PREFIX_TUNING_V2. Say what is to be varied for {kind}, for instance "
             '{"learning_rate": {"low": 1e-5, "high": 1e-3, "log": true}}.'
         )
-    if recipe.init_text or recipe.init_from:
-        # What it starts from decides on its length, and whether it is a table.
-        rates = _SPACE["learning_rate"][bool(recipe.adapter.get("prefix_projection"))]
-        rate = {key: value for key, value in rates.items() if key != "when"}
-        return {"learning_rate": rate, "adapter.prefix_dropout": _SPACE["adapter.prefix_dropout"]}
-    width = recipe.adapter.get("encoder_hidden_size")  # a table must not have it
-    own = {"adapter.encoder_hidden_size": {"when": {_PROJECTION: True}, "choices": [width]}} if width else {}
-    return {**_SPACE, **own}
+    mlp = bool(recipe.adapter.get("prefix_projection"))
+    if recipe.init_text or recipe.init_from:  # what it starts from decides on its length, and whether it is a table
+        fixed = [*fixed, _PROJECTION, "adapter.num_virtual_tokens"]
+    space = {key: value for key, value in _SPACE.items() if key not in fixed}
+    width = recipe.adapter.get("encoder_hidden_size")
+    if _PROJECTION in space and width:  # a table must not have it
+        space["adapter.encoder_hidden_size"] = {"when": {_PROJECTION: True}, "choices": [width]}
+    elif _PROJECTION not in space and "learning_rate" in space:
+        rates = _SPACE["learning_rate"][mlp]
+        space["learning_rate"] = {key: value for key, value in rates.items() if key != "when"}
+    if not space:
+        raise RecipeError("`space`: all that the default one varies is set by you. Say what is to be varied.")
+    return space
 
 
 def parse_space(space: dict[str, Any] | None) -> list[Parameter]:
@@ -366,7 +325,11 @@ def search(recipe: Recipe, settings: Search, *, resume: bool = False) -> dict[st
             "train several trials at a time with `n_jobs`."
         )
     if settings.space is None:
-        settings = dataclasses.replace(settings, space=default_space(recipe))
+        settings = dataclasses.replace(settings, space=default_space(recipe, settings.fixed))
+    else:
+        for key, varied in itertools.product(settings.fixed, settings.space):
+            if f"{varied}.".startswith(f"{key}.") or f"{key}.".startswith(f"{varied}."):
+                raise RecipeError(f"`{key}` is set, and `space` varies `{varied}`: leave one of them out.")
     space = parse_space(settings.space)
     grid = _grid(space) if settings.sampler == "grid" else None
     tokenizer = load_tokenizer(recipe)

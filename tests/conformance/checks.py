@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from zoo import NotBuilt, tiny_inputs, tiny_model
 
 import prefix_adapter
-from prefix_adapter import PrefixTuningV2Config, causal, get_peft_model
+from prefix_adapter import PrefixTuningV2Config, UnsupportedBackboneError, causal, get_peft_model
 from prefix_adapter.causal import CausalMask
 
 TOKENS = 3
@@ -147,6 +147,30 @@ def masked_prefix(case: Case) -> None:
     close(mixed[:1], ours[:1], "row with the prefix")
     close(mixed[1:], base[1:], "row without")
     differs(ours, base, "effect")
+
+
+def mixed_shifts(case: Case) -> None:
+    """Rows whose adapters move positions by different lengths, or not at all, compute what each computes alone."""
+    try:
+        model = case.wrapped(shift_positions=True)
+    except ValueError as error:
+        if isinstance(error, UnsupportedBackboneError) or "`shift_positions=True`" not in str(error):
+            raise
+        raise Skip("no positions that could be shifted") from error
+    more = PrefixTuningV2Config(num_virtual_tokens=TOKENS + 2, shift_positions=True, **case.config)
+    model.add_adapter("longer", more)
+    redraw(model, case.seed)
+    names = ["default", "longer", "__base__"]
+    with torch.no_grad():
+        inputs = case.inputs(model, batch=3)
+        mixed = outputs_mixed(model, inputs, names)
+        for row, name in enumerate(names[:2]):
+            model.set_adapter(name)
+            close(mixed[row], outputs(model, inputs)[row], f"row with {name}")
+        with model.disable_adapter():
+            base = outputs(model, inputs)
+    close(mixed[2], base[2], "row without")
+    differs(mixed[:2], base[:2], "effect")
 
 
 def outputs_mixed(model: nn.Module, inputs: dict[str, Tensor], names: list[str]) -> Tensor:
@@ -517,8 +541,8 @@ def far_window(case: Case) -> None:
 CHECKS: dict[str, Callable[[Case], None]] = {
     check.__name__: check
     for check in (
-        effect_and_gradients, disabling, masked_prefix, eager_and_sdpa, padding, reload, checkpointing, one_pass,
-        generate_greedy, generate_left_padded, generate_beams, generate_sampling, generate_static,
+        effect_and_gradients, disabling, masked_prefix, mixed_shifts, eager_and_sdpa, padding, reload, checkpointing,
+        one_pass, generate_greedy, generate_left_padded, generate_beams, generate_sampling, generate_static,
         generate_prompt_lookup, two_turns, embeddings, compiled, causal_rule,
         far_window,
     )

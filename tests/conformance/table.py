@@ -46,6 +46,14 @@ does is said by its docstring in `tests/conformance/checks.py`:
   `shift_positions=True` padding counts, as in PEFT.
 - A token generated beyond the last learned position ends in PyTorch's own index error, as without an adapter.
 
+## When a newer transformers refuses everything
+
+transformers renames arguments now and then: what was `past_key_values` until 5.23 is `cache` in 5.24. The cache is
+found by its type, or by what the probe hands over: another name alone changes nothing, another kind of cache may. The
+package is bounded above by the newest minor version of transformers that passes the suite (`pip show prefix-adapter`).
+With a newer one, installed in spite of the bound, a refusal ends with the versions that were tested and the command
+that installs them. `bash tests/newest.sh` in a checkout installs the newest of everything and runs the suite.
+
 ## Types that work
 
 {table}

@@ -1,5 +1,6 @@
 """Checkpoints and the output folder: whenever a run dies, what is there is whole and can be gone on with."""
 
+import errno
 import io
 import json
 import os
@@ -23,7 +24,7 @@ from test_loop import what_counts
 from test_run import recipe
 from tqdm import tqdm
 
-from prefix_adapter.training import RecipeError, checkpoint, load_recipe, outputs, train
+from prefix_adapter.training import RecipeError, checkpoint, load_recipe, outputs, run, train
 from prefix_adapter.training.loop import Loop
 
 PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT
@@ -270,18 +271,92 @@ def test_a_disk_that_is_full_between_checkpoints(make, tmp_path):
     assert what_counts(folder) == what_counts(tmp_path / "whole")
 
 
-def test_a_disk_that_is_full_at_the_end(make, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", _full_disk)
-        with pytest.raises(OSError, match=r"out/recipe.yaml: .*No space left"):
-            train(make("out"))
-    assert os.listdir(tmp_path / "out") == []
-    train(make("out"))
+def fill_at(number: int, folder: Path) -> None:
+    """Have the disk be full for this process from the so-manyth time on that something new comes into a folder."""
+    count = 0
+
+    def step(path) -> bool:
+        nonlocal count
+        count += str(path).startswith(str(folder))
+        return count >= number and str(path).startswith(str(folder))
+
+    def hook(event: str, args: tuple) -> None:
+        if event not in ("open", "os.mkdir", "os.rename") or (
+            event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR)
+        ):
+            return
+        if step(args[0]):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), args[0])
+
+    original = safetensors.torch.serialize_file
+
+    def serialize_file(tensors, path, *args, **kwargs):
+        if step(path):
+            raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device")
+        original(tensors, path, *args, **kwargs)
+
+    safetensors.torch.serialize_file = serialize_file
+    sys.addaudithook(hook)
 
 
-def _full_disk(path, *args, **kwargs):
-    path.touch()
-    raise OSError(28, "No space left on device")
+STRIDE = int(os.environ.get("PREFIX_ADAPTER_TEST_STRIDE", 7))  # 1 tries every write
+
+
+def test_a_disk_that_is_full_at_every_write_in_turn(make, tmp_path):
+    train(make("whole", max_steps=2))
+    expected = what_counts(tmp_path / "whole")
+    folder, report, states = tmp_path / "full", tmp_path / "report", []
+    for number in range(1, 1000, STRIDE):
+        shutil.rmtree(folder, ignore_errors=True)
+
+        def work(number=number):
+            fill_at(number, folder)
+            try:
+                go_on(make("full", max_steps=2))
+            except OSError as error:
+                assert "No space left on device" in str(error) and str(folder) in str(error), str(error)
+                report.write_text("full")
+
+        report.unlink(missing_ok=True)
+        assert not was_killed(in_child(work, report), report)
+        if not report.exists():
+            break
+        assert not list(folder.rglob(".unfinished-*")) and not list(folder.rglob(".run*"))
+        state = durable(folder)
+        if state not in states:
+            states.append(state)
+            assert_whole(folder)
+            # What is published comes at once: the weights last, when all else is there.
+            assert not (folder / "adapter_model.safetensors").exists()
+            go_on(make("full", max_steps=2))
+            assert what_counts(folder) == expected
+    assert len(states) > 2 and number > 40
+    assert what_counts(folder) == expected
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "README.md", "results.json"])
+def test_a_disk_that_is_full_at_the_end(make, tmp_path, name):
+    """The last copies: all of them are written, or none."""
+    train(make("whole"))
+    report, folder = tmp_path / "report", tmp_path / "full"
+    limit = (tmp_path / "whole" / name).stat().st_size - 1
+
+    def work():
+        original = run.leave
+
+        def leave(*args):
+            limit_files(limit)
+            original(*args)
+
+        run.leave = leave
+        with pytest.raises(OSError, match=r"full.*File too large"):
+            train(make("full"))
+        limit_files(resource.RLIM_INFINITY)
+
+    assert not was_killed(in_child(work, report), report)
+    assert sorted(os.listdir(folder)) == ["checkpoints", "metrics.jsonl", "recipe.yaml"]
+    go_on(make("full"))
+    assert what_counts(folder) == what_counts(tmp_path / "whole")
 
 
 def test_a_folder_in_use_is_left_alone(make, tmp_path):
@@ -298,7 +373,7 @@ def test_a_folder_in_use_is_left_alone(make, tmp_path):
         train(make("thesis"), overwrite=True)
     assert durable(folder).keys() == {"chapter.tex", "recipe.yaml"}
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecipeError, match=r"`output_dir`: .*file is not empty"):
+    with pytest.raises(RecipeError, match=r"`output_dir`: .*file is a file"):
         train(make("file"))
 
 

@@ -63,13 +63,89 @@ def test_a_json_file_may_hold_lines(write):
     assert read(write("rows.json", as_lines(ROWS))) == ROWS
 
 
-def test_numbers_in_csv(write):
-    assert read(write("a.csv", "text,label\na,1\nb,0\n")) == [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
-    assert read(write("b.csv", "text,label\na,1.5\nb,\n")) == [
-        {"text": "a", "label": 1.5},
-        {"text": "b", "label": None},
+CELLS = [
+    "01",
+    "1",
+    "1.0",
+    "0x1",
+    "1e5",
+    "1_000",
+    "NA",
+    "N/A",
+    "null",
+    "None",
+    "nan",
+    "NaN",
+    "True",
+    "-",
+    " 1 ",
+    "2020-01-01",
+]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "csv.gz"])
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_cells_of_a_table_are_texts_as_they_are_written(kind, where, write):
+    """Also those that a reader could take for numbers, dates, truth values or missing values."""
+    comma = "\t" if kind == "tsv" else ","
+    text = "".join(f"{text}{comma}{label}\n" for text, label in [("text", "label"), *((cell, cell) for cell in CELLS)])
+    content = gzip.compress(text.encode()) if kind.endswith("gz") else text
+    path = write(f"folder/train.{kind}", content)
+    rows = read(path) if where == "file" else list(load_rows(Data(path=os.path.dirname(path)), "train"))
+    assert rows == [{"text": cell, "label": cell} for cell in CELLS]
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_an_empty_cell_is_missing(where, write):
+    path = write("folder/train.csv", 'text,label\na,1\nb,\n"",2\n')
+    rows = (
+        read(path)
+        if where == "file"
+        else list(load_rows(Data(path=os.path.dirname(path), train="train[:3]"), "train"))
+    )
+    assert rows == [{"text": "a", "label": "1"}, {"text": "b", "label": None}, {"text": None, "label": "2"}]
+
+
+def test_quotes_line_breaks_and_a_mark_at_the_beginning(write):
+    path = write("a.csv", b'\xef\xbb\xbftext,label\r\n"a, ""b""\r\nc",x\r\n5" disk, y \r\n')
+    assert read(path) == [{"text": 'a, "b"\r\nc', "label": "x"}, {"text": '5" disk', "label": " y "}]
+    long = "x" * 3_000_000
+    assert read(write("b.csv", f"text,label\n{long},1\n")) == [{"text": long, "label": "1"}]
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "jsonl.gz", "parquet"])
+def test_types_are_kept_where_a_file_has_them(kind, tmp_path, write):
+    rows = [
+        {"text": cell, "whole": number, "broken": float(number), "tags": ["01", cell]}
+        for number, cell in enumerate(CELLS)
     ]
-    assert read(write("c.csv", "text,label\na,1.5\nb,nan\n"))[1] == {"text": "b", "label": None}
+    if kind == "parquet":
+        Dataset.from_list(rows).to_parquet(path := tmp_path / "a.parquet")
+    else:
+        text = json.dumps(rows) if kind == "json" else as_lines(rows)
+        path = write(f"a.{kind}", gzip.compress(text.encode()) if kind.endswith("gz") else text)
+    found = read(str(path))
+    assert found == rows
+    assert all((type(row["whole"]), type(row["broken"])) == (int, float) for row in found)
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "jsonl.gz"])
+def test_texts_that_look_like_times(kind, write):
+    """`datasets` reads a column of such texts as times."""
+    rows = [{"text": "2020-01-01", "label": "2020-01-01 10:00:00"}, {"text": "2021-02-03", "label": "x\u2028y"}]
+    for part in (rows, rows[:1]):
+        text = json.dumps(part) if kind == "json" else as_lines(part)
+        assert read(write(f"a.{kind}", gzip.compress(text.encode()) if kind.endswith("gz") else text)) == part
+
+
+def test_a_data_set_may_not_bring_code(write, tmp_path):
+    mark = tmp_path / "the-code-ran"
+    write("folder/folder.py", f"open({str(mark)!r}, 'w').close()\n")
+    write("folder/train.csv", "text,label\na,1\n")
+    for path in ("folder", "folder/folder.py"):
+        with pytest.raises(DataError, match="scripts are no longer supported"):
+            load_rows(Data(path=str(tmp_path / path)), "train")
+    assert not mark.exists()
 
 
 def test_a_file_that_has_changed_is_read_anew(write):
@@ -98,8 +174,15 @@ def test_a_file_that_has_changed_is_read_anew(write):
         ("a.csv", "", "is empty"),
         ("a.csv", "text,label\n", "has no rows"),
         ("a.csv", "\n\n", "cannot be read as csv"),
-        ("a.csv", "text,label\na,1\nb,c,d,1\n", "cannot be read as csv.*line 3"),
-        ("a.csv", "text,label\n\xe9,1\n".encode("latin-1"), "cannot be read as csv.*'utf-8' codec"),
+        ("a.csv", "text,label\na,1\nb,c,d,1\n", r"cannot be read as csv: row 3 \(with the header\): Expected 2"),
+        ("a.csv", "text,label\na,1,\nb,0,\n", r"cannot be read as csv: row 2 \(with the header\): Expected 2 columns"),
+        (
+            "a.csv",
+            "text,label\na,1\nb\n",
+            r"cannot be read as csv: row 3 \(with the header\): Expected 2 columns, got 1",
+        ),
+        ("a.csv", "text,text\na,1\n", "cannot be read as csv: there are two columns 'text'"),
+        ("a.csv", "text,label\n\xe9,1\n".encode("latin-1"), "cannot be read as csv: row 2 .*invalid UTF8"),
         ("a.parquet", "no parquet", "cannot be read as parquet"),
         ("a.txt", "a\n", r"files must be \.jsonl"),
     ],

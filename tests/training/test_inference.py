@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
+import resource
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,7 +15,15 @@ from test_run import recipe
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from prefix_adapter import PeftModel
-from prefix_adapter.training import DataError, RecipeError, evaluate_adapter, load_trained, predict, train
+from prefix_adapter.training import (
+    DataError,
+    RecipeError,
+    evaluate_adapter,
+    inference,
+    load_trained,
+    predict,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,25 +68,145 @@ def test_predict_streams_from_and_to_the_terminal(trained, monkeypatch, capsys):
     assert [json.loads(line)["sentence"] for line in capsys.readouterr().out.splitlines()] == ["w0 w1", "w41"]
 
 
+@pytest.mark.parametrize("chunk_size", [1, 100])
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 3: no JSON"),
-        ("[1]", "line 3: a JSON object was expected"),
-        ('{"id": 1}', "line 3: 'sentence' is missing"),
-        ('{"sentence": " "}', "line 3: 'text' is empty"),
-        ('{"sentence": 5}', "line 3: 'text' must be a text"),
-        ('{"sentence": "w1", "text_pair": "w2"}', "line 3: it has"),
+        (b"{", "line 3: no JSON"),
+        (b"[1]", "line 3: a JSON object was expected"),
+        (b"[" * 100_000, "line 3: no JSON"),
+        (b'{"sentence": "\xff"}', "line 3: no JSON"),
+        (b'{"id": 1}', "line 3: 'sentence' is missing"),
+        (b'{"sentence": null}', "line 3: 'text' must be a text"),
+        (b'{"sentence": " "}', "line 3: 'text' is empty"),
+        (b'{"sentence": 5}', "line 3: 'text' must be a text"),
+        (b'{"sentence": "w1 \\ud800"}', r"line 3: 'text' has '.ud800', one half of a character"),
+        (b'{"sentence": "w1", "text_pair": "w2"}', "line 3: it has"),
     ],
 )
-def test_a_bad_line_is_named_and_nothing_is_left(trained, tmp_path, line, message):
-    source = tmp_path / "rows.jsonl"
-    source.write_text('{"sentence": "w1"}\n{"sentence": "w2"}\n' + line + "\n")
-    (tmp_path / "answers.jsonl").write_text("earlier answers")
-    with pytest.raises(DataError, match=message):
-        predict(trained, source, tmp_path / "answers.jsonl", chunk_size=1)
-    assert (tmp_path / "answers.jsonl").read_text() == "earlier answers"
+def test_a_bad_line_is_named_and_the_answers_before_it_stay(trained, tmp_path, line, message, chunk_size):
+    source, target = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    source.write_bytes(b'{"sentence": "w1"}\n{"sentence": "w42"}\n' + line + b'\n{"sentence": "w3"}\n')
+    target.write_text("earlier answers")
+    with pytest.raises(DataError, match=message) as error:
+        predict(trained, source, target, chunk_size=chunk_size, overwrite=True)
+    partial = tmp_path / "answers.jsonl.partial"
+    assert str(error.value).endswith(f". 2 rows were answered before: the answers are in {partial}.")
+    assert target.read_text() == "earlier answers"
+    answers = [json.loads(line) for line in partial.read_text().splitlines()]
+    assert [answer["sentence"] for answer in answers] == ["w1", "w42"]
+    source.write_bytes(b"5\n")
+    with pytest.raises(DataError, match=r"line 1: .* 0 rows were answered before\."):
+        predict(trained, source, target, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "rows.jsonl"]
+
+
+def not_called(*args):
+    raise AssertionError("It should have been refused before.")
+
+
+def linked(source, name):
+    path = source.with_name(name)
+    path.symlink_to(source) if name == "symlink" else path.hardlink_to(source)
+    return path
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "../{}/rows.jsonl", "symlink", "hardlink", "partial"])
+def test_the_rows_are_never_overwritten(trained, tmp_path, monkeypatch, name):
+    source = target = tmp_path / ("rows.jsonl.partial" if name == "partial" else "rows.jsonl")
+    write_rows(source, topic_rows(2))
+    if name in ("symlink", "hardlink"):
+        target = linked(source, name)
+    else:
+        target = tmp_path / ("rows.jsonl" if name == "partial" else name.format(tmp_path.name))
+    before = source.read_bytes()
+    monkeypatch.setattr(inference, "load_trained", not_called)
+    with pytest.raises(DataError, match="is the file of the rows"):
+        predict(trained, source, target, overwrite=True)
+    if name != "partial":
+        with pytest.raises(DataError, match="is the file of the rows"):
+            evaluate_adapter(trained, source, predictions=target, overwrite=True)
+    assert source.read_bytes() == before
+
+
+def test_the_rows_of_the_recipe_are_never_overwritten(trained, monkeypatch):
+    monkeypatch.setattr(inference, "load_rows", not_called)
+    with pytest.raises(DataError, match="is the file of the rows"):
+        evaluate_adapter(trained, predictions=trained.parent / "validation.jsonl", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "answers.jsonl.partial"])
+def test_what_exists_is_replaced_only_when_asked(trained, tmp_path, name):
+    source, target = write_rows(tmp_path / "rows.jsonl", [{"sentence": "w1"}]), tmp_path / "answers.jsonl"
+    (tmp_path / name).write_text("earlier answers")
+    with pytest.raises(FileExistsError, match=rf"{name} exists.*--overwrite"):
+        predict(trained, source, target)
+    assert (tmp_path / name).read_text() == "earlier answers"
+    assert predict(trained, source, target, overwrite=True) == 1
+    assert json.loads(target.read_text())["sentence"] == "w1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "rows.jsonl"]
+    with pytest.raises(IsADirectoryError):
+        predict(trained, source, tmp_path, overwrite=True)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"sentence": "w1", "label": "a"}])
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        evaluate_adapter(trained, rows, predictions=target)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_links_and_pipes_stay_what_they_are(trained, tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", [{"sentence": "w1"}])
+    (tmp_path / "link").symlink_to(tmp_path / "answers.jsonl")
+    assert predict(trained, source, tmp_path / "link") == 1
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "answers.jsonl").stat().st_size > 0
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit((tmp_path / "pipe").read_text)
+        assert predict(trained, source, tmp_path / "pipe") == 1
+        assert json.loads(read.result())["sentence"] == "w1"
+    assert (tmp_path / "pipe").is_fifo() and not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError, RuntimeError])
+def test_what_was_answered_stays_whatever_ends_it(trained, tmp_path, monkeypatch, kind):
+    source, target = write_rows(tmp_path / "rows.jsonl", [{"sentence": "w1"}] * 5), tmp_path / "answers.jsonl"
+    original, calls = inference.answer_rows, []
+
+    def answer_rows(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise kind
+        return original(*args)
+
+    monkeypatch.setattr(inference, "answer_rows", answer_rows)
+    with pytest.raises(kind) as error:
+        predict(trained, source, target, chunk_size=2)
+    said = [str(error.value), *getattr(error.value, "__notes__", [])]
+    assert said[-1].endswith(f"4 rows were answered before: the answers are in {target}.partial.")
+    assert len((tmp_path / "answers.jsonl.partial").read_text().splitlines()) == 4
+    assert not target.exists()
+
+
+def test_a_full_disk_leaves_whole_answers(trained, tmp_path):
+    source, target = write_rows(tmp_path / "rows.jsonl", [{"sentence": "w1"}] * 9), tmp_path / "answers.jsonl"
+    predict(trained, source, target, chunk_size=2)
+    size = len(target.read_bytes().splitlines(keepends=True)[0])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(5.5 * size), limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large\. 4 rows were answered before: the answers are in"):
+            predict(trained, source, tmp_path / "more.jsonl", chunk_size=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "more.jsonl.partial").read_bytes() == target.read_bytes()[: 4 * size]
+
+
+def test_rows_may_have_any_text_beside_those_to_answer(trained, tmp_path):
+    rows = [{"sentence": "w1", "note": "\ud83d"}, {"sentence": "w2", "note": "\U0001f600 \u2028"}]
+    source = tmp_path / "rows.jsonl"
+    source.write_bytes(b"\xef\xbb\xbf" + "".join(json.dumps(row) + "\r\n" for row in rows).encode())
+    predict(trained, source, tmp_path / "answers.jsonl")
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_bytes().split(b"\n")[:-1]]
+    assert [answer["note"] for answer in answers] == [row["note"] for row in rows]
 
 
 def test_evaluate_is_the_share_of_right_answers(tiny_bert, trained, tmp_path):

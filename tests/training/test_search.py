@@ -22,6 +22,7 @@ from filelock import FileLock
 from PIL import Image
 
 from prefix_adapter import PrefixTuningV2Config
+from prefix_adapter.cli import main
 from prefix_adapter.training import (
     Data,
     DataError,
@@ -254,6 +255,68 @@ def test_default_space_of_a_prefix_that_starts_from_something(recipe, fake, mlp)
     low, high = (1e-4, 3e-3) if mlp else (3e-3, 2e-1)
     assert all(low <= own.learning_rate <= high for own in seen)
     assert len({own.learning_rate for own in seen}) == len({own.adapter["prefix_dropout"] for own in seen}) == 6
+
+
+@pytest.mark.parametrize(
+    ("fixed", "varied"),
+    [
+        (["adapter.num_virtual_tokens"], {"adapter.prefix_projection", "learning_rate", "adapter.prefix_dropout"}),
+        (["learning_rate", "adapter.prefix_dropout"], {"adapter.prefix_projection", "adapter.num_virtual_tokens"}),
+        (["adapter.prefix_projection"], {"learning_rate", "adapter.num_virtual_tokens", "adapter.prefix_dropout"}),
+        (["adapter.encoder_hidden_size", "seed"], {*module._SPACE}),
+    ],
+)
+def test_the_default_space_leaves_what_is_fixed(recipe, fake, fixed, varied):
+    seen = fake(lambda own: 0.01)
+    start = recipe.with_values(
+        {"learning_rate": 5e-4, "adapter.prefix_dropout": 0.25, "adapter.num_virtual_tokens": 300}
+    )
+    search(start, Search(n_trials=8, sampler="random", pruner="none", fixed=fixed))
+    for key in (*module._SPACE, "seed"):
+        found = {_value(own, key) for own in seen}
+        assert (found != {_value(start, key)}) == (key in varied), key
+    if "adapter.prefix_projection" in fixed:
+        assert all(1e-4 <= own.learning_rate <= 3e-3 for own in seen)
+    assert {own.adapter.get("encoder_hidden_size") for own in seen if own.adapter["prefix_projection"]} == {24}
+
+
+def _value(recipe, key):
+    value = recipe.to_dict()
+    for part in key.split("."):
+        value = value.get(part)
+    return value
+
+
+def test_what_is_fixed_and_varied_is_refused(recipe):
+    with pytest.raises(RecipeError, match=r"`learning_rate` is set, and `space` varies `learning_rate`"):
+        search(recipe, Search(RATES, fixed=["learning_rate"]))
+    with pytest.raises(RecipeError, match=r"`adapter` is set, and `space` varies `adapter.num_virtual_tokens`"):
+        search(recipe, Search({"adapter.num_virtual_tokens": [1, 2]}, fixed=["adapter"]))
+    with pytest.raises(RecipeError, match=r"all that the default one varies is set"):
+        search(recipe, Search(fixed=[*module._SPACE]))
+
+
+@pytest.mark.parametrize(
+    ("options", "fixed"),
+    [
+        (["--adapter.num_virtual_tokens", "7"], ["adapter.num_virtual_tokens"]),
+        (
+            ["--adapter.num_virtual_tokens=7", "--learning_rate", "0.1"],
+            ["adapter.num_virtual_tokens", "learning_rate"],
+        ),
+        (["--adapter", "{num_virtual_tokens: 7}"], ["adapter.num_virtual_tokens"]),
+        (["--search.fixed", "[seed]", "--learning_rate", "0.1"], ["seed", "learning_rate"]),
+        ([], []),
+    ],
+)
+def test_options_of_the_command_line_are_fixed(recipe, tmp_path, monkeypatch, capsys, options, fixed):
+    recipe.save(tmp_path / "mine.yaml")
+    called = []
+    monkeypatch.setattr(module, "search", lambda *arguments, **more: called.append(arguments) or {})
+    main(["search", "--config", str(tmp_path / "mine.yaml"), "--search.n_trials", "3", *options])
+    ((made, settings),) = called
+    assert settings.fixed == fixed and settings.n_trials == 3
+    assert made.adapter["num_virtual_tokens"] == (7 if "adapter.num_virtual_tokens" in fixed else 4)
 
 
 def test_default_space_is_for_a_prefix(recipe):

@@ -1,6 +1,8 @@
 """Classifying texts and pairs of texts, and predicting numbers."""
 
+import dataclasses
 import json
+import math
 import random
 from pathlib import Path
 
@@ -18,8 +20,10 @@ from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_
 from transformers import AutoTokenizer
 
 from prefix_adapter import UnsupportedBackboneError
-from prefix_adapter.training import Data, DataError, RecipeError, load_recipe, train
+from prefix_adapter.training import Data, DataError, RecipeError, evaluate_adapter, load_recipe, train
+from prefix_adapter.training.model import load_base
 from prefix_adapter.training.tasks import TASK_CLASSES
+from prefix_adapter.training.tasks.sequence_classification import number_of
 
 
 def words(chance: random.Random, offset: int, count: int) -> str:
@@ -193,6 +197,82 @@ def test_given_labels_keep_their_order(tiny_bert, topics, tmp_path):
     assert logits.argmax(-1).tolist() == [2, 1]
 
 
+def task_for(base, rows, labels=None, **settings):
+    """The task that has learnt its labels from some rows."""
+    made = recipe(base, {"train": "rows"}, "unused", labels=labels, task_kwargs=settings)
+    task = TASK_CLASSES["sequence-classification"](made, AutoTokenizer.from_pretrained(base))
+    data = Dataset.from_list([{"text": "w1", "label": label} for label in rows])
+    task.check(data, "rows")
+    task.learn_labels(data, "rows")
+    task.check(data, "rows")
+    return task
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels"),
+    [
+        (["01", "1", "01"], ["01", "1"]),
+        (["0.0", "1.0", "1"], ["0.0", "1", "1.0"]),
+        (["NA", "null", "None", "nan"], ["NA", "None", "nan", "null"]),
+        (["10", "9", "-1"], ["-1", "9", "10"]),
+        ([10, 9, -1], [-1, 9, 10]),
+        (["10", "9", "09"], ["09", "10", "9"]),
+        (["True", "False"], ["False", "True"]),
+        (["a", " a"], [" a", "a"]),
+        (["yes", "no", "1e3"], ["1e3", "no", "yes"]),
+    ],
+)
+def test_labels_are_what_is_written(tiny_bert, tmp_path, rows, labels):
+    """In the task, in the model's configuration, and in the recipe that is saved."""
+    task = task_for(tiny_bert, rows)
+    assert task.labels == labels and task.problem_type == "single_label_classification"
+    made = dataclasses.replace(task.recipe, labels=task.labels)
+    model, _ = load_base(made, task)
+    assert list(model.config.id2label.values()) == [str(label) for label in labels]
+    made.save(tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml").labels == labels
+    found = task.features({"text": ["w1"] * len(rows), "label": rows}, list(range(len(rows))), True)["labels"]
+    assert [task.labels[number] for number in found] == rows
+
+
+@pytest.mark.parametrize("rows", [["0.5", "2.0"], ["1.5", "3", "2"], [0.0, 1.0], [2.0, 3.0, 2.0]])
+def test_labels_or_numbers_must_be_said(tiny_bert, rows):
+    with pytest.raises(DataError, match=r"could be labels or numbers.*single_label_classification` or `regression`"):
+        task_for(tiny_bert, rows)
+    assert task_for(tiny_bert, rows, problem_type="regression").labels is None
+    if isinstance(rows[0], str):
+        assert set(task_for(tiny_bert, rows, problem_type="single_label_classification").labels) == set(rows)
+
+
+def test_floats_are_numbers(tiny_bert):
+    assert task_for(tiny_bert, [0.0, 0.25]).problem_type == "regression"
+
+
+@pytest.mark.parametrize("bad", ["", "high", "nan", "inf", "1,5"])
+def test_what_is_no_number(tiny_bert, bad):
+    with pytest.raises(DataError, match=r"row 3: 'label' must be a finite number, it is"):
+        task_for(tiny_bert, ["1.5", "2", bad], problem_type="regression")
+    assert math.isnan(number_of(True)) and math.isnan(number_of(None)) and number_of("-1e-3") == -0.001
+
+
+def test_a_table_and_json_have_the_same_labels(tiny_bert, tmp_path):
+    """1 in JSON is '1' in a table: they can be mixed, and a regression reads its numbers from either."""
+    rows = [{"text": row["text"], "label": int(row["label"] == "a")} for row in topic_rows(48)]
+    table = tmp_path / "rows.csv"
+    table.write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows))
+    lines = write_rows(tmp_path / "rows.jsonl", rows)
+    found = []
+    for number, (train_file, validation) in enumerate([(str(table), lines), (lines, str(table))]):
+        out = tmp_path / str(number)
+        train(recipe(tiny_bert, {"train": train_file, "validation": validation}, out, num_train_epochs=4))
+        saved = load_recipe(out / "recipe.yaml")
+        assert saved.labels == (["0", "1"] if number == 0 else [0, 1])
+        found.append(evaluate_adapter(out, validation))
+        assert found[-1] == pytest.approx(evaluate_adapter(out, train_file), abs=1e-6)
+        assert found[-1]["accuracy"] > 0.9
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
 GOOD = [{"text": "w1 w2", "label": "a"}, {"text": "w3", "label": "b"}] * 4
 
 
@@ -329,12 +409,12 @@ def test_the_second_text_is_read(tiny_bert):
     assert features["labels"] == [1] and features["row"] == [4]
 
 
-def test_real_labels(tiny_bert, shared, tmp_path):
+def test_real_labels(minilm, shared, tmp_path):
     """77 intents as names, from compressed files."""
     folder = shared / "data" / "banking77"
     files = {path.name.split(".")[0]: str(path) for path in sorted(folder.glob("*.jsonl.gz"))}
     assert {"train", "test"} <= files.keys(), files
-    made = recipe(tiny_bert, {"train": files["train"], "test": files["test"]}, tmp_path / "out", max_steps=1)
+    made = recipe(minilm, {"train": files["train"], "test": files["test"]}, tmp_path / "out", max_steps=1)
     made.data = Data(train=files["train"], test=files["test"], max_train_rows=50, max_test_rows=20)
     results = train(made)
     assert results["rows"]["test"] == 20

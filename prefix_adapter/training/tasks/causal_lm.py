@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..recipe import RecipeError
+from ..settings import TASK_SETTINGS
 from .generation import TextGeneration
 from .task import Columns, Row
 
@@ -41,12 +42,7 @@ class CausalLM(TextGeneration):
     columns = {}
     optional_columns = {"prompt": "what stands before the text and is not learnt; predictions need it"}
     target = "text"
-    settings = {
-        "packing": (False, "Join texts without prompts and train on blocks of `max_length` tokens."),
-        "generate": (False, "Evaluate by what is generated after the prompts too: exact_match and rougeL."),
-        **TextGeneration.settings,
-        "max_new_tokens": (None, "Tokens to generate at most; by default 64, or half of `max_length` if less."),
-    }
+    settings = TASK_SETTINGS["causal-lm"]
     rouge = ("rougeL",)
     lower_is_better = ("loss", "perplexity")
 

@@ -25,10 +25,6 @@ class TextGeneration(Task):
         RecipeError: also if `generation_kwargs` has a key or a value that generation does not know.
     """
 
-    settings = {
-        "max_new_tokens": (None, "Tokens to generate at most."),
-        "generation_kwargs": ({}, "Further settings of transformers' GenerationConfig (`no_repeat_ngram_size`, ...)."),
-    }
     has_head = False
     default_max_length = 512
     answers_with_labels = False

@@ -161,5 +161,8 @@ def _problem_of(label: Any, choices: list[str]) -> str | None:
     if not numbers:
         return f"'label' must be the number of a choice, from 0 to {len(choices) - 1}, or its text, it is {label!r}."
     if len(numbers) > 1:
-        return f"'label' {label!r} can mean each of the choices {numbers}: give the number of the right one."
+        return (
+            f"'label' {label!r} can mean each of the choices {numbers}: give the number of the right one, as a number "
+            "(in JSON or Parquet: a table of text has none)."
+        )
     return None

@@ -13,6 +13,7 @@ from torchmetrics.functional.text import squad
 
 from ..data import DataError
 from ..recipe import RecipeError
+from ..settings import TASK_SETTINGS
 from .task import Columns, Row, Task
 
 if TYPE_CHECKING:
@@ -43,17 +44,7 @@ class QuestionAnswering(Task):
     modules_to_save = ["qa_outputs"]
     columns = {"question": "the question", "context": "the text with the answer"}
     target = "answers"
-    settings = {
-        "stride": (128, "Tokens of the context that two windows share, at most half of what one holds."),
-        "max_question_length": (64, "Tokens of a question that are read, at most half of `max_length`."),
-        "max_answer_length": (30, "Tokens of an answer at most."),
-        "n_best": (20, "Passages that the score of an answer, a probability, is spread over."),
-        "null_score_threshold": (
-            None,
-            "By how much the score of no answer must be above that of the best passage; 0 if not given and some "
-            "training rows have no answer. Higher means more answers.",
-        ),
-    }
+    settings = TASK_SETTINGS["question-answering"]
     default_max_length = 384
     default_metric = "f1"
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from ..settings import TASK_SETTINGS
 from .generation import TextGeneration
 from .task import Columns, Row
 
@@ -26,12 +27,7 @@ class Seq2SeqLM(TextGeneration):
     peft_task_type = "SEQ_2_SEQ_LM"
     columns = {"text": "the text to read"}
     target = "target"
-    settings = {
-        "max_target_length": (128, "Tokens of a target at most."),
-        "num_beams": (1, "Beams of the search; 1 is greedy."),
-        **TextGeneration.settings,
-        "max_new_tokens": (None, "Tokens to generate at most; by default `max_target_length`."),
-    }
+    settings = TASK_SETTINGS["seq2seq-lm"]
     rouge = ("rouge1", "rouge2", "rougeL")
 
     def __init__(self, *args: Any) -> None:

@@ -10,23 +10,24 @@ from sklearn import metrics
 
 from ..data import DataError
 from ..recipe import RecipeError
+from ..settings import KINDS, TASK_SETTINGS
 from .task import Columns, Row, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from datasets import Dataset
     from torch import Tensor
     from transformers import PreTrainedModel
-
-KINDS = ("single_label_classification", "multi_label_classification", "regression")
 
 
 class SequenceClassification(Task):
     """Classify a text, or a pair of texts.
 
     The solutions say which kind it is: a name or an integer is one label of several, a list of names or integers any
-    number of labels, a float a number to predict. transformers calls this the `problem_type`.
+    number of labels, and floats of which some are no whole numbers are numbers to predict. Texts are labels exactly as
+    they are written, also in a table of text. transformers calls this the `problem_type`. Where the solutions leave
+    it open whether they are labels or numbers, the recipe must say it.
     """
 
     auto_class = "AutoModelForSequenceClassification"
@@ -34,10 +35,7 @@ class SequenceClassification(Task):
     columns = {"text": "the text"}
     optional_columns = {"text_pair": "a second text"}
     target = "label"
-    settings = {
-        "problem_type": (None, f"One of {', '.join(KINDS)}; the labels tell if it is not given."),
-        "threshold": (0.5, "Probability from which on a label is predicted, of several."),
-    }
+    settings = TASK_SETTINGS["sequence-classification"]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -48,17 +46,13 @@ class SequenceClassification(Task):
     def learn_labels(self, rows: Dataset, source: str) -> None:
         solutions = rows[self.target]
         if self.problem_type is None:
-            first = solutions[0]
-            self.problem_type = (
-                KINDS[1] if isinstance(first, list) else KINDS[2] if isinstance(first, float) else KINDS[0]
-            )
-            self.recipe.task_kwargs["problem_type"] = self.problem_type
+            self.problem_type = self.recipe.task_kwargs["problem_type"] = _kind_of(solutions, source)
         if self.problem_type == "regression" or self.labels is not None:
             return
         found = distinct_labels(solutions, source)
         if len(found) < (1 if self.problem_type == "multi_label_classification" else 2):
             raise DataError(f"{source}: all rows have the same label, {found or 'none'}: there is nothing to learn.")
-        self.labels = sorted(found)
+        self.labels = in_order(found)
 
     def problem(self, row: Row, solved: bool) -> str | None:
         for name in ("text", "text_pair"):
@@ -72,14 +66,14 @@ class SequenceClassification(Task):
         if solution is None:
             return f"{self.target!r} is missing."
         if self.problem_type == "regression":
-            good = isinstance(solution, (int, float)) and math.isfinite(solution)
+            good = math.isfinite(number_of(solution))
             return None if good else f"{self.target!r} must be a finite number, it is {solution!r}."
         labels = solution if isinstance(solution, list) else [solution]
         if self.problem_type is not None and isinstance(solution, list) != (self.problem_type == KINDS[1]):
             wanted = "a list of labels" if self.problem_type == KINDS[1] else "one label"
             return f"{self.target!r} must be {wanted}, it is {solution!r}."
         for label in labels:
-            if self.labels is not None and label not in self.labels:
+            if self.labels is not None and self.label_number(label) is None:
                 return unknown_label(label, self.labels)
         return None
 
@@ -99,11 +93,16 @@ class SequenceClassification(Task):
 
     def _label(self, solution: Any) -> Any:
         if self.problem_type == "regression":
-            return float(solution)
+            return number_of(solution)
         assert self.labels is not None
         if self.problem_type == "multi_label_classification":
-            return [float(label in solution) for label in self.labels]
-        return self.labels.index(solution)
+            return [float(own) for own in self._chosen(solution)]
+        return self.label_number(solution)
+
+    def _chosen(self, solution: list[Any]) -> list[bool]:
+        """For each label whether it is among those of a row."""
+        chosen = set(map(self.label_number, solution))
+        return [number in chosen for number in range(len(self.labels or ()))]
 
     def collate_labels(self, labels: list[Any], input_ids: Tensor) -> Tensor:
         return torch.tensor(labels)
@@ -140,6 +139,7 @@ class SequenceClassification(Task):
     def metrics(self, answers: list[Row], solutions: list[Any]) -> dict[str, float]:
         predictions = [answer["prediction"] for answer in answers]
         if self.problem_type == "regression":
+            solutions = [number_of(solution) for solution in solutions]
             return {
                 "mean_squared_error": float(metrics.mean_squared_error(solutions, predictions)),
                 "pearson": _correlation("pearsonr", solutions, predictions),
@@ -148,16 +148,16 @@ class SequenceClassification(Task):
         assert self.labels is not None
         options = {"average": "macro", "zero_division": 0.0}
         if self.problem_type == "multi_label_classification":
-            true = [[label in each for label in self.labels] for each in solutions]
-            guess = [[label in each for label in self.labels] for each in predictions]
+            true, guess = ([self._chosen(each) for each in part] for part in (solutions, predictions))
             return {
                 "accuracy": float(metrics.accuracy_score(true, guess)),
                 "f1_macro": float(metrics.f1_score(true, guess, **options)),
                 "f1_micro": float(metrics.f1_score(true, guess, average="micro", zero_division=0.0)),
             }
+        names, solutions, predictions = (list(map(str, each)) for each in (self.labels, solutions, predictions))
         return {
             "accuracy": float(metrics.accuracy_score(solutions, predictions)),
-            "f1_macro": float(metrics.f1_score(solutions, predictions, labels=self.labels, **options)),
+            "f1_macro": float(metrics.f1_score(solutions, predictions, labels=names, **options)),
             "matthews_correlation": float(metrics.matthews_corrcoef(solutions, predictions)),
         }
 
@@ -169,6 +169,49 @@ def _correlation(name: str, solutions: list[float], predictions: list[float]) ->
     if len(set(solutions)) < 2 or len(set(predictions)) < 2:
         return 0.0
     return float(getattr(stats, name)(solutions, predictions).statistic)
+
+
+def number_of(solution: Any) -> float:
+    """The number that a solution is, or that a text says; NaN if it is none."""
+    if isinstance(solution, bool) or not isinstance(solution, (int, float, str)):
+        return math.nan
+    try:
+        return float(solution)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def _kind_of(solutions: Sequence[Any], source: str) -> str:
+    """The kind of classification, or regression, that solutions are for.
+
+    Raises:
+        DataError: if they could be labels as well as numbers to predict.
+    """
+    if isinstance(solutions[0], list):
+        return KINDS[1]
+    found = [solution for solution in solutions if not isinstance(solution, (list, dict))]
+    floats, texts = (any(isinstance(each, kind) for each in found) for kind in (float, str))
+    numbers = [number_of(each) for each in found]
+    fractions = [each for each in numbers if each % 1]
+    if floats and fractions:
+        return KINDS[2]
+    if floats or (texts and fractions and all(map(math.isfinite, numbers))):
+        raise DataError(
+            f"{source}: the solutions, such as {found[0]!r}, could be labels or numbers to predict. Say which: "
+            f"`task_kwargs.problem_type: {KINDS[0]}` or `{KINDS[2]}`"
+            + (" (and write labels as texts or integers)." if floats else ".")
+        )
+    return KINDS[0]
+
+
+def in_order(labels: Iterable[Any]) -> list[Any]:
+    """Labels in alphabetical order, or if all are whole numbers, also as texts, by their size."""
+    try:
+        numbers = {label: int(label) for label in labels}
+    except ValueError:
+        return sorted(labels)
+    plain = all(str(number) == str(label) for label, number in numbers.items())
+    return sorted(numbers, key=numbers.__getitem__) if plain else sorted(labels)
 
 
 def distinct_labels(solutions: Iterable[Any], source: str) -> set[Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import pyarrow
 import torch
+from pyarrow import compute
 from torch import Tensor
 
 from ..data import DataError
-from ..recipe import RecipeError
+from ..recipe import RecipeError, say
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
     from ..recipe import Recipe
 
+_UNKNOWN = 0.5
+"""The share of unknown tokens above which training is refused; the user is told from a fifth of it."""
 Row = dict[str, Any]
 """A row of the data, or one feature: what the tokenizer made of it."""
 Columns = dict[str, list[Any]]
@@ -64,7 +68,7 @@ class Task:
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
         self.recipe, self.tokenizer = recipe, tokenizer
         self.max_length: int = recipe.max_length or self.default_max_length
-        self.labels: list[str | int] | None = recipe.labels
+        self.labels = recipe.labels
         self.kwargs = {name: default for name, (default, _) in self.settings.items()}
         for name, value in recipe.task_kwargs.items():
             if name not in self.settings:
@@ -77,9 +81,32 @@ class Task:
         if self.max_length <= special:
             raise RecipeError(f"`max_length` must be above {special}, the special tokens, got {self.max_length}.")
         if tokenizer.pad_token is None:
+            if tokenizer.eos_token is None:
+                raise RecipeError(
+                    f"`model`: the tokenizer of {recipe.model} has neither a padding nor an end-of-sequence token."
+                )
             tokenizer.pad_token = tokenizer.eos_token  # GPT-like models have none; padding is masked in any case
+        self.embeddings: int | None = None
+        """How many tokens the model has embeddings for; set when it is loaded."""
 
     # The data
+
+    @property
+    def labels(self) -> list[str | int] | None:
+        """What there is to choose from, in the order of the head's outputs; `None` if nothing is."""
+        return self._labels
+
+    @labels.setter
+    def labels(self, labels: list[str | int] | None) -> None:
+        self._labels = labels
+        self._numbers = {str(label): number for number, label in enumerate(labels or ())}
+
+    def label_number(self, label: Any) -> int | None:
+        """The place among `labels` of the one that is written like `label`; `None` if there is none.
+
+        A table of text has '1' where JSON has 1, and a model's configuration, too, has names only.
+        """
+        return None if isinstance(label, bool) else self._numbers.get(str(label))
 
     def check(self, rows: Dataset, source: str, solved: bool = True) -> None:
         """Look at every row, before anything is computed.
@@ -131,6 +158,40 @@ class Task:
     def training_features(self, rows: Columns, indices: list[int], solved: bool = True) -> Columns:
         """As `features`, for rows that are only learnt from: a feature may be of several rows."""
         return self.features(rows, indices, solved)
+
+    def check_tokens(self, features: Dataset, source: str) -> None:
+        """See that the tokenizer knows the rows' words, and the model the tokenizer's tokens.
+
+        Args:
+            features: what the tokenizer made of the rows.
+            source: what the rows are called in error messages.
+
+        Raises:
+            DataError: if most tokens are unknown ones, or the model has no embedding for one.
+        """
+        column = features.data.column("input_ids")
+        while hasattr(column.type, "value_type"):  # lists, for several choices lists of lists
+            column = compute.list_flatten(column)
+        largest = compute.max(column).as_py()
+        if self.embeddings is not None and largest >= self.embeddings:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise DataError(
+                f"{source}: the tokenizer makes token {largest} ({token!r}) of a text, and {self.recipe.model} has "
+                f"embeddings for {self.embeddings:,} tokens only."
+            )
+        tokenizer = self.tokenizer
+        unknown = tokenizer.unk_token_id
+        others = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id]
+        others = [each for each in (*others, tokenizer.pad_token_id) if each is not None]
+        if unknown is None or unknown in others:  # tokenizers of bytes know every text
+            return
+        words = compute.sum(compute.invert(compute.is_in(column, pyarrow.array(others, column.type)))).as_py()
+        share = compute.sum(compute.equal(column, unknown)).as_py() / max(words, 1)
+        text = f"{source}: {share:.0%} of the tokens are unknown to the tokenizer of {self.recipe.model}"
+        if share > _UNKNOWN:
+            raise DataError(f"{text}. Choose a model that knows the texts' language and script.")
+        if share > _UNKNOWN / 5:
+            say(f"{text}: the model cannot tell them apart.")
 
     def collate(self, features: Sequence[Row]) -> dict[str, Tensor]:
         """Pad features to one batch of tensors `[batch, longest]`; `labels` are padded with -100."""

@@ -9,7 +9,8 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from ..data import DataError
 from ..recipe import RecipeError
-from .sequence_classification import distinct_labels, label_names, unknown_label
+from ..settings import TASK_SETTINGS
+from .sequence_classification import distinct_labels, in_order, label_names, unknown_label
 from .task import Columns, Row, Task
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class TokenClassification(Task):
     peft_task_type = "TOKEN_CLS"
     columns = {"tokens": "a list of strings"}
     target = "tags"
-    settings = {"stride": (32, "Pieces that two windows of a long sentence share, half of a window at most.")}
+    settings = TASK_SETTINGS["token-classification"]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -56,7 +57,7 @@ class TokenClassification(Task):
         for tag in tags:
             if tag is None:
                 return f"one of {self.target!r} is missing."
-            if self.labels is not None and tag not in self.labels:
+            if self.labels is not None and self.label_number(tag) is None:
                 return unknown_label(tag, self.labels)
         return None
 
@@ -68,7 +69,7 @@ class TokenClassification(Task):
             raise DataError(f"{source}: all tokens have the same tag, {found}: there is nothing to learn.")
         # Every entity can begin and go on, whether or not the training rows show both.
         names = {str(tag)[2:] for tag in found if str(tag)[:2] in ("B-", "I-")}
-        self.labels = sorted(found | {f"{part}-{name}" for name in names for part in "BI"})
+        self.labels = in_order(found | {f"{part}-{name}" for name in names for part in "BI"})
 
     def model_kwargs(self) -> dict[str, Any]:
         return label_names(self.labels)
@@ -103,9 +104,8 @@ class TokenClassification(Task):
         result = {**encoded, "first_piece_of": firsts, "row": [indices[owner] for owner in owners]}
         if solved:
             assert self.labels is not None
-            ids = {label: i for i, label in enumerate(self.labels)}
             result["labels"] = [
-                [-100 if word < 0 else ids[rows[self.target][owner][word]] for word in first]
+                [-100 if word < 0 else self.label_number(rows[self.target][owner][word]) for word in first]
                 for first, owner in zip(firsts, owners, strict=True)
             ]
         return result
@@ -134,7 +134,8 @@ class TokenClassification(Task):
         return "f1" if self._entities else "accuracy"
 
     def metrics(self, answers: list[Row], solutions: list[Any]) -> dict[str, float]:
-        predictions = [answer["prediction"] for answer in answers]
+        predictions = [list(map(str, answer["prediction"])) for answer in answers]
+        solutions = [list(map(str, tags)) for tags in solutions]
         flat_true = [tag for tags in solutions for tag in tags]
         flat_guess = [tag for tags in predictions for tag in tags]
         result = {"accuracy": float(accuracy_score(flat_true, flat_guess))}
@@ -144,6 +145,8 @@ class TokenClassification(Task):
                 result[name] = float(score)
         else:
             result["f1_macro"] = float(
-                f1_score(flat_true, flat_guess, labels=self.labels, average="macro", zero_division=0.0)
+                f1_score(
+                    flat_true, flat_guess, labels=list(map(str, self.labels or ())), average="macro", zero_division=0.0
+                )
             )
         return result

@@ -1,0 +1,265 @@
+"""The functions of the project's tests, run on the device and in a precision, with a tolerance of that precision."""
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import itertools
+import sys
+import traceback
+import unittest
+from types import ModuleType
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from gpu import ROOT, Skip
+from gpu.common import arithmetic, autocast, device_of
+
+# Of the tests' tiny models, relative to the largest element. TF32 keeps as many digits as float16, and bfloat16 three
+# bits fewer. What is measured stands in the results.
+TOLERANCES = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1.5e-1}
+
+
+class Mark:
+    """`pytest.mark`, as far as the tests that run here use it: it keeps what a function is parametrized with."""
+
+    def __getattr__(self, name):
+        def mark(*arguments, **settings):
+            def decorate(function):
+                function.marks = [*getattr(function, "marks", []), (name, arguments, settings)]
+                return function
+
+            return decorate
+
+        return mark
+
+
+class Patches:
+    """The fixture `monkeypatch`, as far as the tests that run here use it."""
+
+    def __init__(self):
+        self.stack = contextlib.ExitStack()
+
+    def setattr(self, target, name, value):
+        """Set an attribute until the test ends."""
+        self.stack.enter_context(mock.patch.object(target, name, value))
+
+
+def fixture(*arguments, **settings):
+    """`pytest.fixture`: tests that need one do not run here."""
+    return (lambda function: function) if settings or not arguments else arguments[0]
+
+
+def skip(reason):
+    """`pytest.skip`."""
+    raise Skip(reason)
+
+
+def import_or_skip(name, reason=None):
+    """`pytest.importorskip`."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise Skip(reason or f"needs {name}") from None
+
+
+def test_module(name):
+    """A module of tests; a machine with a GPU need not have pytest, and so it is given a stand-in for that."""
+    stand_in = ModuleType("pytest")
+    stand_in.mark, stand_in.fixture = Mark(), fixture
+    stand_in.raises = lambda error, match="": unittest.TestCase().assertRaisesRegex(error, match)
+    stand_in.skip, stand_in.importorskip = skip, import_or_skip
+    path = ROOT / "tests" / f"{name}.py"
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(f"gpu_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    before = sys.modules.get("pytest")
+    sys.modules["pytest"] = stand_in
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.modules.pop("pytest")
+        if before is not None:
+            sys.modules["pytest"] = before
+    return module
+
+
+def cases(function):
+    """The settings that a test is to run with, each with a name."""
+    choices = []
+    for _, (names, values), settings in (mark for mark in getattr(function, "marks", []) if mark[0] == "parametrize"):
+        names = [each.strip() for each in names.split(",")] if isinstance(names, str) else list(names)
+        rows = [dict(zip(names, value if len(names) > 1 else [value], strict=True)) for value in values]
+        labels = settings.get("ids")
+        if not isinstance(labels, list):
+            labels = ["-".join(getattr(part, "__name__", str(part)) for part in row.values()) for row in rows]
+        choices.append(list(zip(labels, rows, strict=True)))
+    for chosen in itertools.product(*choices):
+        yield "-".join(label for label, _ in chosen), {key: each for _, row in chosen for key, each in row.items()}
+
+
+class Drawn(TorchFunctionMode):
+    """Draws on the CPU what a generator of the CPU is to draw, and moves it to the device."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        generator = kwargs.get("generator")
+        if generator is not None and generator.device.type == "cpu" and kwargs.get("device") is None:
+            return function(*args, **{**kwargs, "device": "cpu"}).to(self.device)
+        return function(*args, **kwargs)
+
+
+class Close:
+    """Comparisons with a tolerance of the precision, in place of the tests' own, and the largest error seen."""
+
+    def __init__(self, tolerance):
+        self.tolerance, self.worst = tolerance, 0.0
+
+    def error(self, actual, expected):
+        """The largest difference, relative to the largest element that is expected."""
+        actual, expected = actual.detach().double(), expected.detach().double()
+        assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
+        if not expected.numel():
+            return 0.0
+        return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
+
+    def assert_close(self, actual, expected, *_, **__):
+        """`torch.testing.assert_close`, and the tests' own `assert_equal`."""
+        pairs = list(zip(tree_leaves(actual), tree_leaves(expected), strict=True))
+        for one, other in pairs:
+            error = self.error(one, other)
+            self.worst = max(self.worst, error)
+            # Not `>`: a NaN is an error too.
+            assert error <= self.tolerance, f"an error of {error:.3g}, where {self.tolerance:.3g} is allowed"
+
+    def allclose(self, actual, expected, *_, **__):
+        """`torch.allclose`."""
+        error = self.error(actual, expected)
+        if error <= self.tolerance:
+            self.worst = max(self.worst, error)
+        return error <= self.tolerance
+
+    def assert_differ(self, one, other, *_, **__):
+        """That a wrong result would be seen: without a prefix it is further off than what is allowed."""
+        assert self.error(one, other) > 2 * self.tolerance, "without a prefix there is no other result"
+
+
+def _decoders(case):
+    return case.get("kind") != "t5" and case.get("mixture") != "base for all"
+
+
+def _weights_in_half(case):
+    return case["autocast"] is None and case["weights"] != torch.float32
+
+
+def _written_in_place(case):
+    return case["small"] == 0
+
+
+# Test modules, functions, and which of their settings, where not all.
+REFERENCES = [
+    ("test_reference", "test_paper", None),
+    ("test_reference", "test_peft_prefix_tuning", None),
+    ("test_reference", "test_peft_prefix_projection", None),
+    ("test_reference", "test_causal_prefix_is_tokens", None),
+    ("test_reference", "test_encoder_prefix_is_tokens", None),
+    ("test_reference", "test_decoder_prefix_is_tokens", None),
+    ("test_reference", "test_three_prefixes_in_one_table", None),
+    ("test_reference", "test_padding_changes_nothing", None),
+    ("test_reference", "test_eager_equals_sdpa", None),
+    ("test_reference", "test_two_forwards_one_backward", None),
+    ("test_mixed_batch", "test_forward", _decoders),
+    ("test_mixed_batch", "test_forward_padded_on_the_left", _decoders),
+]
+# Those that say the same in any precision, or choose their own.
+REFERENCES_ONCE = [
+    ("test_reference", "test_disabled_is_the_backbone_bit_for_bit", None),
+    ("test_reference", "test_half_precision", _weights_in_half),
+    ("test_mixed_batch", "test_which_adapter_is_active_does_not_matter", None),
+    ("test_cache", "test_a_cache_goes_on_from_a_copy", None),
+    ("test_cache", "test_a_layer_that_is_shared_by_two_caches_is_written_by_one", None),
+    ("test_cache", "test_a_cache_of_inference_mode_goes_on_outside", None),
+    ("test_cache", "test_a_frozen_prefix_that_was_used_in_inference_mode_lets_gradients_pass", None),
+    ("test_cache", "test_a_plain_cache_is_as_any_other", _written_in_place),
+]
+
+
+def references(args, precision):
+    """The project's tests against independent references, on the device and in a precision."""
+    for module, name, which in REFERENCES + (REFERENCES_ONCE if precision == "fp32" else []):
+        yield name.removeprefix("test_"), reference_check(args, precision, module, name, which)
+
+
+def reference_check(args, precision, module, name, which=None):
+    """A check that runs a test with all its settings."""
+    device = device_of(args)
+
+    def call(figures):
+        failed, figures["cases"], figures["worst"] = {}, 0, 0.0
+        with torch.device(device), Drawn(device), arithmetic(precision):
+            function = getattr(loaded(device, module), name)
+            chosen = [each for each in cases(function) if which is None or which(each[1])]
+            if args.tiny:
+                chosen = chosen[-1:]
+            for label, settings in chosen:
+                close = Close(TOLERANCES[precision])
+                error = run_test(function, settings, close, autocast(device, precision))
+                figures["cases"] += 1
+                if isinstance(error, Skip):
+                    figures.setdefault("skipped cases", {})[label] = str(error)
+                elif error:
+                    failed[label] = error
+                elif close.worst > figures["worst"]:
+                    figures |= {"worst": close.worst, "worst case": label}
+        assert figures["cases"], "no setting of the test is chosen"
+        skipped = figures.get("skipped cases", {})
+        if len(skipped) == figures["cases"]:
+            raise Skip("; ".join(sorted(set(skipped.values()))))
+        if failed:
+            figures["failed cases"] = {label: error.strip().rpartition("\n")[2] for label, error in failed.items()}
+            label, error = next(iter(failed.items()))
+            raise AssertionError(f"{len(failed)} of {figures['cases']} cases failed; {label}:\n{error}")
+
+    return call
+
+
+_LOADED = {}
+
+
+def loaded(device, name):
+    """A module of tests, whose tensors were made on the device."""
+    if (device, name) not in _LOADED:
+        _LOADED[device, name] = test_module(name)
+    return _LOADED[device, name]
+
+
+def run_test(function, settings, close, autocast):
+    """Run a test with settings; return the traceback if it failed, the `Skip` if it does not run here."""
+    module, patches = sys.modules.get(function.__module__), Patches()
+    known = function.__globals__ if module is None else vars(module)
+    own = {"assert_equal": close.assert_close, "assert_differ": close.assert_differ}
+    torch.manual_seed(0)
+    if "monkeypatch" in inspect.signature(function).parameters:
+        settings = {**settings, "monkeypatch": patches}
+    with (
+        patches.stack,
+        mock.patch.dict(known, {name: value for name, value in own.items() if name in known}),
+        mock.patch.object(torch.testing, "assert_close", close.assert_close),
+        mock.patch.object(torch, "allclose", close.allclose),
+        autocast,
+    ):
+        try:
+            function(**settings)
+        except Skip as reason:
+            return reason
+        except Exception:
+            return traceback.format_exc(limit=-6)
+    return None

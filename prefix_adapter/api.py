@@ -1,0 +1,44 @@
+"""The names that the package exports. Importing this module makes `PREFIX_TUNING_V2` a PEFT method."""
+
+# ruff: noqa: F401
+
+from typing import Any
+
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+)
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+
+from .config import PrefixTuningV2Config, PrefixTuningV2Type
+from .convert import fold
+from .exchange import export_peft, import_peft, import_ptuning_v2
+from .find import UnsupportedBackboneError
+from .hub import push_to_hub
+from .layer import PREFIX, PrefixTuningV2Layer
+from .model import PrefixTuningV2Model
+from .pool import AdapterPool, LoadedAdapter
+from .start import init_from, init_from_text
+from .watch import PrefixNotUsedError
+
+# What `peft.utils.register_peft_method` does, which refuses names that are not in PEFT's closed enum.
+_entries: list[tuple[dict[Any, Any], Any]] = [
+    (PEFT_TYPE_TO_CONFIG_MAPPING, PrefixTuningV2Config),
+    (PEFT_TYPE_TO_TUNER_MAPPING, PrefixTuningV2Model),
+    (PEFT_TYPE_TO_PREFIX_MAPPING, PREFIX),
+]
+for _mapping, _entry in _entries:
+    _mapping[PrefixTuningV2Type.PREFIX_TUNING_V2] = _entry
