@@ -160,7 +160,13 @@ def _read(file: Any, name: str, path: Path) -> Tensor:
         raise _damaged(path, f"{shorten(name)} cannot be read ({error})") from error
 
 
-def check_file(path: Path, needed: Mapping[str, Spec], allowed: Mapping[str, Spec], model: nn.Module) -> None:
+def check_file(
+    path: Path,
+    needed: Mapping[str, Spec],
+    allowed: Mapping[str, Spec],
+    model: nn.Module,
+    embeddings: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Hold a file of weights against what the config and the base model ask for.
 
     Args:
@@ -168,27 +174,85 @@ def check_file(path: Path, needed: Mapping[str, Spec], allowed: Mapping[str, Spe
         needed: the tensors that it must have.
         allowed: those that it may have besides.
         model: the base model; for the messages.
+        embeddings: the base model's own embeddings by what PEFT calls them in a file, which it may have too.
+
+    Returns:
+        Those of `embeddings` that the file has, and that loading will write to.
 
     Raises:
         ValueError: if it is damaged, lacks a tensor, has one that belongs to nothing, or one of another shape or
             dtype, or with NaN or Inf; the message names the file and the tensor.
         OSError: if it cannot be read.
     """
+    embeddings = embeddings or {}
     with open_weights(path) as file:
         found: dict[str, tuple[Any, Any]] = {}
         for name in file.keys():  # noqa: SIM118 (a handle, not a mapping)
             part = file.get_slice(name)
             found[name] = tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
-        specs = _check_specs(found, needed, allowed, path, type(model).__name__)
+        _check_vocabulary(found, embeddings, path)
+        specs = _check_specs(found, needed, {**allowed, **_specs(embeddings)}, path, type(model).__name__)
         for name in found:
             _check_finite(name, _read(file, name, path), specs[name].dtype, path)
+    return {name: tensor for name, tensor in embeddings.items() if name in found}
+
+
+def check_embeddings(path: Path, model: nn.Module, heads: Iterable[str], users: str) -> None:
+    """Refuse a file with embeddings that are not the base model's own, which loading it would change.
+
+    Args:
+        path: a safetensors file.
+        model: the base model.
+        heads: the config's `modules_to_save`.
+        users: who else uses the base model's embeddings; for the message.
+
+    Raises:
+        ValueError: if it has such.
+    """
+    endings = tuple(heads)
+    trained = [name for name, _ in model.named_modules() if endings and name.endswith(endings)]
+    embeddings, _ = find_embeddings(model, SAVED, trained)
+    with open_weights(path) as file:
+        found = {name: file.get_slice(name).get_shape() for name in embeddings.keys() & set(file.keys())}
+        _check_vocabulary({name: (tuple(shape), None) for name, shape in found.items()}, embeddings, path)
+        for name, shape in found.items():
+            own = embeddings[name].detach()
+            if tuple(shape) == own.shape and not torch.equal(_read(file, name, path).to(own.device, own.dtype), own):
+                raise ValueError(
+                    f"{path} has embeddings of its own, in {name}: loading it would change the embeddings that "
+                    f"{users} use. Give the base model these embeddings before it gets any adapter, or save the "
+                    "adapter with `save_embedding_layers=False` for a base model that knows its words already."
+                )
+
+
+def _specs(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
+    return {name: Spec.of(tensor) for name, tensor in tensors.items()}
+
+
+def _check_vocabulary(found: Mapping[str, tuple[Any, Any]], embeddings: Mapping[str, Tensor], where: Any) -> None:
+    """Refuse embeddings for another number of words than the base model has, and say what to do."""
+    for name, tensor in embeddings.items():
+        shape, own = found.get(name, (None, None))[0], Spec.of(tensor).shape
+        if shape and len(shape) == len(own) and shape[0] != own[0] and shape[1:] == own[1:]:
+            raise ValueError(
+                f"{where} was saved from a base model whose vocabulary had been resized: {name} has {shape[0]} rows, "
+                f"and the base model's has {own[0]}. Call `resize_token_embeddings({shape[0]})` on the base model "
+                "before loading, with the tokenizer of the adapter."
+            )
 
 
 def check_tensors(
-    tensors: Mapping[str, Tensor], needed: Mapping[str, Spec], allowed: Mapping[str, Spec], model: nn.Module
+    tensors: Mapping[str, Tensor],
+    needed: Mapping[str, Spec],
+    allowed: Mapping[str, Spec],
+    model: nn.Module,
+    embeddings: Mapping[str, Tensor] | None = None,
 ) -> None:
     """As `check_file`, for tensors that are in memory."""
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    embeddings = embeddings or {}
+    _check_vocabulary(found, embeddings, "What was to be loaded")
+    allowed = {**allowed, **_specs(embeddings)}
     specs = _check_specs(found, needed, allowed, "What was to be loaded", type(model).__name__)
     for name, tensor in tensors.items():
         _check_finite(name, tensor, specs[name].dtype, "What was to be loaded")
@@ -333,6 +397,43 @@ def _unmatched(model: nn.Module, ending: str, own: Iterable[str]) -> str:
         f"`modules_to_save` names {shorten(repr(ending))}, and no module of {type(model).__name__} has a name that "
         f"ends so. {'Similar names are' if near else 'Its parts are'} {', '.join(near or top)}."
     )
+
+
+def find_embeddings(
+    model: nn.Module, prefix: str = "", trained: Iterable[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Spec]]:
+    """The embeddings of a model, by the names that PEFT gives them in an adapter's file.
+
+    PEFT saves them with an adapter if the vocabulary was resized, or if it is asked to (`save_embedding_layers`).
+    Where they are among `modules_to_save`, it also saves both parts of its wrapper: the base model's, and once more
+    those of the adapter, which it does not read again.
+
+    Args:
+        model: the base model, or a `PeftModel`.
+        prefix: what the names in the file begin with.
+        trained: names of modules that PEFT will wrap.
+
+    Returns:
+        The base model's own tensors that loading such a file writes to, and those in the file that are not read.
+    """
+    written: dict[str, Tensor] = {}
+    unread: dict[str, Spec] = {}
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module: Any = getattr(model, getter)()
+        except (AttributeError, NotImplementedError):
+            continue  # not every model has such
+        name = next((name for name, other in model.named_modules() if other is module), None)
+        if module is None or name is None:
+            continue
+        wrapped = isinstance(module, AuxiliaryTrainingWrapper)
+        for key, tensor in (module.original_module if wrapped else module).state_dict(keep_vars=True).items():
+            if wrapped or name in trained:
+                written[f"{prefix}{name}.original_module.{key}"] = tensor
+                unread[f"{prefix}{name}.modules_to_save.{key}"] = Spec.of(tensor)
+            else:
+                written[f"{prefix}{name}.{key}"] = tensor
+    return written, unread
 
 
 def tensors_of(model: nn.Module, adapter_name: str, layers: Iterable[nn.Module]) -> dict[str, Spec]:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from .attention import Slot
-from .check import SAVED, Source, read_weights
+from .check import SAVED, Source, find_embeddings, read_weights
 from .config import PrefixTuningV2Config
 from .convert import check_free, load_config, new_folder
 from .find import Finding, cache_argument, find_targets
@@ -167,8 +167,10 @@ def import_peft(source: AnyPath, target: AnyPath, base_model: str | None = None)
         raise ValueError(f"{source}: {_TABLE} is {tuple(table.shape)}, while its own configuration says {shape}.")
     name = base_model or theirs.base_model_name_or_path
     head = {key.removeprefix(_PEFTS): tensor for key, tensor in weights.items()}
+    words = _take_words(task, name, theirs, head)
     load = partial(_load_with_head, source, task, name, theirs.revision, head)
     base: Any = load()
+    _check_words(source, base, words)
     found = find_targets(base)
     if theirs.num_transformer_submodules == 2:
         layers = sum(slot.kind == "decoder" for slot in _slots(found))
@@ -220,10 +222,11 @@ def export_peft(source: AnyPath, target: AnyPath, base_model: str | None = None)
     task = _task_of(source, ours)
     name = base_model or ours.base_model_name_or_path
     head = {key.removeprefix(SAVED): tensor for key, tensor in weights.items() if f".{PREFIX}" not in key}
+    words = _take_words(task, name, ours, head)
     load = partial(_load_with_head, source, task, name, ours.revision, head)
-    model = PeftModel.from_pretrained(load(), str(source))
-    _check_fits(source, model, weights)  # PEFT only warns of parts that are missing
-    base: Any = model.get_base_model()
+    base: Any = load()
+    _check_words(source, base, words)
+    model = PeftModel.from_pretrained(base, str(source))
     layer = getattr(base, LAYER_NAME)
     slots = _slots_for_peft(source, ours, layer)
     table = layer.encoder_of("default").fold()
@@ -376,6 +379,40 @@ def _load_with_head(
             _check_complete(source, task, name, missing, head)
             return base
     raise ValueError(f"{source} has modules that do not fit {type(empty).__name__} of {name}: {'; '.join(gaps)}.")
+
+
+def _take_words(task: str, name: str | None, config: Any, head: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the base model's embeddings out of what an adapter has besides its prefix; PEFT saves them with new words.
+
+    Returns:
+        The embeddings, by their names in the base model.
+    """
+    if not name:
+        return {}  # loading the base model will say so
+    with torch.device("meta"):
+        empty = getattr(transformers, _AUTO_CLASSES[task]).from_config(_config(name, None, config.revision))
+    endings = tuple(config.modules_to_save or ())
+    trained = [key for key, _ in empty.named_modules() if endings and key.endswith(endings)]
+    written, unread = find_embeddings(empty, trained=trained)
+    for key in unread:
+        head.pop(key, None)
+    return {key.replace(".original_module.", "."): head.pop(key) for key in written if key in head}
+
+
+def _check_words(source: AnyPath, base: PreTrainedModel, words: dict[str, Tensor]) -> None:
+    """Refuse an adapter with embeddings of its own, as the adapter that is made of it has none.
+
+    Raises:
+        ValueError: if they are not the base model's.
+    """
+    known = base.state_dict()
+    changed = [key for key, tensor in words.items() if not _are_equal(known[key], tensor)]
+    if changed:
+        raise ValueError(
+            f"{source} has embeddings of its own ({', '.join(changed)}), for words that {base.name_or_path} does not "
+            "have. Save the base model with these embeddings (`resize_token_embeddings`, load the adapter, "
+            "`model.unload().save_pretrained(...)`), and give that folder as `base_model`."
+        )
 
 
 def _gaps(wanted: dict[str, Any], given: dict[str, Tensor]) -> list[str]:

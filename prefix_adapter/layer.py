@@ -16,7 +16,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .attention import AttentionTarget, Call, Slot, make_room, put_in_front
-from .check import SAVED, Spec, check_file, check_size, find_heads, shorten, tensors_of
+from .check import (
+    SAVED,
+    Spec,
+    check_embeddings,
+    check_file,
+    check_size,
+    find_embeddings,
+    find_heads,
+    shorten,
+    tensors_of,
+)
 from .config import PrefixTuningV2Config
 from .encoder import Pair, PrefixEncoder, split_layers
 from .find import find_targets
@@ -192,7 +202,9 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         width = (config.encoder_hidden_size or hidden_size) if config.prefix_projection else None
         shapes = PrefixEncoder.shapes(config.num_virtual_tokens, end, hidden_size, width)
         check_size(self.model, shapes.values())
-        self._check_file(adapter_name, config, {name: Spec(shape, home.dtype) for name, shape in shapes.items()})
+        embeddings = self._check_file(
+            adapter_name, config, {name: Spec(shape, home.dtype) for name, shape in shapes.items()}
+        )
         encoder = PrefixEncoder.new(config.num_virtual_tokens, end, config.init_std, hidden_size, width)
         device = next((p.device for p in home.module.parameters()), None)
         for container, module in zip(self.adapter_layer_names, encoder, strict=True):
@@ -205,21 +217,27 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         )
         if config.source is not None:
             self._unfinished[adapter_name] = Unfinished.of(
-                str(config.source), self.model, encoder.parameters(), self.active_adapters
+                str(config.source), self.model, encoder.parameters(), self.active_adapters, embeddings
             )
         if config.shift_positions:
             self._hook_positions(limited=False)
         self._forget_plans()
         config.source = None
 
-    def _check_file(self, adapter_name: str, config: PrefixTuningV2Config, encoder: dict[str, Spec]) -> None:
-        """If an adapter is being loaded, hold its file against the parameters that it is going to fill."""
+    def _check_file(
+        self, adapter_name: str, config: PrefixTuningV2Config, encoder: dict[str, Spec]
+    ) -> dict[str, Tensor]:
+        """If an adapter is being loaded, hold its file against the parameters that it is going to fill.
+
+        Returns:
+            The embeddings of the base model that it is going to fill, by name.
+        """
         containers = [f"{LAYER_NAME}.{name}" for name in self.adapter_layer_names]
         own = [LAYER_NAME, *containers, *(f"{name}.{adapter_name}" for name in containers)]
         attention = [target.module for target in self.targets]
         heads = find_heads(self.model, config.modules_to_save or (), attention, own, config.task_type)
         if config.source is None:
-            return
+            return {}
         needed = {f"{SAVED}{LAYER_NAME}.{PREFIX}{name}": spec for name, spec in encoder.items()}
         for name, head in heads.items():
             parameters = head.state_dict(keep_vars=True)
@@ -228,7 +246,12 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         others = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer) and m is not self]
         found = tensors_of(self.model, adapter_name, others)
         allowed = {SAVED + name.replace(f".{adapter_name}.", ".", 1): spec for name, spec in found.items()}
-        check_file(config.source.weights(), needed, allowed, self.model)
+        embeddings, unread = find_embeddings(self.model, SAVED, heads)
+        path = config.source.weights()
+        written = check_file(path, needed, allowed | unread, self.model, embeddings)
+        if written and self.adapters:
+            check_embeddings(path, self.model, heads, "the other adapters of this model")
+        return {name.removeprefix(SAVED).replace(".original_module.", "."): tensor for name, tensor in written.items()}
 
     def _slots_of(self, config: PrefixTuningV2Config) -> list[Slot]:
         name = type(self.model).__name__

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .check import check_tensors, tensors_of
+from .check import check_tensors, find_embeddings, tensors_of
 from .layer import LAYER_NAME, PREFIX, PrefixTuningV2Layer
 from .rollback import drop_adapter, drop_unfinished
 from .rows import Row, check_names
@@ -143,7 +143,8 @@ class PrefixTuningV2Model(BaseTuner):
             elif isinstance(module, BaseTunerLayer):
                 others.append(module)
         needed, allowed = (tensors_of(model, adapter_name, layers) for layers in (ours, others))
-        check_tensors(renamed, needed, allowed, model)
+        embeddings, unread = find_embeddings(model)
+        check_tensors(renamed, needed, {**allowed, **unread}, model, embeddings)
         return renamed
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -18,7 +18,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import nn
 
-from .check import SAVED, Source, open_weights
+from .check import SAVED, Source, check_embeddings, open_weights
 from .config import PrefixTuningV2Config
 from .convert import load_config
 from .layer import LAYER_NAME, PREFIX
@@ -177,12 +177,14 @@ class AdapterPool:
                 f"{folder} is an adapter for {task}, and those in the pool are for {others.pop()}: one model has one "
                 "kind of head. Use a pool for each."
             )
-        with open_weights(Source.of(folder).weights()) as file:
+        weights = Source.of(folder).weights()
+        with open_weights(weights) as file:
             shapes = {
                 key.removeprefix(SAVED): tuple(file.get_slice(key).get_shape())
                 for key in file.keys()  # noqa: SIM118 (a handle, not a mapping)
                 if f".{PREFIX}" not in key
             }
+        check_embeddings(weights, self.model, config.modules_to_save or (), "all adapters of the pool")
         name = f"adapter{self._count}"
         self._count += 1
         device = next((str(parameter.device) for parameter in self.model.parameters()), "cpu")

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ class Unfinished:
         parameters: those of its prefix, each with the number of times that it had been written to.
         active: the adapters that were active before.
         requires_grad: what each parameter of the model had as `requires_grad` before.
+        embeddings: the base model's own embeddings that the file has too, by name, as they were before.
         ends_later: whether loading is over only when `PrefixTuningV2Layer.finish` is called, as PEFT's loading is.
         thread: the thread that loads it.
     """
@@ -37,17 +39,26 @@ class Unfinished:
     parameters: list[tuple[Tensor, int]]
     active: list[str]
     requires_grad: list[tuple[nn.Parameter, bool]]
+    embeddings: dict[str, Tensor]
     ends_later: bool = False
     thread: int = field(default_factory=threading.get_ident)
 
     @classmethod
-    def of(cls, source: str, model: nn.Module, parameters: Iterable[Tensor], active: list[str]) -> Unfinished:
+    def of(
+        cls,
+        source: str,
+        model: nn.Module,
+        parameters: Iterable[Tensor],
+        active: list[str],
+        embeddings: dict[str, Tensor],
+    ) -> Unfinished:
         """The state of an adapter that was just made."""
         return cls(
             source,
             [(parameter, _writes(parameter)) for parameter in parameters],
             active,
             [(parameter, parameter.requires_grad) for parameter in model.parameters()],
+            {name: tensor.detach().clone() for name, tensor in embeddings.items()},
         )
 
     def is_loaded(self, parameters: list[Tensor]) -> bool:
@@ -99,8 +110,12 @@ def drop_adapter(layer: PrefixTuningV2Layer, adapter_name: str) -> None:
         if adapter_name in layer.active_adapters:
             layer.set_adapter(active or others[:1])
         layer.delete_adapter(adapter_name)
-    for parameter, flag in entry.requires_grad if entry else ():
-        parameter.requires_grad_(flag)
+    if entry is not None:
+        for parameter, flag in entry.requires_grad:
+            parameter.requires_grad_(flag)
+        with torch.no_grad():
+            for name, before in entry.embeddings.items():
+                model.get_parameter(name).copy_(before)
     if not others:
         remove_layer(layer)
 

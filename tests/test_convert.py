@@ -738,3 +738,23 @@ def test_help_suffices(command, capsys):
         main([command, "--help"])
     out = capsys.readouterr().out
     assert f"\n  prefix-adapter {command} " in out and "--model" in out
+
+
+def test_export_with_new_words(tmp_path):
+    """PEFT saves the embeddings of a resized vocabulary; they go into a base model of their own."""
+    base = save_base(tmp_path / "base", "llama")
+    resized = load_base(base, "CAUSAL_LM")
+    words = resized.get_input_embeddings().weight.shape[0] + 5
+    resized.resize_token_embeddings(words)
+    model = get_peft_model(
+        resized, PrefixTuningV2Config(task_type="CAUSAL_LM", num_virtual_tokens=4, shift_positions=True)
+    )
+    draw(model)
+    model.save_pretrained(tmp_path / "ours")
+    assert "base_model.model.model.embed_tokens.weight" in load_file(tmp_path / "ours" / WEIGHTS)
+    with pytest.raises(ValueError, match=r"embeddings of its own \(model.embed_tokens.weight, lm_head.weight\)"):
+        export_peft(tmp_path / "ours", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    model.unload().save_pretrained(tmp_path / "resized")
+    export_peft(tmp_path / "ours", tmp_path / "peft", str(tmp_path / "resized"))
+    assert set(load_file(tmp_path / "peft" / WEIGHTS)) == {"prompt_embeddings"}

@@ -7,11 +7,12 @@ from pathlib import Path
 import peft
 import pytest
 import tiny
+import tokenizers
 import torch
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import prefix_adapter
 from prefix_adapter import PrefixTuningV2Config, fold
@@ -480,3 +481,201 @@ def test_one_config_for_several_models():
         model = get_peft_model(tiny.model("bert", num_hidden_layers=layers), config)
         assert model.peft_config["default"] is config and config.prefix_layout is None
     assert config.to_dict()["prefix_layout"] is None
+
+
+# ---- New words: PEFT saves the embeddings of a vocabulary that was resized
+
+WORDS = {
+    "bert": ("bert", "AutoModelForSequenceClassification", "SEQ_CLS", {}),
+    "bert, its own words": ("bert", "AutoModelForMaskedLM", None, {}),
+    "llama": ("llama", "AutoModelForCausalLM", "CAUSAL_LM", {}),
+    "llama, tied": ("llama", "AutoModelForCausalLM", "CAUSAL_LM", {"tie_word_embeddings": True}),
+    "t5": ("t5", "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", {}),
+}
+NEW = 5
+
+
+@pytest.fixture
+def base(request, tmp_path):
+    """Loads a base model from its folder, the same at every call; with `words` it knows new ones."""
+    kind, auto_class, _, changes = WORDS[request.param]
+    tiny.model(kind, auto_class, **changes).save_pretrained(tmp_path / "base")
+
+    def load(words=0, seed=0):
+        model = getattr(transformers, auto_class).from_pretrained(tmp_path / "base").eval()
+        if words:
+            torch.manual_seed(seed)
+            model.resize_token_embeddings(tiny.VOCAB + words, mean_resizing=False)
+        return model
+
+    return load
+
+
+@torch.no_grad()
+def with_new_words(model, kind):
+    """Outputs for texts in which each of the new words occurs."""
+    inputs = inputs_of(kind)
+    for position in range(NEW):
+        inputs["input_ids"][:, position] = tiny.VOCAB + position
+    output = model.eval()(**inputs)
+    return output.logits if "logits" in output else output[0]
+
+
+@pytest.mark.parametrize("trained", [None, "in", "in and out"])
+@pytest.mark.parametrize("wrapped_first", [False, True])
+@pytest.mark.parametrize(("base", "name"), [(name, name) for name in WORDS], indirect=["base"])
+def test_new_words_come_back(base, name, wrapped_first, trained, tmp_path):
+    kind, _, task_type, _ = WORDS[name]
+    model = base(0 if wrapped_first else NEW)
+    names = {"bert": ["word_embeddings"], "llama": ["embed_tokens", "lm_head"], "t5": ["shared", "lm_head"]}[kind]
+    if trained and (wrapped_first or name == "bert, its own words"):
+        pytest.skip("PEFT does not resize what it has wrapped, and ties no head to embeddings that it has wrapped")
+    heads = {None: None, "in": names[:1], "in and out": names}[trained]
+    model = draw(get_peft_model(model, config(task_type=task_type, modules_to_save=heads)))
+    if wrapped_first:
+        model.get_base_model().resize_token_embeddings(tiny.VOCAB + NEW)
+    with torch.no_grad():
+        for parameter in {model.get_input_embeddings().weight, *(model.get_output_embeddings() or model).parameters()}:
+            if parameter.shape[0] == tiny.VOCAB + NEW:
+                parameter[tiny.VOCAB :] = torch.randn_like(parameter[tiny.VOCAB :])
+    expected = with_new_words(model, kind)
+    model.save_pretrained(tmp_path / "adapter")
+
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(base(NEW, 9), tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage)
+        assert torch.equal(with_new_words(loaded, kind), expected)
+    loaded.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / WEIGHTS).keys() == load_file(tmp_path / "adapter" / WEIGHTS).keys()
+    # Into an adapter that is there, as `Trainer` loads its best one and resumes.
+    resumed = get_peft_model(base(NEW, 9), config(task_type=task_type, modules_to_save=heads and list(heads)))
+    resumed.load_adapter(tmp_path / "adapter", "default", is_trainable=True)
+    assert torch.equal(with_new_words(resumed, kind), expected)
+
+    fresh_base = base()
+    before = {key: tensor.clone() for key, tensor in fresh_base.state_dict().items()}
+    words = r"vocabulary had been resized: .* has 104 rows, and the base model's has 99. Call `resize_token_embeddings"
+    with pytest.raises(ValueError, match=words if not trained else "shape|resized"):
+        PeftModel.from_pretrained(fresh_base, tmp_path / "adapter")
+    assert before.keys() == fresh_base.state_dict().keys()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in fresh_base.state_dict().items())
+
+
+@pytest.mark.parametrize(("base", "name"), [("bert", "bert"), ("llama, tied", "llama, tied")], indirect=["base"])
+def test_embeddings_that_are_saved_on_request(base, name, tmp_path):
+    kind, _, task_type, _ = WORDS[name]
+    model = draw(get_peft_model(base(), config(task_type=task_type)))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] += 1
+    expected = answers(model, kind)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert torch.equal(answers(PeftModel.from_pretrained(base(), tmp_path / "adapter"), kind), expected)
+    fold_source = draw(get_peft_model(base(), config(True, task_type=task_type)))
+    with torch.no_grad():
+        fold_source.get_input_embeddings().weight[7] += 1
+    fold_source.save_pretrained(tmp_path / "mlp", save_embedding_layers=True)
+    fold(tmp_path / "mlp", tmp_path / "folded")
+    folded = PeftModel.from_pretrained(base(), tmp_path / "folded")
+    assert torch.allclose(answers(folded, kind), answers(fold_source, kind), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["bert"], indirect=True)
+def test_embeddings_of_a_second_adapter_may_not_change_those_of_the_first(base, tmp_path):
+    model = draw(get_peft_model(base(NEW, 1), config(task_type="SEQ_CLS")))
+    model.save_pretrained(tmp_path / "one")
+    own = draw(get_peft_model(base(NEW, 1), config(task_type="SEQ_CLS")), seed=6)
+    expected = with_new_words(own, "bert")
+    own.save_pretrained(tmp_path / "same")
+    get_peft_model(base(NEW, 2), config(task_type="SEQ_CLS")).save_pretrained(tmp_path / "other")
+    first = with_new_words(model, "bert")
+    with pytest.raises(ValueError, match="would change the embeddings that the other adapters of this model use"):
+        model.load_adapter(tmp_path / "other", "other")
+    assert list(model.peft_config) == ["default"] and torch.equal(with_new_words(model, "bert"), first)
+    model.load_adapter(tmp_path / "same", "same")
+    assert torch.equal(with_new_words(model, "bert"), first)
+    model.set_adapter("same")
+    assert torch.equal(with_new_words(model, "bert"), expected)
+
+    pool = prefix_adapter.AdapterPool(base(NEW, 1))
+    with pytest.raises(ValueError, match="would change the embeddings that all adapters of the pool use"):
+        pool.load(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"`resize_token_embeddings\(104\)`"):
+        prefix_adapter.AdapterPool(base()).load(tmp_path / "same")
+    inputs = inputs_of("bert")["input_ids"].clamp(max=tiny.VOCAB + NEW - 1)
+    logits = pool([tmp_path / "same", tmp_path / "one"], input_ids=inputs).logits
+    with torch.no_grad():
+        torch.testing.assert_close(logits[0], model(input_ids=inputs).logits[0])
+
+
+@pytest.mark.parametrize("base", ["bert"], indirect=True)
+@pytest.mark.parametrize("name", ["original_module.", "modules_to_save.", "base_layer."])
+def test_only_the_embeddings_that_peft_reads_are_allowed(base, name, tmp_path):
+    get_peft_model(base(NEW), config(task_type="SEQ_CLS")).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / WEIGHTS)
+    full = "base_model.model.bert.embeddings.word_embeddings."
+    save_file({**weights, f"{full}{name}weight": weights[f"{full}weight"].clone()}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match=r"word_embeddings.*which is no part of the adapter"):
+        PeftModel.from_pretrained(base(NEW), tmp_path)
+
+
+@pytest.mark.parametrize("base", ["bert"], indirect=True)
+def test_embeddings_are_put_back_when_loading_fails(base, tmp_path, monkeypatch):
+    get_peft_model(base(NEW, 1), config(task_type="SEQ_CLS")).save_pretrained(tmp_path / "adapter")
+    model = base(NEW, 2)
+    expected = with_new_words(model, "bert")
+    set_state = peft.peft_model.set_peft_model_state_dict
+
+    def interrupted(*args, **kwargs):
+        set_state(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    for low_cpu_mem_usage in (False, True):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(peft.peft_model, "set_peft_model_state_dict", interrupted)
+            PeftModel.from_pretrained(model, tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage)
+        with pytest.warns(UserWarning, match="was removed"):
+            assert torch.equal(with_new_words(model, "bert"), expected)
+
+
+@pytest.mark.parametrize("base", ["bert"], indirect=True)
+def test_new_words_with_trainer(base, tmp_path):
+    """The best checkpoint and the one to resume from have the new words' embeddings."""
+
+    def trainer(model, load_best_model_at_end=True):
+        rows = [{"input_ids": [tiny.VOCAB + row % NEW, 7, 8 + row], "labels": row % 3} for row in range(8)]
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / "run"), num_train_epochs=2, eval_strategy="epoch", save_strategy="epoch",
+            load_best_model_at_end=load_best_model_at_end, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+            learning_rate=0.1, disable_tqdm=True,
+        )  # fmt: skip
+        return transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+
+    def wrap(seed):
+        model = get_peft_model(base(NEW, seed), config(task_type="SEQ_CLS"))
+        model.get_input_embeddings().weight.requires_grad_(True)
+        return model
+
+    first = trainer(wrap(1))
+    first.train()
+    best = PeftModel.from_pretrained(base(NEW, 9), first.state.best_model_checkpoint)
+    assert torch.equal(with_new_words(first.model, "bert"), with_new_words(best, "bert"))
+    last = PeftModel.from_pretrained(base(NEW, 9), tmp_path / "run" / "checkpoint-4")
+    resumed = trainer(wrap(3), load_best_model_at_end=False)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert torch.equal(with_new_words(resumed.model, "bert"), with_new_words(last, "bert"))
+    assert differ(with_new_words(last, "bert"), with_new_words(wrap(3), "bert"))
+
+
+@pytest.mark.parametrize(("base", "name"), [("bert", "bert"), ("llama", "llama")], indirect=["base"])
+def test_new_words_by_auto_classes(base, name, tmp_path):
+    """The tokenizer beside the adapter says how many words there are; without it the error says what to do."""
+    kind, auto_class, task_type, _ = WORDS[name]
+    model = draw(get_peft_model(base(NEW, 1), config(task_type=task_type)))
+    expected = with_new_words(model, kind)
+    model.save_pretrained(tmp_path / "adapter")
+    auto = getattr(peft, auto_class.replace("AutoModel", "AutoPeftModel"))
+    with pytest.raises(ValueError, match=r"Call `resize_token_embeddings\(104\)`"):
+        auto.from_pretrained(tmp_path / "adapter")
+    words = {f"word{index}": index for index in range(tiny.VOCAB + NEW - 1)} | {"[UNK]": tiny.VOCAB + NEW - 1}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "adapter")
+    assert torch.equal(with_new_words(auto.from_pretrained(tmp_path / "adapter"), kind), expected)

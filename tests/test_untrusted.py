@@ -248,8 +248,8 @@ DAMAGED = {
     "no head": (lambda f: drop(f, HEAD), "it lacks .*classifier.weight"),
     "more tensors": (lambda f: add(f, KEY + "extra.weight", torch.ones(1)), "extra.weight, which is no part"),
     "a weight of the base": (
-        lambda f: add(f, "base_model.model.bert.embeddings.word_embeddings.weight", torch.ones(99, 32)),
-        "word_embeddings.weight, which is no part",
+        lambda f: add(f, "base_model.model.bert.embeddings.position_embeddings.weight", torch.ones(64, 32)),
+        "position_embeddings.weight, which is no part",
     ),
     "an MLP": (lambda f: add(f, KEY + "hidden.weight", torch.ones(8, 32)), "hidden.weight, which is no part"),
     "rows": (lambda f: edit(f, **{E: lambda t: t[:3].clone()}), r"shape \[3, 192\] where \[4, 192\]"),
