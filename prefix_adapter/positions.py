@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Call
-from .probe import innermost, is_count, parameter_names
+from .probe import PROBE_LENGTH, innermost, is_count, parameter_names
 
-_IDS, _PAST, _TABLE = "position_ids", "past_key_values_length", "input"
+_IDS, _TABLE = "position_ids", "input"
+# What modules that count by themselves call the number of tokens that went before.
+_PASTS = ("cache_length", "past_key_values_length")
 # What backbones call their cache.
 _CACHES = ("cache", "past_key_values")
 
@@ -27,6 +29,7 @@ class PositionTarget:
         limit: how many positions it has; `None` if it computes them.
         absolute: whether what it gives is as wide as the hidden states, to be added to them.
         kind: the self-attention, `"encoder"` or `"decoder"`, whose input it places.
+        column: whether its positions are `[tokens, 1]`, the same for all rows (Pegasus-X).
         axes: whether its positions have several axes `[axes, batch, tokens]`, for the time, height and width of images
             (Qwen2-VL), which the backbone makes as long as nobody gives any.
         counts: whether the positions of a text are 0, 1, 2, ... if nobody gives any.
@@ -39,8 +42,14 @@ class PositionTarget:
     limit: int | None
     absolute: bool = False
     kind: str = ""
+    column: bool = False
     axes: bool = False
     counts: bool = True
+
+    @property
+    def past(self) -> str | None:
+        """The argument from which it counts by itself; `None` if it does not."""
+        return next((name for name in _PASTS if name in self.names), None)
 
     @property
     def padding(self) -> int | None:
@@ -76,15 +85,14 @@ class PositionTarget:
             if self.padding is not None:
                 moved = torch.where(positions == self.padding, positions, moved)
             call.set(self.positions, moved)
-        elif _PAST in self.names:
-            # It counts by itself, from the length of what went before.
-            call.set(_PAST, (call.get(_PAST) or 0) + shifts[0])
+        elif self.past is not None:
+            call.set(self.past, (call.get(self.past) or 0) + shifts[0])
         return tuple(call.args), call.kwargs
 
     def for_all_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call has positions that are the same for all rows: `[tokens]`, or a number to count from."""
         positions = Call(self.names, args, kwargs).get(self.positions)
-        return positions.dim() < 2 if isinstance(positions, Tensor) else _PAST in self.names
+        return positions.dim() < 2 or self.column if isinstance(positions, Tensor) else self.past is not None
 
     def too_many(self, args: tuple[Any, ...], kwargs: dict[str, Any], shift: int) -> int:
         """How many tokens the call has, if with the shift there are not enough positions for them; else 0."""
@@ -111,15 +119,14 @@ class PositionProbe:
             layers |= inner
         modules = dict(model.named_modules())
         self._tables: dict[str, PositionTarget] = {}
-        # Of those that were called: whether what they gave is as wide as the hidden states, whether their positions
-        # have several axes, and whether they count from 0.
-        self._called: dict[str, tuple[bool, bool, bool]] = {}
+        # Those of `_named` that were called.
+        self._called: dict[str, PositionTarget] = {}
         get_embeddings: Any = getattr(model, "get_input_embeddings", None)
         self._width = getattr(get_embeddings() if get_embeddings else None, "embedding_dim", None)
         self._named = {
             name: module
             for name, module in modules.items()
-            if name not in layers and {_IDS, _PAST} & set(parameter_names(module))
+            if name not in layers and {_IDS, *_PASTS} & set(parameter_names(module))
         }
         self._handles = [
             module.register_forward_pre_hook(self._look_at_table(name))
@@ -142,14 +149,16 @@ class PositionProbe:
 
     def _note_call(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            wide = isinstance(output, Tensor) and output.shape[-1] == self._width
-            positions = Call(parameter_names(module), args, kwargs).get(_IDS)
-            if not isinstance(positions, Tensor):
-                self._called[name] = wide, False, True
-                return
-            rows = positions.reshape(-1, positions.shape[-1])
-            counts = positions.device.type == "meta" or all(is_count(row) == 0 for row in rows)
-            self._called[name] = wide, positions.dim() > 2, counts
+            limit = module.num_embeddings - getattr(module, "offset", 0) if isinstance(module, nn.Embedding) else None
+            target = PositionTarget(name, module, parameter_names(module), _IDS, limit)
+            target.absolute = isinstance(output, Tensor) and output.shape[-1] == self._width
+            positions = Call(target.names, args, kwargs).get(_IDS)
+            if isinstance(positions, Tensor):
+                target.column = positions.shape == (PROBE_LENGTH, 1)
+                target.axes = positions.dim() > 2
+                rows = positions.reshape(-1, PROBE_LENGTH) if positions.numel() % PROBE_LENGTH == 0 else [positions]
+                target.counts = positions.device.type == "meta" or all(is_count(row) == 0 for row in rows)
+            self._called[name] = target
 
         return hook
 
@@ -159,17 +168,10 @@ class PositionProbe:
             handle.remove()
         tables = {name: target.module for name, target in self._tables.items()}
         targets = []
-        for name, module in innermost({**self._named, **tables}).items():
-            if name in tables:
-                targets.append(self._tables[name])
-            elif name in self._called:
-                limit = None
-                if isinstance(module, nn.Embedding):
-                    offset: Any = getattr(module, "offset", 0)
-                    limit = module.num_embeddings - offset
-                wide, axes, counts = self._called[name]
-                names = parameter_names(module)
-                targets.append(PositionTarget(name, module, names, _IDS, limit, wide, axes=axes, counts=counts))
+        for name in innermost({**self._named, **tables}):
+            found = self._tables.get(name) or self._called.get(name)
+            if found is not None:
+                targets.append(found)
         return targets
 
 
