@@ -207,11 +207,13 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         )
         encoder = PrefixEncoder.new(config.num_virtual_tokens, end, config.init_std, hidden_size, width)
         device = next((p.device for p in home.module.parameters()), None)
+        # A new layer is in training mode, and what is loaded to be trained, as PEFT's other methods are.
+        training = self.training or (config.source is not None and not config.inference_mode)
         for container, module in zip(self.adapter_layer_names, encoder, strict=True):
             if module is not None:
                 # PEFT's low_cpu_mem_usage puts whatever is made here on the meta device, to be loaded later.
                 place = None if module.weight.is_meta else device
-                getattr(self, container)[adapter_name] = module.to(place, home.dtype)
+                getattr(self, container)[adapter_name] = module.to(place, home.dtype).train(training)
         self._adapters[adapter_name] = Adapter(
             config.num_virtual_tokens, config.prefix_dropout, config.shift_positions, columns
         )
@@ -309,11 +311,17 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         modules: list[Any] = [c[adapter_name] if adapter_name in c else None for c in containers]  # noqa: SIM401
         return PrefixEncoder(*modules)
 
+    def dropout_of(self, adapter_name: str) -> float:
+        """The probability with which elements of an adapter's prefix are dropped now: 0 in eval mode."""
+        dropout = self.adapters[adapter_name].dropout
+        return dropout if dropout and self.encoder_of(adapter_name).embedding.training else 0.0
+
     def fold(self, adapter_name: str) -> None:
         """Replace an adapter's MLP by the table that it computes."""
         encoder = self.encoder_of(adapter_name)
         trainable = encoder.embedding.weight.requires_grad
         folded = PrefixEncoder(nn.Embedding.from_pretrained(encoder.fold(), freeze=not trainable))
+        folded.embedding.train(encoder.embedding.training)
         for container, module in zip(self.adapter_layer_names, folded, strict=True):
             if module is None:
                 del getattr(self, container)[adapter_name]
@@ -497,7 +505,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         name = piece.adapter
         if name is None:
             return slot.shape.split(keys.new_zeros(1, piece.length, slot.shape.columns))
-        dropout = self.adapters[name].dropout if self.training else 0.0
+        dropout = self.dropout_of(name)
         if dropout:
             part = self._encode(name, slot, forward).to(keys.device, keys.dtype)
             return slot.shape.split(F.dropout(part.expand(keys.shape[0], -1, -1), dropout))
@@ -552,7 +560,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             adapter = self.adapters[name]
             if self._pairs(name, forward) is not None:
                 continue
-            if self.training and adapter.dropout:
+            if self.dropout_of(name):
                 parts = self.encoder_of(name).encode(slice(None)).split([s.shape.columns for s in adapter.columns], 1)
                 forward.memo["encoded", name] = dict(zip(adapter.columns, parts, strict=True))
             else:
@@ -683,7 +691,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             # An encoder-decoder's rows are those that it decodes: beams come after the encoder.
             shape = sequences((), kwargs, "decoder_")[1] or shape
             forward.batch = math.prod(shape[:-1]) if shape else None
-        if self.training and torch.is_grad_enabled():
+        if self.model.training and torch.is_grad_enabled():
             self._watch.prepare_checkpointing(self.model, shares_keys=bool(self.followers))
 
     def _before_counting(
@@ -704,7 +712,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     def _after_model(self, forward: Forward, kwargs: dict[str, Any]) -> None:
         drops_layers = False
-        if self.training:
+        if self.model.training:
             config = getattr(self.model, "config", None)
             names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
             drops_layers = any(getattr(config, name, 0) for name in names)

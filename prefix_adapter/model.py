@@ -77,7 +77,6 @@ class PrefixTuningV2Model(BaseTuner):
                 # PEFT freezes a base in which it finds no tuner layer yet, and will find this one.
                 model.requires_grad_(False)
             model.add_module(LAYER_NAME, layer)
-            layer.train(model.training)
             if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "encoder" not in layer.kinds:
                 warnings.warn(
                     f"The encoder's attention in {type(model).__name__} cannot take a prefix; {sorted(layer.kinds)} "
@@ -216,8 +215,6 @@ class PrefixTuningV2Model(BaseTuner):
     def _check_adapter_names(
         self, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[list[str], bool]:
-        if self.training:
-            raise ValueError("`adapter_names` is for inference: call `model.eval()`, or train one adapter at a time.")
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"`adapter_names` must be a list with a name for each row of the batch, got {names!r}.")
         if not names:
@@ -226,6 +223,8 @@ class PrefixTuningV2Model(BaseTuner):
         unknown = sorted({name for name in names if name != "__base__" and name not in known})
         if unknown:
             raise ValueError(f"`adapter_names` names {unknown}, but the adapters are {sorted(known)} and '__base__'.")
+        if self.training or any(self.prefix_layer.dropout_of(name) for name in set(names) - {"__base__"}):
+            raise ValueError("`adapter_names` is for inference: call `model.eval()`, or train one adapter at a time.")
         given = args[0] if args else None
         for name in ("input_ids", "inputs", "inputs_embeds"):
             given = kwargs.get(name) if given is None else given

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .attention import CACHE_ARGUMENTS, Call
-from .probe import innermost, is_count, parameter_names
+from .probe import PROBE_LENGTH, innermost, is_count, parameter_names
 
 _IDS, _TABLE = "position_ids", "input"
-# How many tokens came before, for modules that count positions themselves: `cache_length` from transformers 5.24 on.
-_PAST = ("cache_length", "past_key_values_length")
+# The number of tokens before, for modules that count positions themselves: `cache_length` from transformers 5.24 on.
+_PASTS = ("cache_length", "past_key_values_length")
 
 
 @dataclass
@@ -27,6 +27,7 @@ class PositionTarget:
         limit: how many positions it has; `None` if it computes them.
         absolute: whether what it gives is as wide as the hidden states, to be added to them.
         kind: the self-attention, `"encoder"` or `"decoder"`, whose input it places.
+        column: whether its positions are `[tokens, 1]`, the same for all rows (Pegasus-X).
         axes: whether its positions have several axes `[axes, batch, tokens]`, for the time, height and width of images
             (Qwen2-VL), which the backbone makes as long as nobody gives any.
         counts: whether the positions of a text are 0, 1, 2, ... if nobody gives any.
@@ -40,6 +41,7 @@ class PositionTarget:
     limit: int | None
     absolute: bool = False
     kind: str = ""
+    column: bool = False
     axes: bool = False
     counts: bool = True
     movable: bool = True
@@ -53,7 +55,7 @@ class PositionTarget:
     @property
     def past(self) -> str | None:
         """The argument with the number of tokens before, from which the module counts positions if none are given."""
-        return next((name for name in _PAST if name in self.names), None)
+        return next((name for name in _PASTS if name in self.names), None)
 
     @property
     def relative(self) -> bool:
@@ -91,7 +93,7 @@ class PositionTarget:
     def for_all_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call has positions that are the same for all rows: `[tokens]`, or a number to count from."""
         positions = Call(self.names, args, kwargs).get(self.positions)
-        return positions.dim() < 2 if isinstance(positions, Tensor) else self.past is not None
+        return positions.dim() < 2 or self.column if isinstance(positions, Tensor) else self.past is not None
 
     def too_many(self, args: tuple[Any, ...], kwargs: dict[str, Any], shift: int) -> int:
         """How many tokens the call has, if with the shift there are not enough positions for them; else 0."""
@@ -118,13 +120,14 @@ class PositionProbe:
             layers |= inner
         modules = dict(model.named_modules())
         self._tables: dict[str, PositionTarget] = {}
+        # Those of `_named` that were called.
         self._called: dict[str, PositionTarget] = {}
         get_embeddings: Any = getattr(model, "get_input_embeddings", None)
         self._width = getattr(get_embeddings() if get_embeddings else None, "embedding_dim", None)
         self._named = {
             name: module
             for name, module in modules.items()
-            if name not in layers and {_IDS, *_PAST} & set(parameter_names(module))
+            if name not in layers and {_IDS, *_PASTS} & set(parameter_names(module))
         }
         self._handles = [
             module.register_forward_pre_hook(self._look_at_table(name))
@@ -147,19 +150,18 @@ class PositionProbe:
 
     def _note_call(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            names, limit = parameter_names(module), None
-            if isinstance(module, nn.Embedding):
-                offset: Any = getattr(module, "offset", 0)
-                limit = module.num_embeddings - offset
-            wide = isinstance(output, Tensor) and output.shape[-1] == self._width
-            target = self._called[name] = PositionTarget(name, module, names, _IDS, limit, wide)
-            positions = Call(names, args, kwargs).get(_IDS)
+            limit = module.num_embeddings - getattr(module, "offset", 0) if isinstance(module, nn.Embedding) else None
+            target = PositionTarget(name, module, parameter_names(module), _IDS, limit)
+            target.absolute = isinstance(output, Tensor) and output.shape[-1] == self._width
+            positions = Call(target.names, args, kwargs).get(_IDS)
             if isinstance(positions, Tensor):
-                rows = positions.reshape(-1, positions.shape[-1])
+                target.column = positions.shape == (PROBE_LENGTH, 1)
                 target.axes = positions.dim() > 2
+                rows = positions.reshape(-1, PROBE_LENGTH) if positions.numel() % PROBE_LENGTH == 0 else [positions]
                 target.counts = positions.device.type == "meta" or all(is_count(row) == 0 for row in rows)
             else:
                 target.movable = target.past is not None
+            self._called[name] = target
 
         return hook
 

@@ -178,7 +178,7 @@ def test_an_older_name_of_the_cache_is_accepted():
     attention = model.layers[0].self_attn
     if cache_argument(attention) != "cache":
         pytest.skip("this transformers has the old name alone")
-    get_peft_model(model, PrefixTuningV2Config(init_std=1.0))
+    get_peft_model(model, PrefixTuningV2Config(init_std=1.0, prefix_dropout=0.0))
     seen = torch.randn(1, 4, 32)
     call = {"position_embeddings": model.rotary_emb(seen, torch.arange(4)[None]), "attention_mask": None}
     with torch.no_grad():
