@@ -57,6 +57,7 @@ def train_loop(folder, device, precision, die=False):
     accelerator = Accelerator(
         mixed_precision=precision if precision in HALF else "no", cpu=device.type == "cpu", rng_types=["torch"]
     )
+    assert accelerator.device.type == device.type, f"Accelerate runs on {accelerator.device}, not on {device}"
     set_seed(0)
     base = tiny.model("bert", "AutoModelForSequenceClassification", **SIZES)
     config = PrefixTuningV2Config(
