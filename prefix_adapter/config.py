@@ -6,15 +6,18 @@ import enum
 import functools
 import math
 import os
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from .attention import KINDS
 from .check import Source, shorten
-from .hub import write_model_card
+from .hub import replace_pickle, write_model_card
 
 
 class PrefixTuningV2Type(str, enum.Enum):  # noqa: UP042 (printed and compared as PEFT's own types are)
@@ -214,9 +217,22 @@ class PrefixTuningV2Config(PeftConfig):
         return DUMMY_TARGET_MODULES
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and into the model card beside it how to load the adapter."""
-        super().save_pretrained(str(save_directory), **kwargs)
-        write_model_card(save_directory, self)
+        """Write `adapter_config.json`, and into the model card beside it how to load the adapter.
+
+        Raises:
+            OSError: if they cannot be written; the files that were there are as they were.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"{save_directory} is a file. Choose a folder to save the adapter in.")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        if "auto_mapping_dict" in kwargs:
+            # `PeftModel.save_pretrained` says so; it has written the weights, and writes the config last.
+            replace_pickle(folder)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as scratch:
+            super().save_pretrained(scratch, **kwargs)
+            os.replace(Path(scratch, CONFIG_NAME), folder / CONFIG_NAME)
+        write_model_card(folder, self)
 
 
 def _follow(read: Any) -> Any:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors.torch import save_file
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -52,7 +55,7 @@ model = {auto_class}.from_pretrained("<this repository or folder>"{arguments})
 def write_model_card(folder: str | os.PathLike[str], config: PrefixTuningV2Config) -> None:
     """Put a section on loading into the `README.md` of an adapter's folder, or renew it; everything else stays."""
     path = Path(folder) / "README.md"
-    if path.is_file():
+    if path.is_file() and not path.is_symlink():
         card = ModelCard.load(path, ignore_metadata_errors=True)
     else:
         data = ModelCardData(library_name="peft", base_model=config.base_model_name_or_path)
@@ -69,7 +72,41 @@ def write_model_card(folder: str | os.PathLike[str], config: PrefixTuningV2Confi
         card.text = re.sub(f"{_START}.*?(?:{_END}|$)", lambda _: section, card.text, count=1, flags=re.DOTALL)
     else:
         card.text = f"{card.text.rstrip()}\n\n{section}\n"
-    card.save(path)
+    # PEFT drops the last line's end whenever it renews a card.
+    card.text = f"{card.text.rstrip()}\n"
+    _write_whole(path, str(card))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all, in the place of what was there, a link or a pipe too."""
+    scratch = path.with_name(f".unfinished-{path.name}")
+    try:
+        scratch.unlink(missing_ok=True)
+        with open(scratch, "x", encoding="utf-8", newline="") as file:
+            file.write(text)
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def replace_pickle(folder: Path) -> None:
+    """Turn weights that `save_pretrained(safe_serialization=False)` has just pickled into safetensors.
+
+    Neither this package nor a careful user reads a pickle of somebody else's, so the adapter would be lost.
+    """
+    pickled, safe = folder / WEIGHTS_NAME, folder / SAFETENSORS_WEIGHTS_NAME
+    if not pickled.is_file() or (safe.exists() and safe.stat().st_mtime_ns > pickled.stat().st_mtime_ns):
+        return
+    tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+    # Tied embeddings share their memory, which safetensors does not take.
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, safe, metadata={"format": "pt"})
+    pickled.unlink()
+    warnings.warn(
+        f"`safe_serialization=False`: the adapter was written to {SAFETENSORS_WEIGHTS_NAME} all the same. "
+        f"{WEIGHTS_NAME} is a pickle, which can run code when it is read, and is not read by this package.",
+        stacklevel=4,
+    )
 
 
 def _section(config: PrefixTuningV2Config) -> str:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import peft
@@ -149,6 +151,135 @@ def test_each_adapter_in_a_folder_of_its_name(tmp_path):
 
     model.save_pretrained(tmp_path / "one", selected_adapters=["second"])
     assert {path.name for path in (tmp_path / "one").iterdir() if path.is_dir()} == {"second"}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_second_save_changes_nothing(kind, tmp_path):
+    model = case(kind)
+    model.save_pretrained(tmp_path)
+    first = files(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert files(tmp_path) == first
+    loaded = PeftModel.from_pretrained(fresh(kind), tmp_path)
+    loaded.save_pretrained(tmp_path)
+    assert files(tmp_path)["README.md"] == first["README.md"] and files(tmp_path)[WEIGHTS] == first[WEIGHTS]
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text() + "\nA word of mine.\n")
+    model.save_pretrained(tmp_path)
+    mine = files(tmp_path)
+    assert b"\nA word of mine.\n" in mine["README.md"]
+    model.save_pretrained(tmp_path)
+    assert files(tmp_path) == mine
+
+
+@pytest.mark.parametrize("earlier", [None, "safetensors", "pickle"])
+def test_no_pickle_is_written(earlier, tmp_path):
+    """Nobody would read it again."""
+    model = case("bert")
+    if earlier == "safetensors":
+        draw(case("bert"), seed=8).save_pretrained(tmp_path)
+    if earlier == "pickle":
+        torch.save({}, tmp_path / "adapter_model.bin")
+    with pytest.warns(UserWarning, match="written to adapter_model.safetensors all the same"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CONFIG, "README.md"}
+    check_file(tmp_path / WEIGHTS, expected_shapes("bert", False))
+    assert torch.equal(answers(PeftModel.from_pretrained(fresh("bert"), tmp_path), "bert"), answers(model, "bert"))
+
+
+def test_no_pickle_is_written_for_any_of_several(tmp_path):
+    model = case("llama", name="first")
+    model.add_adapter("second", config(True, task_type="CAUSAL_LM"))
+    with pytest.warns(UserWarning, match="all the same"):
+        model.save_pretrained(tmp_path, safe_serialization=False, save_embedding_layers=True)
+    for name in ("first", "second"):
+        assert not (tmp_path / name / "adapter_model.bin").exists()
+        loaded = PeftModel.from_pretrained(fresh("llama"), tmp_path / name)
+        model.set_adapter(name)
+        assert torch.equal(answers(loaded, "llama"), answers(model, "llama"))
+
+
+def test_somebody_elses_pickle_is_left_alone(tmp_path):
+    torch.save({}, tmp_path / "adapter_model.bin")
+    before = files(tmp_path)
+    config().save_pretrained(tmp_path)
+    case("bert").save_pretrained(tmp_path)
+    assert files(tmp_path)["adapter_model.bin"] == before["adapter_model.bin"]
+
+
+@pytest.mark.parametrize("left", [0, 2_000, 12_000])
+def test_a_full_disk_leaves_the_adapter_that_was_there(left, tmp_path, small_disk):
+    """With room for so many bytes besides."""
+    model = case("bert")
+    model.save_pretrained(small_disk)
+    before = answers(PeftModel.from_pretrained(fresh("bert"), small_disk), "bert")
+    other = draw(case("bert"), seed=8)
+    free = os.statvfs(small_disk)
+    (small_disk / "filler").write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - left)))
+    try:
+        other.save_pretrained(small_disk)
+    except Exception as error:
+        assert "No space left" in str(error)
+        expected = before
+    else:
+        expected = answers(other, "bert")
+    assert torch.equal(answers(PeftModel.from_pretrained(fresh("bert"), small_disk), "bert"), expected)
+    assert {path.name for path in small_disk.iterdir()} == {WEIGHTS, CONFIG, "README.md", "filler"}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a small disk")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("name", [CONFIG, "README.md"])
+def test_a_write_that_fails_leaves_what_was_there(name, tmp_path, monkeypatch):
+    model = case("bert")
+    model.save_pretrained(tmp_path)
+    before = files(tmp_path)
+    replace = os.replace
+
+    def fail(source, target):
+        if Path(target).name == name:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(tmp_path)
+    # PEFT has renewed the card by then.
+    assert {**files(tmp_path), "README.md": b""} == {**before, "README.md": b""}
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_card_that_is_no_file(kind, tmp_path):
+    """A stranger's folder: nothing is written through a link, and a pipe is not waited for."""
+    card, other = tmp_path / "adapter" / "README.md", tmp_path / "other"
+    card.parent.mkdir()
+    other.write_text("mine")
+    if kind == "link":
+        card.symlink_to(other)
+    elif kind == "pipe":
+        os.mkfifo(card)
+    else:
+        card.mkdir()
+    if kind == "folder":
+        with pytest.raises(OSError):
+            config().save_pretrained(card.parent)
+    else:
+        config().save_pretrained(card.parent)
+        assert card.is_file() and not card.is_symlink() and "mine" not in card.read_text()
+    assert other.read_text() == "mine"
 
 
 # ---- What comes back
