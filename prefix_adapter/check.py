@@ -316,7 +316,8 @@ def check_size(model: nn.Module, shapes: Iterable[tuple[int, ...]]) -> None:
     if asked > limit:
         raise ValueError(
             f"The adapter would have {asked:.3g} parameters, more than the {limit:.3g} that it may have with "
-            f"{type(model).__name__}. Choose a smaller `num_virtual_tokens` or `encoder_hidden_size`."
+            f"{type(model).__name__}. Choose a smaller `num_virtual_tokens` or `encoder_hidden_size` (of a task head: "
+            "fewer labels)."
         )
 
 
