@@ -266,7 +266,7 @@ def _follow(read: Any) -> Any:
         source = Source.of(pretrained_model_name_or_path, subfolder, kwargs)
         try:
             config = read(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except (TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             # A file without a type that is read as one of ours is a TypeError of PEFT's, as for its own methods.
             without_type = isinstance(error, TypeError) and "missing required keys" in str(error)
             ours = issubclass(cls, PrefixTuningV2Config) or _is_ours(source)

@@ -201,7 +201,9 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         hidden_size = getattr(self._text_config, "hidden_size", None) or slots[0].shape.key_columns
         width = (config.encoder_hidden_size or hidden_size) if config.prefix_projection else None
         shapes = PrefixEncoder.shapes(config.num_virtual_tokens, end, hidden_size, width)
-        check_size(self.model, shapes.values())
+        # A small MLP may compute a huge table.
+        table = [(config.num_virtual_tokens, end)] if width else []
+        check_size(self.model, [*shapes.values(), *table])
         embeddings = self._check_file(
             adapter_name, config, {name: Spec(shape, home.dtype) for name, shape in shapes.items()}
         )

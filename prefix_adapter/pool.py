@@ -207,10 +207,15 @@ class AdapterPool:
         self._count += 1
         device = next((str(parameter.device) for parameter in self.model.parameters()), "cpu")
         num_labels = _fit_heads(self.model, shapes, self._heads)
-        if self._peft_model is None:
-            self._peft_model = PeftModel.from_pretrained(self.model, str(folder), name, torch_device=device)
-        else:
-            self._peft_model.load_adapter(str(folder), name, torch_device=device)
+        try:
+            if self._peft_model is None:
+                self._peft_model = PeftModel.from_pretrained(self.model, str(folder), name, torch_device=device)
+            else:
+                self._peft_model.load_adapter(str(folder), name, torch_device=device)
+        except ValueError as error:
+            if str(folder) in str(error):
+                raise
+            raise ValueError(f"{folder} cannot be loaded: {error}") from error
         _put_back(self.model, self._heads)
         if config.prefix_projection:
             self._tuner.fold_adapter(name)

@@ -27,7 +27,9 @@ from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from prefix_adapter import PrefixTuningV2Config
+from prefix_adapter import AdapterPool, PrefixTuningV2Config, export_peft, fold, import_peft
+from prefix_adapter.cli import main
+from prefix_adapter.info import describe
 
 WEIGHTS, CONFIG, PICKLE = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
 KEY = "base_model.model.prefix_tuning_v2.prefix_tuning_v2_"
@@ -185,7 +187,7 @@ def add(folder, name, tensor):
     save_file({**load_file(folder / WEIGHTS), name: tensor}, folder / WEIGHTS)
 
 
-def reconfigure(folder, **changes):
+def reconfigure(folder, /, **changes):
     path = folder / CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
@@ -277,7 +279,7 @@ DAMAGED = {
     "other length": (lambda f: reconfigure(f, num_virtual_tokens=5), r"\[4, 192\] where \[5, 192\]"),
     "other layers": (lambda f: reconfigure(f, layers_to_transform=[0], prefix_layout=None), r"where \[4, 64\]"),
     "other method": (lambda f: reconfigure(f, prefix_projection=True), "it lacks .*hidden"),
-    "other layout": (lambda f: reconfigure(f, prefix_layout="x" * 10**6), "xxx"),
+    "other layout": (lambda f: reconfigure(f, prefix_layout="x" * 10**5), "xxx"),
     "huge": (lambda f: reconfigure(f, num_virtual_tokens=2**31 - 1), "parameters, more than"),
     "huge MLP": (
         lambda f: reconfigure(f, prefix_projection=True, encoder_hidden_size=2**31 - 1),
@@ -447,9 +449,9 @@ def test_loading_is_all_or_nothing(way, folder):
     make, load = WAYS[way]
     expected = logits(PeftModel.from_pretrained(fresh("bert"), folder))
     with Steps() as steps:
-        load(make("bert"), folder)
+        load(make("bert").eval(), folder)
     for at in steps.points(12):
-        model = make("bert")
+        model = make("bert").eval()
         before, outputs = state_of(model), logits(model)
         with Steps(at) as interrupted:
             try:
@@ -483,7 +485,7 @@ def test_a_file_that_is_checked_and_cannot_be_read_any_more(fails, folder, monke
         raise FAILS[fails][1](folder)
 
     for make in (fresh, wrapped):
-        model = make("bert")
+        model = make("bert").eval()
         before, outputs = state_of(model), logits(model)
         with monkeypatch.context() as patch, pytest.raises(FAILS.get(fails, (ValueError,))[0]):
             patch.setattr(peft.peft_model, "load_peft_weights", between)
@@ -502,7 +504,7 @@ def test_a_file_that_is_checked_and_cannot_be_read_any_more(fails, folder, monke
 
 def test_another_thread_goes_on_while_an_adapter_is_loaded(folder, monkeypatch):
     """What is still loading is not used and not removed."""
-    model = wrapped("bert")
+    model = wrapped("bert").eval()
     outputs, read, seen = logits(model), peft.peft_model.load_peft_weights, []
 
     def slow(*args, **kwargs):
@@ -657,6 +659,7 @@ small = {"classifier.weight": [3, 32], "classifier.bias": [3]}
 attempt({"num_virtual_tokens": 10**9}, None)
 attempt({"num_virtual_tokens": 2**31 - 1, "prefix_projection": True}, None)
 attempt({"prefix_projection": True, "encoder_hidden_size": 10**9}, None)
+attempt({"num_virtual_tokens": 10**6, "prefix_projection": True, "encoder_hidden_size": 1}, None)
 attempt({"num_virtual_tokens": 10**7}, {table: [10**7, 192], **small})
 attempt({}, {table: [10**7, 192], **small})
 attempt({}, {table: [4, 192], **small, "classifier.weight": [10**8, 32]})
@@ -678,7 +681,7 @@ def test_absurd_sizes_take_no_memory(saved, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
-    assert len(lines) == 10, done.stdout
+    assert len(lines) == 11, done.stdout
     assert all(int(megabytes) < 100 for megabytes, _ in lines), done.stdout
 
 
@@ -790,3 +793,177 @@ def test_any_file(mutations, way, kind, saved, tmp_path_factory):
     (folder / WEIGHTS).write_bytes(data)
     outcome(way, kind, folder)
     shutil.rmtree(folder)
+
+
+# ---- Those who read a folder themselves
+
+
+def pool_load(folder):
+    AdapterPool(fresh("bert")).load(folder)
+
+
+READERS = {
+    "info": describe,
+    "fold": lambda folder: fold(folder, folder.parent / "folded"),
+    "export": lambda folder: export_peft(folder, folder.parent / "peft", "no/base"),
+    "import": lambda folder: import_peft(folder, folder.parent / "ours", "no/base"),
+    "pool": pool_load,
+    "config": PrefixTuningV2Config.from_pretrained,
+}
+TEXTS = {
+    "nothing": b"",
+    "half": b'{"peft_type": "PREFIX_TUNING_V2", ',
+    "a list": b"[]",
+    "null": b"null",
+    "deep": b"[" * 10**5,
+    "deep, as a value": b'{"peft_type": "PREFIX_TUNING_V2", "layers_to_transform": ' + b"[" * 500 + b"]" * 500 + b"}",
+    "binary": b"\xff\xfe{\x00",
+    "a huge number": b'{"peft_type": "PREFIX_TUNING_V2", "num_virtual_tokens": ' + b"9" * 10**4 + b"}",
+    "a list as type": b'{"peft_type": []}',
+    "no such type": b'{"peft_type": "\\u001b[2JNEW"}',
+    "long": b'{"peft_type": "PREFIX_TUNING_V2", "x": "' + b"x" * 10**6 + b'"}',
+    "escapes": b'{"peft_type": "PREFIX_TUNING_V2", "prefix_layout": "\\u001b[2J"}',
+    "a name with escapes": b'{"peft_type": "PREFIX_TUNING_V2", "base_model_name_or_path": "\\u001b]0;x\\u0007"}',
+    "self": b'{"peft_type": "PREFIX_TUNING_V2", "self": 3}',
+    "LoRA of nonsense": b'{"peft_type": "LORA", "target_modules": 3, "r": {}, "loftq_config": []}',
+}
+
+
+def assert_named(error, folder):
+    text = str(error)
+    assert str(folder) in text and text.isprintable() and len(text) < 2000, text
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_damaged_config_is_named(name, reader, folder):
+    (folder / CONFIG).write_bytes(TEXTS[name])
+    if name == "LoRA of nonsense" and reader in ("info", "config"):
+        return  # nothing of it is used
+    with pytest.raises(ValueError) as error:
+        READERS[reader](folder)
+    assert_named(error.value, folder)
+    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name]
+
+
+def test_a_small_mlp_of_a_huge_table(folder):
+    """A file of a few MB would be folded into one of 2 TB."""
+    reconfigure(folder, prefix_projection=True, encoder_hidden_size=1)
+    numbers = 2**19
+    parts = {"embedding.weight": (numbers, 1), "hidden.weight": (1, 1), "hidden.bias": (1,)}
+    parts |= {"output.weight": (numbers, 1), "output.bias": (numbers,)}
+    save_file({KEY + name: torch.zeros(shape) for name, shape in parts.items()}, folder / WEIGHTS)
+    with pytest.raises(ValueError, match="the table would have 274,877,906,944 numbers") as error:
+        fold(folder, folder.parent / "folded")
+    assert_named(error.value, folder)
+
+
+def test_a_config_without_a_type(folder):
+    """As PEFT's own methods: a TypeError by the method's class, and nobody's adapter for those who read folders."""
+    (folder / CONFIG).write_text('{"foo": "bar"}')
+    for cls in (peft.LoraConfig, PrefixTuningV2Config):
+        with pytest.raises(TypeError, match=f"{cls.__name__} config .* is missing required keys: {{'peft_type'}}"):
+            cls.from_pretrained(folder)
+    for reader in set(READERS) - {"config"}:
+        with pytest.raises(ValueError, match="`peft_type` is None") as error:
+            READERS[reader](folder)
+        assert_named(error.value, folder)
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a folder", "a link to a device", "a link to nothing"])
+@pytest.mark.parametrize("reader", sorted(set(READERS) - {"config"}))
+def test_a_config_that_is_no_file(kind, reader, folder):
+    (folder / CONFIG).unlink()
+    make = {
+        "a pipe": os.mkfifo,
+        "a folder": os.mkdir,
+        "a link to a device": lambda path: path.symlink_to("/dev/zero"),
+        "a link to nothing": lambda path: path.symlink_to("nothing"),
+    }
+    make[kind](folder / CONFIG)
+    with pytest.raises(ValueError, match=r"is not a file|holds no adapter") as error:
+        READERS[reader](folder)
+    assert_named(error.value, folder)
+
+
+def test_a_terminal_gets_no_commands(folder, capsys):
+    """What `prefix-adapter info` prints of a stranger's file."""
+    tensors = load_file(folder / WEIGHTS)
+    save_file({**tensors, "\x1b[2J\x9b1mgone\u202e": torch.ones(1)}, folder / WEIGHTS)
+    assert r"\x1b[2J\x9b1mgone\u202e" in describe(folder)["tensors"]
+    main(["info", str(folder)])
+    assert r"\x1b[2J\x9b1mgone\u202e" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no part of the adapter") as error:
+        PeftModel.from_pretrained(fresh("bert"), folder)
+    assert_named(error.value, folder)
+    get_peft_model(tiny.model("bert"), peft.LoraConfig(target_modules=["query"])).save_pretrained(folder)
+    reconfigure(folder, base_model_name_or_path="\x1b[2J", target_modules=["\x1b[3m"], alpha_pattern={"\x07": 1})
+    main(["info", str(folder)])
+    shown = capsys.readouterr().out
+    assert all(line.isprintable() for line in shown.splitlines()) and r"\x1b[3m" in shown and r"\x07" in shown
+
+
+@pytest.mark.parametrize("library", ["os", "this", "transformers_of_mine", "subprocess.run"])
+def test_a_config_that_names_a_library(library, folder):
+    """`AutoPeftModel` imports what a config names; PEFT itself has a list of what it may name."""
+    reconfigure(
+        folder, task_type=None, auto_mapping={"base_model_class": "Model", "parent_library": library},
+        base_model_name_or_path="no/base",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="import"):
+        peft.AutoPeftModel.from_pretrained(folder)
+    assert "this" not in sys.modules
+
+
+def test_keys_that_are_there_twice(folder):
+    """The one that is checked is the one that is used, whoever reads the file."""
+    text = (folder / CONFIG).read_text()
+    (folder / CONFIG).write_text(text.replace("{", '{"num_virtual_tokens": 9,', 1))
+    assert PrefixTuningV2Config.from_pretrained(folder).num_virtual_tokens == 4
+    assert logits(PeftModel.from_pretrained(fresh("bert"), folder)).isfinite().all()
+    (folder / CONFIG).write_text(text[: text.rindex("}")] + ', "num_virtual_tokens": 9}')
+    refuse(folder, "shape .4, 192. where .9, 192.")
+    (folder / CONFIG).write_text(text)
+    expected = logits(PeftModel.from_pretrained(fresh("bert"), folder))
+    first = b'{"' + HEAD.encode() + b'":{"dtype":"F32","shape":[3],"data_offsets":[0,12]},'
+    header(folder, lambda text: first + text[1:])
+    assert torch.equal(logits(PeftModel.from_pretrained(fresh("bert"), folder)), expected)
+
+
+def read(reader, folder):
+    """Whatever is wrong with the folder, the error is one that names it."""
+    try:
+        READERS[reader](folder)
+    except OURS as error:
+        assert_named(error, folder)
+    except TypeError as error:
+        assert reader == "config" and "peft_type" in str(error)
+
+
+SLOW = settings(FUZZ, max_examples=EXAMPLES or 40)
+LOCAL = st.sampled_from(["info", "fold", "pool", "config"])
+
+
+@SLOW
+@given(
+    changes=st.dictionaries(FIELDS | st.text(max_size=6), JSON, min_size=1, max_size=4),
+    kind=st.sampled_from(sorted(KINDS)),
+    reader=LOCAL,
+)
+def test_readers_of_any_config(changes, kind, reader, saved, tmp_path_factory):
+    folder = Path(shutil.copytree(saved[kind], tmp_path_factory.mktemp("any") / "adapter"))
+    reconfigure(folder, **changes)
+    read(reader, folder)
+    shutil.rmtree(folder.parent)
+
+
+@SLOW
+@given(mutations=st.lists(MUTATION, min_size=1, max_size=3), name=st.sampled_from([CONFIG, WEIGHTS]), reader=LOCAL)
+def test_readers_of_any_bytes(mutations, name, reader, saved, tmp_path_factory):
+    folder = Path(shutil.copytree(saved["bert mlp"], tmp_path_factory.mktemp("any") / "adapter"))
+    data = (folder / name).read_bytes()
+    for mutation in mutations:
+        data = mutate(data, mutation)
+    (folder / name).write_bytes(data)
+    read(reader, folder)
+    shutil.rmtree(folder.parent)
