@@ -209,15 +209,18 @@ def predict(
         The number of rows.
 
     Raises:
-        RecipeError: if there is no such adapter.
+        RecipeError: if there is no such adapter, or no such device.
         DataError: for the first row that cannot be answered.
         OSError: if a file cannot be read or written.
     """
     if str(source) != "-" and not os.path.isfile(source):
         raise DataError(f"There is no file {str(source)!r}.")
     recipe, task, trained = load_trained(adapter, model, revision, config=config, trust_remote_code=trust_remote_code)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    trained.to(place)
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        trained.to(place)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise RecipeError(f"`device`: nothing can be computed on {device!r}: {str(error).splitlines()[0]}") from error
     count = 0
     with _reading(source) as lines, _writing(target) as out:
         rows = _rows(lines, str(source), task, recipe.data.columns)
