@@ -30,6 +30,7 @@ from .layer import PREFIX, PrefixTuningV2Layer
 from .model import PrefixTuningV2Model
 from .pool import AdapterPool, LoadedAdapter
 from .start import init_from, init_from_text
+from .undo import guard_all
 from .version import __version__
 from .watch import PrefixNotUsedError
 
@@ -41,6 +42,7 @@ _entries: list[tuple[dict[Any, Any], Any]] = [
 ]
 for _mapping, _entry in _entries:
     _mapping[PrefixTuningV2Type.PREFIX_TUNING_V2] = _entry
+guard_all()
 
 __all__ = [
     "AdapterPool",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .check import check_tensors, tensors_of
 from .layer import LAYER_NAME, PREFIX, PrefixTuningV2Layer
 from .rows import Row, check_names
+from .undo import all_or_nothing, of_this_package
 
 # Heads that PEFT names itself, after it has wrapped a model for the task.
 _LATE_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -43,9 +44,11 @@ class PrefixTuningV2Model(BaseTuner):
     tuner_layer_cls = PrefixTuningV2Layer
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
-        if isinstance(peft_config, dict):
-            _prepare_task(model, peft_config[adapter_name])
-        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        with all_or_nothing(model):
+            of_this_package()
+            if isinstance(peft_config, dict):
+                _prepare_task(model, peft_config[adapter_name])
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     @property
     def prefix_layer(self) -> PrefixTuningV2Layer:
@@ -54,18 +57,20 @@ class PrefixTuningV2Model(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to `model`; PEFT calls this for the first and for every further one."""
+        with all_or_nothing(self):
+            of_this_package()
+            try:
+                self._inject(model, adapter_name, *args, **kwargs)
+            except BaseException:
+                # PEFT has noted the adapter before it was made.
+                self.peft_config.pop(adapter_name, None)
+                raise
+
+    def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
         first = not hasattr(model, LAYER_NAME)
-        layer = None
-        try:
-            layer = PrefixTuningV2Layer(model) if first else getattr(model, LAYER_NAME)
-            layer.update_layer(adapter_name, config)
-        except Exception:
-            if first and layer is not None:
-                layer.remove_hooks()
-            # PEFT has noted the adapter before it was made.
-            del self.peft_config[adapter_name]
-            raise
+        layer = PrefixTuningV2Layer(model) if first else getattr(model, LAYER_NAME)
+        layer.update_layer(adapter_name, config)
         if first:
             if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
                 # PEFT freezes a base in which it finds no tuner layer yet, and will find this one.
@@ -75,13 +80,13 @@ class PrefixTuningV2Model(BaseTuner):
                 warnings.warn(
                     f"The encoder's attention in {type(model).__name__} cannot take a prefix; {sorted(layer.kinds)} "
                     "attention gets one.",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
             if layer.layers_without:
                 warnings.warn(
                     f"Layers {layer.layers_without} of {type(model).__name__} keep no keys and values of their own "
                     "(state-space, convolution, linear or shared attention) and get no prefix; the others do.",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
         # PEFT's own loop replaces no module of this method, and does the housekeeping.
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -113,6 +118,7 @@ class PrefixTuningV2Model(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """PEFT asks for this when it has read an adapter's weights: the last look at them before they are copied."""
+        of_this_package()
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         ours, others = [], []
         for module in model.modules():
