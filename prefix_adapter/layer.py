@@ -93,6 +93,27 @@ class _WideMask:
     used: bool = False
 
 
+def _check_undivided(model: nn.Module) -> None:
+    """Refuse tensor parallelism, where a process has some of the heads, and its prefix would be taken for the whole.
+
+    Raises:
+        ValueError: if weights are divided over processes, and not by FSDP, which puts them together for each forward.
+    """
+    size = getattr(model, "tp_size", None) or 1
+    if size == 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+        from torch.distributed.tensor import DTensor, Shard
+
+        for parameter in () if any(isinstance(part, FSDPModule) for part in model.modules()) else model.parameters():
+            if isinstance(parameter, DTensor) and any(isinstance(place, Shard) for place in parameter.placements):
+                size = max(size, parameter.device_mesh.size())
+    if size > 1:
+        raise ValueError(
+            f"{type(model).__name__} is divided over {size} processes by tensor parallelism, which a prefix does not "
+            "support. Load it without `tp_plan`; to use several GPUs, use DDP or FSDP2."
+        )
+
+
 class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     """All prefixes of a model.
 
@@ -108,6 +129,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     Raises:
         UnsupportedBackboneError: if none of its attention modules takes a prefix.
+        ValueError: if its attention is divided over processes by tensor parallelism.
     """
 
     adapter_layer_names = tuple(PREFIX + name for name in PrefixEncoder._fields)
@@ -115,6 +137,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     def __init__(self, model: nn.Module):
         super().__init__()
+        _check_undivided(model)
         found = find_targets(model)
         self.targets, self.followers, self.positions = found.targets, found.followers, found.positions
         self._adapters: dict[str, Adapter] = {}
