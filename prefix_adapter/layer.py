@@ -853,6 +853,12 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         shifts = self._shifts(target.kind, forward)
         if len(set(shifts)) == 1 or not target.for_all_rows(args, kwargs):
             return None
+        if isinstance(output, Tensor) and output.dim() == 2 and not target.absolute:
+            raise ValueError(
+                f"{target.name} of {type(self.model).__name__} has the same positions for all rows, so rows whose "
+                "adapters move positions by different lengths (`shift_positions`) cannot share a batch. Batch rows of "
+                "one length."
+            )
         # Compute what each shift gives for all rows, and pick.
         outputs = {}
         for by in set(shifts):
