@@ -7,8 +7,10 @@ the model before: which tensors it has, of which shapes and dtypes, and whether 
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -26,6 +28,10 @@ from torch import Tensor, nn
 SAVED = "base_model.model."
 # A safetensors header is JSON, and parsed as a whole: this is room for a hundred thousand tensors.
 _HEADER = 10_000_000
+# A config is JSON too.
+_JSON = 1_000_000
+# Values that are nested deeper than any config are refused, before anything recursive is done with them.
+_DEPTH = 20
 # No prefix of a small model has as many parameters as this; one of a large model has fewer than the model.
 _PARAMETERS = 100_000_000
 _DTYPES = {
@@ -69,6 +75,24 @@ class Source:
         """From the arguments of a `from_pretrained`."""
         options = ("repo_type", "revision", "cache_dir", "token", "local_files_only")
         return cls(str(name), subfolder or None, {key: kwargs[key] for key in options if key in kwargs})
+
+    def config(self) -> Path:
+        """The config's file, in the Hub's cache if it comes from there.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        folder = Path(self.name, self.subfolder or "")
+        if folder.is_dir():
+            if not (folder / CONFIG_NAME).exists():
+                raise ValueError(f"{folder} has no {CONFIG_NAME}: it holds no adapter.")
+            return folder / CONFIG_NAME
+        try:
+            return Path(hf_hub_download(self.name, CONFIG_NAME, subfolder=self.subfolder, **self.options))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"There is no folder {shorten(repr(self.name))}, and on the Hub: {shorten(str(error), 500)}"
+            ) from error
 
     def weights(self) -> Path:
         """The file of weights, in the Hub's cache if it comes from there.
@@ -114,7 +138,35 @@ class Source:
 
 
 def _damaged(path: Path, why: Any) -> ValueError:
-    return ValueError(f"{path} is damaged: {why}. Download or copy it again, or ask for another file.")
+    return ValueError(
+        f"{path} is damaged: {shorten(str(why), 500)}. Download or copy it again, or ask for another file."
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object: an adapter's or a model's configuration.
+
+    Raises:
+        ValueError: if it is anything else, not text in UTF-8 or absurdly large or deep; the message names the file.
+        OSError: if it cannot be read.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file. It should be a configuration, as JSON.")
+    if path.stat().st_size > _JSON:
+        raise _damaged(path, f"it has {path.stat().st_size:,} bytes, too many for a configuration")
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"it is no JSON ({shorten(str(error))})") from error
+    if not isinstance(content, dict):
+        raise _damaged(path, "it holds no JSON object")
+    level: list[Any] = [content]
+    for _ in range(_DEPTH):
+        level = [part for each in level for part in (each.values() if isinstance(each, dict) else each)]
+        level = [part for part in level if isinstance(part, (dict, list))]
+        if not level:
+            return content
+    raise _damaged(path, f"its values are nested more than {_DEPTH} levels deep")
 
 
 def open_weights(path: Path) -> Any:
@@ -137,19 +189,33 @@ def open_weights(path: Path) -> Any:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
+    """All tensors of an adapter's file.
 
     Raises:
         ValueError: if the file is damaged, or a tensor has an integer or 8-bit dtype, NaN or Inf.
         OSError: if it cannot be read.
     """
-    weights = {}
-    with open_weights(path) as file:
-        for name in file.keys():  # noqa: SIM118 (a handle, not a mapping)
-            weights[name] = _read(file, name, path)
+    weights = read_safetensors(path)
     for name, tensor in weights.items():
         _check_dtype(name, tensor.dtype, torch.float32, path)
         _check_finite(name, tensor, tensor.dtype, path)
+    return weights
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        ValueError: if the file is damaged, or a tensor has a dtype of 8 bits or of another unusual kind.
+        OSError: if it cannot be read.
+    """
+    weights = {}
+    with open_weights(path) as file:
+        for name in file.keys():  # noqa: SIM118 (a handle, not a mapping)
+            dtype = file.get_slice(name).get_dtype()
+            if dtype not in _DTYPES:
+                raise ValueError(f"{path}: {shorten(name)} has the dtype {shorten(dtype)}, which is not read here.")
+            weights[name] = _read(file, name, path)
     return weights
 
 
@@ -279,7 +345,7 @@ def _check_specs(
     for name, (shape, dtype) in found.items():
         if shape != specs[name].shape:
             raise ValueError(
-                f"{where} does not fit its config and {model}: {name} has the shape {list(shape)} where "
+                f"{where} does not fit its config and {model}: {shorten(name)} has the shape {list(shape)} where "
                 f"{list(specs[name].shape)} is needed. Load it with its own config, onto the base model that it was "
                 "trained on (a task head: with the same `num_labels`)."
             )
@@ -316,7 +382,8 @@ def check_size(model: nn.Module, shapes: Iterable[tuple[int, ...]]) -> None:
     if asked > limit:
         raise ValueError(
             f"The adapter would have {asked:.3g} parameters, more than the {limit:.3g} that it may have with "
-            f"{type(model).__name__}. Choose a smaller `num_virtual_tokens` or `encoder_hidden_size`."
+            f"{type(model).__name__}. Choose a smaller `num_virtual_tokens` or `encoder_hidden_size` (of a task head: "
+            "fewer labels)."
         )
 
 
@@ -449,10 +516,21 @@ def tensors_of(model: nn.Module, adapter_name: str, layers: Iterable[nn.Module])
     return specs
 
 
+# Of a value that is deep or huge, a part.
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 4, 300, 300, 60
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 40
+
+
 def shorten(text: Any, length: int = 200) -> str:
-    """A text of somebody else's, for a message."""
-    text = text if isinstance(text, str) else repr(text)
-    return text if len(text) <= length else f"{text[:length]}..."
+    """A text or a value of somebody else's, for a message: short, and without control characters."""
+    text = text if isinstance(text, str) else _REPR.repr(text)
+    return escape(text if len(text) <= length else f"{text[:length]}...")
+
+
+def escape(text: str) -> str:
+    """A text of somebody else's for a terminal, which takes some characters for commands."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _few(names: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import tempfile
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -16,7 +17,7 @@ from peft.utils import CONFIG_NAME
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from .attention import KINDS
-from .check import Source, shorten
+from .check import Source, read_json, shorten
 from .hub import replace_pickle, write_model_card
 
 
@@ -52,6 +53,9 @@ def _check_bool(name: str, value: Any) -> None:
 def _check_text(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, (str, os.PathLike)):
         raise ValueError(f"`{name}` must be a string, got {shorten(value)}.")
+    # PEFT and transformers print these, and a terminal takes control characters for commands.
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in str(value)):
+        raise ValueError(f"`{name}` must not have control characters, got {shorten(str(value))}.")
 
 
 @dataclass
@@ -158,6 +162,8 @@ class PrefixTuningV2Config(PeftConfig):
             raise ValueError(
                 f"`auto_mapping` must have the strings `base_model_class` and `parent_library`, got {shorten(auto)}."
             )
+        for part in parts if auto is not None else ():
+            _check_text("auto_mapping", part)
 
     def _check_layers(self) -> None:
         if self.layers_to_transform is None:
@@ -179,6 +185,8 @@ class PrefixTuningV2Config(PeftConfig):
             return
         if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) and item for item in value):
             raise ValueError(f"`{name}` must be a list of strings that are not empty, got {shorten(value)}.")
+        for item in value:
+            _check_text(name, item)
         if allowed and (not value or set(value) - set(allowed)):
             raise ValueError(f"`{name}` must be a non-empty list out of {list(allowed)}, got {shorten(value)}.")
         setattr(self, name, [item for item in allowed if item in value] if allowed else list(value))
@@ -200,6 +208,15 @@ class PrefixTuningV2Config(PeftConfig):
         """The fields, with the layout of the model that was wrapped (if one object served several: none)."""
         layout = next(iter(self._layouts)) if len(self._layouts) == 1 else None
         return {**super().to_dict(), "prefix_layout": self.prefix_layout or layout}
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """The fields in a config's file.
+
+        Raises:
+            ValueError: if the file is damaged; the message names it.
+        """
+        return read_json(Path(path_json_file))
 
     def __setattr__(self, name: str, value: Any) -> None:
         # `get_peft_model` sets the name of the base model: then this is to be a new adapter, wherever it was read.
@@ -246,17 +263,28 @@ def _follow(read: Any) -> Any:
     def from_pretrained(
         cls: Any, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> Any:
+        source = Source.of(pretrained_model_name_or_path, subfolder, kwargs)
         try:
             config = read(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except TypeError as error:
-            if not (issubclass(cls, PrefixTuningV2Config) or PrefixTuningV2Config.__name__ in str(error)):
+        except (TypeError, ValueError) as error:
+            # A file without a type that is read as one of ours is a TypeError of PEFT's, as for its own methods.
+            without_type = isinstance(error, TypeError) and "missing required keys" in str(error)
+            ours = issubclass(cls, PrefixTuningV2Config) or _is_ours(source)
+            if without_type or not ours or source.name in str(error):
                 raise
-            raise ValueError(f"The config of {pretrained_model_name_or_path} is damaged: {error}.") from error
+            raise ValueError(f"The config of {source} is damaged: {shorten(str(error), 500)}") from error
         if isinstance(config, PrefixTuningV2Config):
-            config.source = Source.of(pretrained_model_name_or_path, subfolder, kwargs)
+            config.source = source
         return config
 
     return classmethod(from_pretrained)
+
+
+def _is_ours(source: Source) -> bool:
+    try:
+        return read_json(source.config()).get("peft_type") == PrefixTuningV2Type.PREFIX_TUNING_V2
+    except (OSError, ValueError):
+        return False
 
 
 PeftConfig.from_pretrained = _follow(PeftConfig.from_pretrained.__func__)  # type: ignore[method-assign,attr-defined]

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .check import Source, read_weights
+from .check import Source, read_json, read_weights, shorten
 from .config import PrefixTuningV2Config
 from .encoder import PrefixEncoder
 from .layer import PREFIX
@@ -72,17 +73,31 @@ def _module(weights: dict[str, Tensor], prefix: str) -> Any:
     return module
 
 
-def load_config(source: str | os.PathLike[str], config_class: type[PeftConfig]) -> Any:
+def load_config(
+    source: str | os.PathLike[str], config_class: type[PeftConfig] = PeftConfig, revision: str | None = None
+) -> Any:
     """The configuration of a saved adapter, which must be of a given class.
 
     Raises:
-        ValueError: if there is no adapter, or it is of another method.
+        ValueError: if there is no adapter, its config is damaged, or it is of another method; the message names it.
     """
-    config = PeftConfig.from_pretrained(str(source))
-    if not isinstance(config, config_class):
-        kinds = (str(getattr(kind, "value", kind)) for kind in (config.peft_type, config_class().peft_type))
-        raise ValueError("{} is a {} adapter, not one of {}.".format(source, *kinds))
-    return config
+    options = {} if revision is None else {"revision": revision}
+    # PEFT looks at the type before it looks at anything else, and ends in any error if the file is not what it thinks.
+    path = Source.of(source, kwargs=options).config()
+    kind = read_json(path).get("peft_type")
+    methods: dict[Any, type[PeftConfig]] = PEFT_TYPE_TO_CONFIG_MAPPING
+    method = methods.get(kind) if isinstance(kind, str) else None
+    if method is None:
+        raise ValueError(f"{path} is damaged: `peft_type` is {shorten(repr(kind))}, which is no method of PEFT.")
+    if not issubclass(method, config_class):
+        wanted = config_class().peft_type
+        raise ValueError(f"{source} is a {kind} adapter, not one of {getattr(wanted, 'value', wanted)}.")
+    try:
+        return method.from_pretrained(str(source), **options)
+    except Exception as error:  # other methods check less than this one, and fail wherever they first use a value
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise ValueError(f"{path} is damaged: {type(error).__name__}, {shorten(str(error), 500)}") from error
 
 
 def check_free(target: str | os.PathLike[str]) -> Path:

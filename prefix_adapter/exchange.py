@@ -9,10 +9,8 @@ before anything is written.
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,17 +23,16 @@ import torch
 import transformers
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from .attention import Slot
-from .check import SAVED, Source, find_embeddings, read_weights
+from .check import SAVED, Source, find_embeddings, read_json, read_safetensors, read_weights, shorten
 from .config import PrefixTuningV2Config
 from .convert import check_free, load_config, new_folder
 from .find import Finding, cache_argument, find_targets
 from .layer import LAYER_NAME, PREFIX, PrefixTuningV2Layer
+from .pickled import read_state_dict
 from .rows import describe
 
 AnyPath = str | os.PathLike[str]
@@ -269,19 +266,14 @@ def _read_checkpoint(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{source} has no {' and no '.join(_CHECKPOINTS)}" if source.is_dir() else f"There is no file {source}"
         )
         raise ValueError(f"{absent}.")
-    try:
-        if path.suffix == ".safetensors":
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} cannot be read: damaged, or a pickle of more than tensors, which could run any code. {error}"
-        ) from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"{path} is no state dict: a dictionary of tensors by their names.")
-    settings = path.parent / "config.json"
-    return weights, json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    weights = read_safetensors(path) if path.suffix == ".safetensors" else read_state_dict(path)
+    config = path.parent / "config.json"
+    settings = read_json(config) if config.is_file() else {}
+    known = {"architectures": list, "_name_or_path": str, "hidden_dropout_prob": (int, float)}
+    for key, kind in known.items():
+        if not isinstance(settings.get(key), (kind, type(None))):  # type: ignore[arg-type]
+            raise ValueError(f"{config}: `{key}` is {shorten(settings[key])}.")
+    return weights, settings
 
 
 def _read_adapter(source: AnyPath) -> dict[str, Tensor]:
@@ -291,7 +283,7 @@ def _read_adapter(source: AnyPath) -> dict[str, Tensor]:
 def _check_finite(source: AnyPath, weights: dict[str, Tensor]) -> None:
     broken = [key for key, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(f"{source} has values that are not finite, in {', '.join(broken)}.")
+        raise ValueError(f"{source} has values that are not finite, in {shorten(', '.join(broken))}.")
 
 
 def _task_of(source: AnyPath, config: Any) -> str:
@@ -302,8 +294,8 @@ def _task_of(source: AnyPath, config: Any) -> str:
         task = "QUESTION_ANS"
     if task not in _AUTO_CLASSES:
         raise ValueError(
-            f"{source} has no task type that PEFT knows ({model_class or task}), and without one PEFT's prefix tuning "
-            "leaves the prefix out."
+            f"{source} has no task type that PEFT knows ({shorten(model_class or task)}), and without one PEFT's "
+            "prefix tuning leaves the prefix out."
         )
     return task
 
@@ -420,7 +412,7 @@ def _gaps(wanted: dict[str, Any], given: dict[str, Tensor]) -> list[str]:
     gaps = [f"{key} is missing" for key in wanted if key not in given]
     for key, tensor in given.items():
         if wanted.get(key) is None:
-            gaps.append(f"{key} has no place")
+            gaps.append(f"{shorten(key)} has no place")
         elif wanted[key].shape != tensor.shape:
             gaps.append(f"{key} is {tuple(tensor.shape)} instead of {tuple(wanted[key].shape)}")
     return gaps if len(gaps) <= 4 else [*gaps[:3], f"and {len(gaps) - 3} more"]
@@ -440,7 +432,7 @@ def _moves(found: Finding | PrefixTuningV2Layer) -> bool:
 
 def _ptuning_task(settings: dict[str, Any]) -> str | None:
     """The task that a run's model class was for (`BertPrefixForTokenClassification`, for instance)."""
-    trained = next(iter(settings.get("architectures") or ()), "")
+    trained = str(next(iter(settings.get("architectures") or ()), ""))
     classes = {task: _AUTO_CLASSES[task].removeprefix("AutoModel") for task, head in _HEADS.items() if head}
     return next((task for task, ending in classes.items() if trained.endswith(ending)), None)
 
@@ -457,8 +449,8 @@ def _ptuning_prefix(source: AnyPath, weights: dict[str, Tensor]) -> dict[str, Te
     wanted = set(_PTUNING_NAMES) if len(given) > 1 else {"embedding.weight"}
     if set(given) != wanted:
         raise ValueError(
-            f"{source}: the parts of {_PTUNING[:-1]} are {sorted(given)}, where an MLP has {sorted(_PTUNING_NAMES)} "
-            "and a table its embedding.weight alone."
+            f"{source}: the parts of {_PTUNING[:-1]} are {shorten(sorted(given))}, where an MLP has "
+            f"{sorted(_PTUNING_NAMES)} and a table its embedding.weight alone."
         )
     for key, tensor in given.items():
         if tensor.dim() != (1 if key.endswith("bias") else 2):

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-
-from .check import open_weights
+from .check import Source, escape, open_weights
 from .config import PrefixTuningV2Config
+from .convert import load_config
 from .layer import PREFIX
 
 
@@ -24,33 +20,25 @@ def describe(adapter: str | os.PathLike[str], revision: str | None = None) -> di
         revision: its revision on the Hub.
 
     Returns:
-        Its type, base model, task and settings, the bytes of its file, and the shape and dtype of each tensor.
+        Its type, base model, task and settings, the bytes of its file, and the shape and dtype of each tensor. What
+        a terminal could take for a command is escaped.
 
     Raises:
         ValueError: if there is no adapter, or its file is damaged.
     """
-    folder = Path(adapter)
-    if folder.is_dir():
-        path = folder / SAFETENSORS_WEIGHTS_NAME
-        if not path.is_file():
-            raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: it holds no adapter.")
-    else:
-        try:
-            path = Path(hf_hub_download(str(adapter), SAFETENSORS_WEIGHTS_NAME, revision=revision))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"There is no folder {str(adapter)!r}, and on the Hub: {error}") from error
-    config = PeftConfig.from_pretrained(str(adapter), **({} if revision is None else {"revision": revision}))
+    config = load_config(adapter, revision=revision)
+    path = Source.of(adapter, kwargs={} if revision is None else {"revision": revision}).weights()
     tensors, parameters = {}, {"prefix": 0, "other": 0}
     with open_weights(path) as file:
         for name in file.keys():  # noqa: SIM118 (a handle, not a mapping)
             part = file.get_slice(name)
             shape = list(part.get_shape())
-            tensors[name] = {"shape": shape, "dtype": part.get_dtype()}
+            tensors[escape(name)] = {"shape": shape, "dtype": part.get_dtype()}
             parameters["prefix" if f".{PREFIX}" in name else "other"] += math.prod(shape)
     defaults = type(config)().to_dict()
     hidden = ("peft_type", "base_model_name_or_path", "task_type", "inference_mode", "auto_mapping", "peft_version")
     settings = {
-        name: sorted(value) if isinstance(value, set) else value
+        name: sorted(value, key=str) if isinstance(value, set) else value
         for name, value in config.to_dict().items()
         if name not in hidden and value != defaults.get(name)
     }
@@ -58,10 +46,19 @@ def describe(adapter: str | os.PathLike[str], revision: str | None = None) -> di
         settings = {"num_virtual_tokens": config.num_virtual_tokens, **settings}
     return {
         "peft_type": str(getattr(config.peft_type, "value", config.peft_type)),
-        "base_model": config.base_model_name_or_path,
+        "base_model": _clean(config.base_model_name_or_path),
         "task_type": config.task_type and str(getattr(config.task_type, "value", config.task_type)),
-        "settings": settings,
+        "settings": _clean(settings),
         "parameters": parameters,
         "bytes": path.stat().st_size,
         "tensors": tensors,
     }
+
+
+def _clean(value: Any) -> Any:
+    """A value of somebody else's config, with all texts in it escaped."""
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, dict):
+        return {_clean(key): _clean(each) for key, each in value.items()}
+    return [_clean(each) for each in value] if isinstance(value, list) else value

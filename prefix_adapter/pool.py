@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -18,7 +19,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import nn
 
-from .check import SAVED, Source, check_embeddings, open_weights
+from .check import SAVED, Source, check_embeddings, check_size, open_weights
 from .config import PrefixTuningV2Config
 from .convert import load_config
 from .layer import LAYER_NAME, PREFIX
@@ -60,9 +61,13 @@ class AdapterPool:
             through the pool alone.
         max_bytes: of the prefixes and heads in memory; no bound if `None`. While an adapter is loaded it may be in
             memory besides.
+        max_virtual_tokens: the longest prefix that is loaded; no bound if `None`. A row pays for each virtual token
+            at every token that it reads or writes, and so do the other rows of its batch.
+        max_labels: the largest task head that is loaded; no bound if `None`. The logits of all rows of a batch get as
+            many columns as its largest head has.
 
     Raises:
-        ValueError: if `max_bytes` is not positive.
+        ValueError: if one of the bounds is not a positive integer.
 
     Example:
         ```python
@@ -71,10 +76,19 @@ class AdapterPool:
         ```
     """
 
-    def __init__(self, model: nn.Module, max_bytes: int | None = None):
-        if max_bytes is not None and max_bytes <= 0:
-            raise ValueError(f"`max_bytes` must be positive, or None for no bound; got {max_bytes!r}.")
+    def __init__(
+        self,
+        model: nn.Module,
+        max_bytes: int | None = None,
+        max_virtual_tokens: int | None = 1024,
+        max_labels: int | None = 10_000,
+    ):
+        bounds = {"max_bytes": max_bytes, "max_virtual_tokens": max_virtual_tokens, "max_labels": max_labels}
+        for name, bound in bounds.items():
+            if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int) or bound <= 0):
+                raise ValueError(f"`{name}` must be a positive integer, or None for no bound; got {bound!r}.")
         self.model, self.max_bytes = model.eval(), max_bytes
+        self.max_virtual_tokens, self.max_labels = max_virtual_tokens, max_labels
         self._peft_model: PeftModel | None = None
         # The one that was asked for last is the last.
         self._loaded: OrderedDict[str, LoadedAdapter] = OrderedDict()
@@ -106,7 +120,7 @@ class AdapterPool:
 
         Raises:
             ValueError: if it is damaged or of another method, does not fit the base model or the task of the other
-                adapters, or has more than `max_bytes`; the pool is what it was.
+                adapters, or has more than `max_bytes`, `max_virtual_tokens` or `max_labels`; the pool is what it was.
             FileNotFoundError: if there is none.
             OSError: if the Hub cannot be reached.
         """
@@ -155,8 +169,7 @@ class AdapterPool:
         if key not in self._loaded:
             try:
                 found = self._loaded[key] = self._insert(folder or _folder_of(key))
-                if self.max_bytes is not None and found.num_bytes > self.max_bytes:
-                    raise ValueError(f"{key} has {found.num_bytes:,} bytes; `max_bytes` is {self.max_bytes:,}.")
+                self._check_bound(key, "bytes", found.num_bytes, "max_bytes")
             except BaseException:
                 self._loaded.pop(key, None)
                 self._sweep()
@@ -177,13 +190,18 @@ class AdapterPool:
                 f"{folder} is an adapter for {task}, and those in the pool are for {others.pop()}: one model has one "
                 "kind of head. Use a pool for each."
             )
+        self._check_bound(folder, "virtual tokens", config.num_virtual_tokens, "max_virtual_tokens")
         weights = Source.of(folder).weights()
         with open_weights(weights) as file:
-            shapes = {
+            found = {
                 key.removeprefix(SAVED): tuple(file.get_slice(key).get_shape())
                 for key in file.keys()  # noqa: SIM118 (a handle, not a mapping)
-                if f".{PREFIX}" not in key
             }
+        check_size(self.model, found.values())
+        shapes = {key: shape for key, shape in found.items() if f".{PREFIX}" not in key}
+        self._check_bound(folder, "bytes", _least_bytes(self.model, found), "max_bytes")
+        labels = [shape[0] for path, shape in _labels(self.model, shapes)]
+        self._check_bound(folder, "labels", max(labels, default=0), "max_labels")
         check_embeddings(weights, self.model, config.modules_to_save or (), "all adapters of the pool")
         name = f"adapter{self._count}"
         self._count += 1
@@ -199,6 +217,11 @@ class AdapterPool:
         self._peft_model.eval()
         sizes = [p.numel() * p.element_size() for key, p in self.model.named_parameters() if f".{name}." in key]
         return LoadedAdapter(name, sum(sizes), num_labels, task)
+
+    def _check_bound(self, adapter: Any, what: str, number: int, bound: str) -> None:
+        limit = getattr(self, bound)
+        if limit is not None and number > limit:
+            raise ValueError(f"{adapter} has {number:,} {what}; `{bound}` of the pool is {limit:,}.")
 
     def _peft(self) -> PeftModel:
         assert self._peft_model is not None
@@ -270,7 +293,7 @@ def _place(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     *above, last = path.split(".")
     parent = model
     for part in above:
-        parent = getattr(parent, part)
+        parent = parent.get_submodule(part)  # the path is of a file, and names modules alone
         if isinstance(parent, ModulesToSaveWrapper):
             parent = parent.original_module
     child = getattr(parent, last, None)
@@ -289,6 +312,19 @@ def _fit_heads(model: Any, shapes: dict[str, tuple[int, ...]], replaced: dict[st
         The number of labels; `None` if there is no linear layer for them.
     """
     num_labels = None
+    for path, shape in _labels(model, shapes):
+        parent, name = _place(model, path)
+        layer, num_labels = getattr(parent, name), shape[0]
+        if num_labels != layer.out_features:
+            weight = layer.weight
+            new = nn.Linear(shape[1], shape[0], layer.bias is not None, device=weight.device, dtype=weight.dtype)
+            replaced[path] = layer
+            setattr(parent, name, new.requires_grad_(weight.requires_grad))
+    return num_labels
+
+
+def _labels(model: Any, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The linear layers of the base model's head that have an output for each label: path, and shape in the file."""
     for key, shape in shapes.items():
         path, _, kind = key.rpartition(".")
         try:
@@ -298,15 +334,18 @@ def _fit_heads(model: Any, shapes: dict[str, tuple[int, ...]], replaced: dict[st
         layer = getattr(parent, name, None)
         if kind != "weight" or not isinstance(layer, nn.Linear) or layer.out_features != model.config.num_labels:
             continue
-        if len(shape) != 2 or shape[1] != layer.in_features:
-            continue  # as above
-        num_labels = shape[0]
-        if num_labels != layer.out_features:
-            weight = layer.weight
-            new = nn.Linear(shape[1], shape[0], layer.bias is not None, device=weight.device, dtype=weight.dtype)
-            replaced[path] = layer
-            setattr(parent, name, new.requires_grad_(weight.requires_grad))
-    return num_labels
+        if len(shape) == 2 and shape[1] == layer.in_features:  # of another shape: as above
+            yield path, shape
+
+
+def _least_bytes(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> int:
+    """The bytes that an adapter has in memory when an MLP is folded, by the shapes in its file; at least."""
+    size = min((p.element_size() for p in model.parameters() if p.is_floating_point()), default=4)
+    table = f"{LAYER_NAME}.{PREFIX}"
+    tokens, columns = shapes.get(f"{table}embedding.weight", (0, 0))[:1], shapes.get(f"{table}output.bias")
+    heads = sum(math.prod(shape) for key, shape in shapes.items() if not key.startswith(table))
+    prefix = math.prod((*tokens, *columns)) if columns else math.prod(shapes.get(f"{table}embedding.weight", (0,)))
+    return size * (prefix + heads)
 
 
 def _put_back(model: nn.Module, replaced: dict[str, nn.Linear]) -> None:

@@ -1,6 +1,11 @@
 """Exchange with P-tuning-v2's checkpoints and with PEFT's prefix tuning: the same outputs, or a refusal."""
 
 import json
+import os
+import resource
+import tracemalloc
+import warnings
+import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,6 +15,8 @@ import reference
 import tiny
 import torch
 import transformers as tr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,6 +32,7 @@ from prefix_adapter import (
     import_ptuning_v2,
 )
 from prefix_adapter.cli import main
+from prefix_adapter.pickled import read_state_dict
 
 N, WIDTH, LABELS = 4, 24, 3
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -350,7 +358,7 @@ def break_ptuning(weights: dict, what: str) -> None:
         ("unknown", r"adapter\.weight has no place"),
         ("other base", r"another base model than .*1 of its tensors differ, bert\.encoder\.layer\.1\.output"),
         ("dimensions", "has 1 dimensions"),
-        ("pickle", "cannot be read: damaged, or a pickle of more than tensors"),
+        ("pickle", "cannot be read: damaged, a pickle of more than tensors"),
         ("no state dict", "is no state dict"),
     ],
 )
@@ -372,10 +380,188 @@ def test_ptuning_v2_refuses_files(tmp_path):
         import_ptuning_v2(tmp_path / "missing.bin", tmp_path / "adapter", "bert-base-cased", "SEQ_CLS")
     for name in ("model.bin", "model.safetensors"):
         (tmp_path / name).write_bytes(b"neither zip nor pickle nor safetensors")
-        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+        with pytest.raises(ValueError, match=rf"{name} (cannot be read: damaged|is damaged)"):
             import_ptuning_v2(tmp_path / name, tmp_path / "adapter", "bert-base-cased", "SEQ_CLS")
     with pytest.raises(FileExistsError, match="exists"):
         import_ptuning_v2(tmp_path / "missing.bin", tmp_path)
+
+
+# ---- Files of a stranger
+
+EMBEDDING = "prefix_encoder.embedding.weight"
+
+
+class Makes:
+    """In a pickle: the result of a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def rewrite(path: Path, change, compression=zipfile.ZIP_STORED) -> None:
+    """Write the records of an archive of `torch.save` again, changed."""
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in records.items():
+            archive.writestr(name, change(name.rpartition("/")[2], data))
+
+
+def repeated(path: Path) -> None:
+    torch.save({EMBEDDING: torch.zeros(1).expand(10**5, 30_000)}, path)
+
+
+def overlong(path: Path) -> None:
+    torch.save({EMBEDDING: torch.zeros(4, 192)}, path)
+    size = (768).to_bytes(2, "little")
+    rewrite(path, lambda name, data: data.replace(b"M" + size, b"J" + (2**31 - 1).to_bytes(4, "little")))
+
+
+def compressed(path: Path) -> None:
+    torch.save({EMBEDDING: torch.zeros(1000, 1000)}, path)
+    rewrite(path, lambda name, data: data, zipfile.ZIP_DEFLATED)
+
+
+def opcode(data: bytes):
+    """A pickle that begins with other opcodes, whose results it drops."""
+
+    def make(path: Path) -> None:
+        torch.save({EMBEDDING: torch.zeros(4, 192)}, path)
+        rewrite(path, lambda name, old: old[:2] + data + b"0" + old[2:] if name == "data.pkl" else old)
+
+    return make
+
+
+def quantised():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.quantize_per_tensor(torch.zeros(4, 192), 1.0, 0, torch.qint8)
+
+
+HOSTILE = {
+    "one number repeated": (repeated, f"{EMBEDDING} would have 3,000,000,000 numbers, and there are 1 in the file"),
+    "more than there is": (overlong, "storage '?0'? has not the 2,147,483,647 numbers that it says"),
+    "compressed": (compressed, "its records are compressed"),
+    "an array of bytes": (
+        lambda path: torch.save({EMBEDDING: Makes(bytearray, 10**10)}, path),
+        r"names \w+\.bytearray, which makes no tensor",
+    ),
+    "a tensor of a size": (
+        lambda path: torch.save({EMBEDDING: Makes(torch.Tensor, 10**5, 10**5)}, path),
+        rf"{EMBEDDING} is not a dense tensor of numbers of a usual type \(torch\.Tensor\)",
+    ),
+    "a function": (lambda path: torch.save({EMBEDDING: Makes(os.system, "true")}, path), "names posix.system"),
+    "a place in the memo": (opcode(b"N" + b"r" + b"\xff" * 4), "its pickle has LONG_BINPUT"),
+    "bytes of a length": (opcode(b"\x96" + (10**12).to_bytes(8, "little")), "cannot be read|BYTEARRAY8"),
+    "meta": (lambda path: torch.save({EMBEDDING: torch.zeros(4, 192, device="meta")}, path), "is not a dense tensor"),
+    "sparse": (lambda path: torch.save({EMBEDDING: torch.eye(4).to_sparse()}, path), "is not a dense tensor"),
+    "quantised": (lambda path: torch.save({EMBEDDING: quantised()}, path), "is not a dense tensor"),
+    "8 bits": (
+        lambda path: torch.save({EMBEDDING: torch.zeros(4, 192).to(torch.float8_e4m3fn)}, path),
+        "is not a dense tensor",
+    ),
+    "complex": (lambda path: torch.save({EMBEDDING: torch.zeros(4, dtype=torch.cfloat)}, path), "is not a dense"),
+    "a list": (lambda path: torch.save([torch.zeros(4)], path), "is no state dict"),
+    "a number": (lambda path: torch.save({EMBEDDING: 3}, path), f"is no state dict: {EMBEDDING} is no tensor"),
+    "other keys": (lambda path: torch.save({3: torch.zeros(4)}, path), "is no state dict"),
+    "before 1.6": (
+        lambda path: torch.save({EMBEDDING: torch.zeros(4)}, path, _use_new_zipfile_serialization=False),
+        "cannot be read: .*PyTorch 1.6",
+    ),
+    "a pipe": (os.mkfifo, "There is no file"),
+    "escapes": (
+        lambda path: torch.save({EMBEDDING: torch.zeros(4, 192), "\x1b[2Jgone": torch.eye(2).to_sparse()}, path),
+        r"\\x1b\[2Jgone is not a dense tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_ptuning_v2_of_a_stranger(name, tmp_path):
+    """Each is refused in words that name the file and the tensor, before any memory is asked for."""
+    make, words = HOSTILE[name]
+    path = tmp_path / "x.bin"
+    make(path)
+    tracemalloc.start()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=words) as error:
+        import_ptuning_v2(path, tmp_path / "adapter", "no/base", "TOKEN_CLS")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+    assert str(path) in str(error.value) and "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64], ids=str)
+def test_ptuning_v2_safetensors_of_a_stranger(dtype, tmp_path):
+    save_file({EMBEDDING: torch.zeros(4, 192).to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"model\.safetensors: {EMBEDDING} has the dtype"):
+        import_ptuning_v2(tmp_path, tmp_path / "adapter", "no/base", "TOKEN_CLS")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"{", "config.json is damaged: it is no JSON"),
+        (b"\xff\xfe", "config.json is damaged: it is no JSON"),
+        (b"[]", "config.json is damaged: it holds no JSON object"),
+        (b"[" * 10**5, "config.json is damaged: it is no JSON"),
+        (b'{"architectures": 3}', "config.json: `architectures` is 3"),
+        (b'{"_name_or_path": ["x"]}', "config.json: `_name_or_path` is"),
+        (b'{"hidden_dropout_prob": "\\u001b[2J"}', r"config.json: `hidden_dropout_prob` is .*x1b\[2J"),
+    ],
+    ids=str,
+)
+def test_ptuning_v2_with_a_damaged_config(text, words, tmp_path):
+    torch.save({EMBEDDING: torch.zeros(4, 192)}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=words) as error:
+        import_ptuning_v2(tmp_path, tmp_path / "adapter")
+    assert "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_ptuning_v2_reads_what_torch_reads(dtype, tmp_path):
+    """Views, shared storages, parameters, buffers of integers, and the `_metadata` of a module's state dict."""
+    module = nn.ModuleDict({"a": nn.Linear(3, 5), "b": nn.BatchNorm1d(4)}).to(dtype)
+    weights = module.state_dict()
+    weights["view"] = torch.arange(12.0).view(3, 4).T[1:]
+    weights["one"] = weights["other"] = nn.Parameter(torch.ones(2))
+    weights["none"], weights["scalar"] = torch.zeros(0, 3), torch.tensor(3)
+    torch.save(weights, tmp_path / "x.bin")
+    read = read_state_dict(tmp_path / "x.bin")
+    assert list(read) == list(weights)
+    assert all(torch.equal(read[name], weights[name]) and read[name].dtype == weights[name].dtype for name in read)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(
+    place=st.floats(0, 1),
+    change=st.binary(max_size=6),
+    cut=st.integers(0, 6),
+    in_pickle=st.booleans(),
+)
+def test_ptuning_v2_of_any_bytes(place, change, cut, in_pickle, tmp_path_factory):
+    path = tmp_path_factory.mktemp("any") / "x.bin"
+    torch.save({EMBEDDING: torch.ones(2, 6), "other": torch.ones(3).to(torch.int64)}, path)
+
+    def mutate(data: bytes) -> bytes:
+        at = int(place * len(data))
+        return data[:at] + change + data[at + cut :]
+
+    if in_pickle:
+        rewrite(path, lambda name, data: mutate(data) if name == "data.pkl" else data)
+    else:
+        path.write_bytes(mutate(path.read_bytes()))
+    try:
+        weights = read_state_dict(path)
+    except (ValueError, OSError) as error:
+        assert str(path) in str(error)
+    else:
+        assert all(isinstance(tensor, Tensor) and tensor.numel() <= 100 for tensor in weights.values())
 
 
 def test_ptuning_v2_refuses_half_of_a_roberta_head(tmp_path):

@@ -1,6 +1,7 @@
 """AdapterPool: every row of a batch with an adapter of its own, loaded on demand, and never another's."""
 
 import json
+import math
 import threading
 
 import peft
@@ -9,6 +10,7 @@ import tiny
 import torch
 from interrupt import Steps
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from prefix_adapter import AdapterPool, PrefixTuningV2Config
 
@@ -103,7 +105,7 @@ def test_least_recently_used_are_dropped(folders):
     with pytest.raises(ValueError, match=r"of this batch have .* bytes together; `max_bytes`"):
         pool(everything, input_ids=tiny.ids(4))
     tight = pool_of("bert", max_bytes=sizes["short"] - 1)
-    with pytest.raises(ValueError, match="`max_bytes` is"):
+    with pytest.raises(ValueError, match="`max_bytes` of the pool is"):
         tight.load(paths["short"])
     assert not tight.loaded
 
@@ -164,7 +166,7 @@ def test_refused(folders, tmp_path):
     assert torch.equal(pool([good], input_ids=ids).logits, expected)
     with pytest.raises(ValueError, match="2 names for a batch of 1"):
         pool([good, None], input_ids=ids)
-    with pytest.raises(ValueError, match="`max_bytes` must be positive"):
+    with pytest.raises(ValueError, match="`max_bytes` must be a positive integer"):
         pool_of("bert", max_bytes=0)
     with pytest.raises(KeyError):
         pool.remove("never loaded")
@@ -232,6 +234,76 @@ def test_a_first_load_that_fails_after_the_check(damage, tmp_path, monkeypatch):
     assert not pool.loaded and torch.equal(pool([None, None], input_ids=ids).logits, expected)
     config.write_text(good)
     assert pool([path], input_ids=ids[:1]).logits.shape == (1, 7)
+
+
+def grow(folder, tokens=None, labels=None, width=None):
+    """Make a saved adapter of a BERT larger, config and file; the file is a hole and takes no room."""
+    config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    shapes = {name: list(tensor.shape) for name, tensor in load_file(file).items()}
+    settings = json.loads(config.read_text())
+    table, head = "base_model.model.prefix_tuning_v2.prefix_tuning_v2_", "base_model.model.classifier."
+    if tokens:
+        settings["num_virtual_tokens"] = shapes[f"{table}embedding.weight"][0] = tokens
+    if width:
+        settings["encoder_hidden_size"] = width
+        shapes[f"{table}hidden.weight"][0] = shapes[f"{table}hidden.bias"][0] = width
+        shapes[f"{table}output.weight"][1] = width
+    if labels:
+        shapes[f"{head}weight"][0] = shapes[f"{head}bias"][0] = labels
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with open(file, "wb") as target:
+        target.write(len(text).to_bytes(8, "little") + text)
+        target.truncate(8 + len(text) + end)
+    config.write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "bounds", "words"),
+    [
+        ("short", {"tokens": 300_000}, {}, "300,000 virtual tokens; `max_virtual_tokens` of the pool is 1,024"),
+        ("short", {"tokens": 33}, {"max_virtual_tokens": 32}, "33 virtual tokens; .* is 32"),
+        ("short", {"tokens": 10**6}, {"max_virtual_tokens": None}, "parameters, more than"),
+        ("short", {"labels": 10**6}, {}, "1,000,000 labels; `max_labels` of the pool is 10,000"),
+        ("short", {"labels": 8}, {"max_labels": 7}, "8 labels; .* is 7"),
+        ("short", {"labels": 10**7}, {"max_labels": None}, "parameters, more than"),
+        ("long", {"width": 10**6}, {}, "parameters, more than"),
+        ("short", {"tokens": 1000}, {"max_bytes": 768_000}, "bytes; `max_bytes` of the pool is 768,000"),
+        ("long", {"tokens": 1000, "width": 9}, {"max_bytes": 768_000}, "bytes; `max_bytes` of the pool is 768,000"),
+    ],
+)
+def test_what_an_adapter_may_cost(name, changes, bounds, words, tmp_path, monkeypatch):
+    """It is refused before the model gets it, and before its numbers are read."""
+    path = save(tmp_path, "bert", name)
+    grow(tmp_path / name, **changes)
+    pool, ids = pool_of("bert", **bounds), tiny.ids(1)
+    expected = pool([None], input_ids=ids).logits
+
+    def unreached(*args, **kwargs):
+        raise AssertionError("it was given to PEFT")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PeftModel, "from_pretrained", unreached)
+        with pytest.raises(ValueError, match=words):
+            pool([path], input_ids=ids)
+    assert not pool.loaded and torch.equal(pool([None], input_ids=ids).logits, expected)
+
+
+def test_what_is_within_the_bounds_is_loaded(tmp_path):
+    for name, changes in (("short", {"tokens": 40, "labels": 50}), ("long", {"tokens": 40, "width": 30})):
+        path = save(tmp_path, "bert", name)
+        grow(tmp_path / name, **changes)
+        size = pool_of("bert").load(path).num_bytes
+        pool = pool_of("bert", max_virtual_tokens=40, max_labels=50, max_bytes=size)
+        assert pool.load(path).num_bytes == size
+    for bound in ("max_bytes", "max_virtual_tokens", "max_labels"):
+        for value in (0, -1, 1.5, True):
+            with pytest.raises(ValueError, match=f"`{bound}` must be a positive integer"):
+                pool_of("bert", **{bound: value})
 
 
 def test_threads(folders):
