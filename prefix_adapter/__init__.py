@@ -27,7 +27,7 @@ from .exchange import export_peft, import_peft, import_ptuning_v2
 from .find import UnsupportedBackboneError
 from .hub import push_to_hub
 from .layer import PREFIX, PrefixTuningV2Layer
-from .model import PrefixTuningV2Model
+from .model import PrefixTuningV2Model, settle
 from .pool import AdapterPool, LoadedAdapter
 from .start import init_from, init_from_text
 from .undo import guard_all
@@ -42,7 +42,7 @@ _entries: list[tuple[dict[Any, Any], Any]] = [
 ]
 for _mapping, _entry in _entries:
     _mapping[PrefixTuningV2Type.PREFIX_TUNING_V2] = _entry
-guard_all()
+guard_all(settle)
 
 __all__ = [
     "AdapterPool",

@@ -393,13 +393,6 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         super().enable_adapters(enabled)
         self._switched()
 
-    def runs_elsewhere(self) -> bool:
-        """Whether another thread is in the middle of a call."""
-        own, call = 0, self._calls.thread.call
-        while call is not None:
-            own, call = own + 1, call.outer
-        return len(self._calls.mixed) + len(self._calls.plain) > own
-
     def check_unused(self, adapter_name: str) -> None:
         """See to it that no running call, of any thread, has an adapter that is about to be deleted.
 

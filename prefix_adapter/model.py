@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from peft.functional import set_adapter
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .check import check_tensors, tensors_of
+from .config import PrefixTuningV2Config
 from .layer import LAYER_NAME, PREFIX, PrefixTuningV2Layer
 from .rows import Row, check_names
 from .undo import all_or_nothing, of_this_package
@@ -48,7 +50,15 @@ class PrefixTuningV2Model(BaseTuner):
             of_this_package()
             if isinstance(peft_config, dict):
                 _prepare_task(model, peft_config[adapter_name])
+            theirs = getattr(model, "peft_config", None)
+            if _is_taken(theirs, adapter_name):
+                if not isinstance(model, PeftModel):
+                    raise ValueError(_TAKEN.format(adapter_name))
+                # PEFT would have both tuners share one dictionary, and lose the other's configuration.
+                vars(self)["peft_config"] = {}
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+            if self.peft_config is not theirs and theirs is not None:
+                model.peft_config = theirs
 
     @property
     def prefix_layer(self) -> PrefixTuningV2Layer:
@@ -88,21 +98,17 @@ class PrefixTuningV2Model(BaseTuner):
                     "(state-space, convolution, linear or shared attention) and get no prefix; the others do.",
                     stacklevel=3,
                 )
+        # Those of other methods, before PEFT adds or activates one.
+        adopt_heads(model, layer)
         # PEFT's own loop replaces no module of this method, and does the housekeeping.
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        adopt_heads(model, layer)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's, which looks for a method's layers in all of the model: this one has one, and the heads."""
-        if self.prefix_layer.runs_elsewhere():
-            self._adopt_heads()
         for module in [*_heads(self.model), self.prefix_layer]:
             set_adapter(module, adapter_name, inference_mode, layer_cls=self.tuner_layer_cls)
         self.active_adapter = adapter_name
-
-    def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        if self.prefix_layer.runs_elsewhere():
-            self._adopt_heads()
-        super()._enable_adapter_layers(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's.
@@ -180,16 +186,8 @@ class PrefixTuningV2Model(BaseTuner):
         layer, names, count = self.prefix_layer, kwargs.get("adapter_names"), False
         if names is not None:
             names, count = self._check_adapter_names(names, args, kwargs)
-            self._adopt_heads()
         with layer.call_with(names, count):
             yield
-
-    def _adopt_heads(self) -> None:
-        """Have the heads, from now on, do what the call of the thread says that calls them."""
-        for head in _heads(self.model):
-            if type(head) is ModulesToSaveWrapper:
-                head.__class__ = HeadOfRows
-                vars(head)["prefix_layer"] = (self.prefix_layer,)
 
     def _check_adapter_names(
         self, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -211,6 +209,18 @@ class PrefixTuningV2Model(BaseTuner):
             check_names(len(names), given.shape[0], replica=self.model is not self.prefix_layer.model)
         # Some of PEFT's models pass no inputs here: then the count is checked where the model is called.
         return list(names), given is None
+
+
+_TAKEN = (
+    "The model has an adapter {0!r} of another PEFT method already, and its configuration would be lost. Give this "
+    "adapter another name."
+)
+
+
+def _is_taken(configs: Any, adapter_name: str) -> bool:
+    """Whether an adapter of another method has the name."""
+    config = configs.get(adapter_name) if isinstance(configs, dict) else None
+    return config is not None and not isinstance(config, PrefixTuningV2Config)
 
 
 def _prepare_task(model: nn.Module, config: Any) -> None:
@@ -237,14 +247,75 @@ def _heads(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-class HeadOfRows(ModulesToSaveWrapper):
-    """PEFT's wrapper of a task head, for batches in which each row has an adapter of its own, and for threads.
+def settle(model: nn.Module) -> None:
+    """Whatever adapter was added to a model: see to it that a prefix in it stays whole.
 
-    PEFT's own does the former for a few kinds of modules, if all adapters have a head, and if the active one has.
+    Raises:
+        ValueError: if the adapter is one of another method and has taken the name of a prefix.
+    """
+    layer = next((part for part in model.modules() if isinstance(part, PrefixTuningV2Layer)), None)
+    if layer is None:
+        return
+    holders = [layer.model, *(part for part in model.modules() if isinstance(part, BaseTuner))]
+    configs = [getattr(holder, "peft_config", None) for holder in holders]
+    for name in layer.adapters:
+        if all(_is_taken(each, name) for each in configs):
+            of_this_package()
+            raise ValueError(_TAKEN.format(name))
+    adopt_heads(model, layer)
+
+
+def adopt_heads(model: nn.Module, layer: PrefixTuningV2Layer) -> None:
+    """Make PEFT's wrappers of heads such as know of prefixes."""
+    for head in _heads(model):
+        if type(head) is ModulesToSaveWrapper:
+            head.__class__ = PrefixHeadWrapper
+            vars(head)["prefix_layer"] = (layer,)
+
+
+class PrefixHeadWrapper(ModulesToSaveWrapper):
+    """PEFT's wrapper of a task head, in a model with a prefix.
+
+    - In a mixed batch each row gets its own adapter's head. PEFT's wrapper does so for a few kinds of modules, if all
+      adapters have a head, and if the active one has.
+    - A call keeps the head with which it began, whatever another thread activates.
+    - Beside an adapter of another method (LoRA): the head of the one stays active when the other is activated. PEFT's
+      wrapper would have no active adapter then, and take the base model's untrained head.
     """
 
     # In a tuple, or it would become a child.
     prefix_layer: tuple[PrefixTuningV2Layer]
+
+    def update(self, adapter_name: str, tied_module: nn.Module | None = None, **kwargs: Any) -> None:
+        """Add an adapter's head.
+
+        Raises:
+            ValueError: if an adapter of another method has one: only one of the two could be trained.
+        """
+        (layer,) = self.prefix_layer
+        ours = adapter_name in layer.adapters
+        others = [name for name in self.modules_to_save if (name in layer.adapters) != ours]
+        if others and adapter_name not in self.modules_to_save:
+            raise ValueError(
+                f"Adapter {adapter_name!r} brings a head ({type(self.original_module).__name__}) that adapter "
+                f"{others[0]!r} of another PEFT method has already, and only one could be in effect. Leave out "
+                "`task_type` and `modules_to_save` in one of their configurations."
+            )
+        super().update(adapter_name, tied_module, **kwargs)
+
+    def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
+        """The head to activate, for names of adapters; `None` for the base model's."""
+        (layer,) = self.prefix_layer
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        active = next(iter(self.active_adapters), None)
+        absent = not any(name in self.modules_to_save for name in names)
+        if (
+            active is not None
+            and absent
+            and {name in layer.adapters for name in names} == {active not in layer.adapters}
+        ):
+            return active
+        return super().check_set_adapter(adapter_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the head of each row gives, or the active adapter's; the arguments are those of the head.
@@ -269,5 +340,7 @@ class HeadOfRows(ModulesToSaveWrapper):
         return torch.stack(padded)
 
     def _head_of(self, row: Row) -> nn.Module:
-        own = self.modules_to_save
-        return next((own[name] for name in row if name in own), self.original_module)
+        (layer,) = self.prefix_layer
+        names = [*row, *(name for name in self.active_adapters if name not in layer.adapters)]
+        heads = self.modules_to_save
+        return next((heads[name] for name in names if name in heads), self.original_module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,7 +103,7 @@ def of_this_package() -> None:
     _thread.ours = bool(_thread.models)
 
 
-def _guard(owner: Any, name: str, argument: str) -> None:
+def _guard(owner: Any, name: str, argument: str, done: Callable[[nn.Module], None]) -> None:
     """Have a method of PEFT or transformers undo what it did to the model in `argument` if it fails.
 
     They change the model step by step, and roll back little of that, and nothing after a KeyboardInterrupt.
@@ -120,17 +120,19 @@ def _guard(owner: Any, name: str, argument: str) -> None:
             return function(*args, **kwargs)
         known = adapter_name in (getattr(model, "peft_config", None) or {}) if argument == "self" else False
         with all_or_nothing(model, adapter_name if known else None):
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            done(result if isinstance(result, nn.Module) else args[0])
+            return result
 
     setattr(owner, name, classmethod(guarded) if isinstance(method, classmethod) else guarded)
 
 
-def guard_all() -> None:
-    """Guard every way in which PEFT and transformers add or load an adapter."""
+def guard_all(done: Callable[[nn.Module], None]) -> None:
+    """Guard every way in which PEFT and transformers add or load an adapter, and then call `done` with the result."""
     for owner in {PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}:
         if "__init__" in vars(owner):
-            _guard(owner, "__init__", "model")
-    _guard(PeftModel, "from_pretrained", "model")
+            _guard(owner, "__init__", "model", done)
+    _guard(PeftModel, "from_pretrained", "model", done)
     for owner in (PeftModel, PeftAdapterMixin):
-        _guard(owner, "add_adapter", "self")
-        _guard(owner, "load_adapter", "self")
+        _guard(owner, "add_adapter", "self", done)
+        _guard(owner, "load_adapter", "self", done)
