@@ -15,6 +15,8 @@ from peft.mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
+from .config import PrefixTuningV2Type
+
 
 class _Snapshot:
     """The modules of a model, with their attributes, hooks and children, and which parameters are trained.
@@ -120,6 +122,8 @@ def _guard(owner: Any, name: str, argument: str, done: Callable[[nn.Module], Non
             return function(*args, **kwargs)
         known = adapter_name in (getattr(model, "peft_config", None) or {}) if argument == "self" else False
         with all_or_nothing(model, adapter_name if known else None):
+            if getattr(model, "peft_type", None) == PrefixTuningV2Type.PREFIX_TUNING_V2:
+                of_this_package()
             result = function(*args, **kwargs)
             done(result if isinstance(result, nn.Module) else args[0])
             return result
