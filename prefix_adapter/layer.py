@@ -40,6 +40,10 @@ from .watch import Forward, Watch, check_fits, check_input, sequences
 PREFIX = "prefix_tuning_v2_"
 # The name under which a layer is a child of the model that it serves.
 LAYER_NAME = "prefix_tuning_v2"
+NAME_TAKEN = (
+    "The model has an adapter {0!r} of another PEFT method already, and its configuration would be lost. Give this "
+    "adapter another name."
+)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -146,6 +150,8 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             self.add_module(name, nn.ModuleDict())
         self._active_adapter: list[str] = []
+        # The configurations that PEFT keeps for the model, by adapter.
+        self.configs: dict[str, Any] = {}
         self._calls = _Calls()
         self._ready: dict[str, tuple[Any, dict[Slot, Pair]]] = {}
         # A generation asks for the same plans at every token. Those of mixed batches are kept in the `RowCall`.
@@ -466,13 +472,6 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         super().enable_adapters(enabled)
         self._switched()
 
-    def runs_elsewhere(self) -> bool:
-        """Whether another thread is in the middle of a call."""
-        own, call = 0, self._calls.thread.call
-        while call is not None:
-            own, call = own + 1, call.outer
-        return len(self._calls.mixed) + len(self._calls.plain) > own
-
     def check_unused(self, adapter_name: str) -> None:
         """See to it that no running call, of any thread, has an adapter that is about to be deleted.
 
@@ -697,6 +696,10 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     def _before_model(
         self, forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        for name in {name for row in forward.rows for name in row}:
+            if name in self.configs and not isinstance(self.configs[name], PrefixTuningV2Config):
+                # Another method was added under the same name since, and PEFT would not save the prefix.
+                raise ValueError(NAME_TAKEN.format(name))
         call = self.call
         mixed = call is not None and call.names is not None
         if not mixed and not torch.compiler.is_compiling():
