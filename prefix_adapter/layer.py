@@ -40,6 +40,10 @@ from .watch import Forward, Watch, check_fits, check_input, sequences
 PREFIX = "prefix_tuning_v2_"
 # The name under which a layer is a child of the model that it serves.
 LAYER_NAME = "prefix_tuning_v2"
+NAME_TAKEN = (
+    "The model has an adapter {0!r} of another PEFT method already, and its configuration would be lost. Give this "
+    "adapter another name."
+)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -93,6 +97,27 @@ class _WideMask:
     used: bool = False
 
 
+def _check_undivided(model: nn.Module) -> None:
+    """Refuse tensor parallelism, where a process has some of the heads, and its prefix would be taken for the whole.
+
+    Raises:
+        ValueError: if weights are divided over processes, and not by FSDP, which puts them together for each forward.
+    """
+    size = getattr(model, "tp_size", None) or 1
+    if size == 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+        from torch.distributed.tensor import DTensor, Shard
+
+        for parameter in () if any(isinstance(part, FSDPModule) for part in model.modules()) else model.parameters():
+            if isinstance(parameter, DTensor) and any(isinstance(place, Shard) for place in parameter.placements):
+                size = max(size, parameter.device_mesh.size())
+    if size > 1:
+        raise ValueError(
+            f"{type(model).__name__} is divided over {size} processes by tensor parallelism, which a prefix does not "
+            "support. Load it without `tp_plan`; to use several GPUs, use DDP or FSDP2."
+        )
+
+
 class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     """All prefixes of a model.
 
@@ -108,6 +133,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     Raises:
         UnsupportedBackboneError: if none of its attention modules takes a prefix.
+        ValueError: if its attention is divided over processes by tensor parallelism.
     """
 
     adapter_layer_names = tuple(PREFIX + name for name in PrefixEncoder._fields)
@@ -115,6 +141,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     def __init__(self, model: nn.Module):
         super().__init__()
+        _check_undivided(model)
         found = find_targets(model)
         self.targets, self.followers, self.positions = found.targets, found.followers, found.positions
         self._adapters: dict[str, Adapter] = {}
@@ -123,6 +150,8 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             self.add_module(name, nn.ModuleDict())
         self._active_adapter: list[str] = []
+        # The configurations that PEFT keeps for the model, by adapter.
+        self.configs: dict[str, Any] = {}
         self._calls = _Calls()
         self._ready: dict[str, tuple[Any, dict[Slot, Pair]]] = {}
         # A generation asks for the same plans at every token. Those of mixed batches are kept in the `RowCall`.
@@ -445,13 +474,6 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         super().enable_adapters(enabled)
         self._switched()
 
-    def runs_elsewhere(self) -> bool:
-        """Whether another thread is in the middle of a call."""
-        own, call = 0, self._calls.thread.call
-        while call is not None:
-            own, call = own + 1, call.outer
-        return len(self._calls.mixed) + len(self._calls.plain) > own
-
     def check_unused(self, adapter_name: str) -> None:
         """See to it that no running call, of any thread, has an adapter that is about to be deleted.
 
@@ -676,6 +698,10 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     def _before_model(
         self, forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        for name in {name for row in forward.rows for name in row}:
+            if name in self.configs and not isinstance(self.configs[name], PrefixTuningV2Config):
+                # Another method was added under the same name since, and PEFT would not save the prefix.
+                raise ValueError(NAME_TAKEN.format(name))
         call = self.call
         mixed = call is not None and call.names is not None
         if not mixed and not torch.compiler.is_compiling():
@@ -832,6 +858,12 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         shifts = self._shifts(target.kind, forward)
         if len(set(shifts)) == 1 or not target.for_all_rows(args, kwargs):
             return None
+        if isinstance(output, Tensor) and output.dim() == 2 and not target.absolute:
+            raise ValueError(
+                f"{target.name} of {type(self.model).__name__} has the same positions for all rows, so rows whose "
+                "adapters move positions by different lengths (`shift_positions`) cannot share a batch. Batch rows of "
+                "one length."
+            )
         # Compute what each shift gives for all rows, and pick.
         outputs = {}
         for by in set(shifts):

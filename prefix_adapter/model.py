@@ -16,7 +16,8 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .check import check_tensors, find_embeddings, tensors_of
-from .layer import LAYER_NAME, PREFIX, PrefixTuningV2Layer
+from .config import PrefixTuningV2Config
+from .layer import LAYER_NAME, NAME_TAKEN, PREFIX, PrefixTuningV2Layer
 from .rollback import drop_adapter, drop_unfinished
 from .rows import Row, check_names
 
@@ -49,7 +50,15 @@ class PrefixTuningV2Model(BaseTuner):
         _drop_unfinished(model)
         if isinstance(peft_config, dict):
             _prepare_task(model, peft_config[adapter_name])
+        theirs = getattr(model, "peft_config", None)
+        if _is_taken(theirs, adapter_name):
+            if not isinstance(model, PeftModel):
+                raise ValueError(NAME_TAKEN.format(adapter_name))
+            # PEFT would have both tuners share one dictionary, and lose the other's configuration.
+            vars(self)["peft_config"] = {}
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        if self.peft_config is not theirs and theirs is not None:
+            model.peft_config = theirs
 
     @property
     def prefix_layer(self) -> PrefixTuningV2Layer:
@@ -65,45 +74,34 @@ class PrefixTuningV2Model(BaseTuner):
             first = not hasattr(model, LAYER_NAME)
             layer = PrefixTuningV2Layer(model) if first else getattr(model, LAYER_NAME)
             known = adapter_name in layer.adapter_names
+            _check_heads(model, layer, adapter_name, config)
             layer.update_layer(adapter_name, config)
+            layer.configs = self.peft_config
+            if first:
+                if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+                    # PEFT freezes a base in which it finds no tuner layer yet, and will find this one.
+                    model.requires_grad_(False)
+                model.add_module(LAYER_NAME, layer)
+                _warn_of_gaps(model, layer)
+            # Those of other methods, before PEFT adds or activates one.
+            adopt_heads(model, layer)
+            # PEFT's own loop replaces no module of this method, and does the housekeeping.
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            adopt_heads(model, layer)
         except BaseException:
             if layer is not None and not known:
                 drop_adapter(layer, adapter_name)
             # PEFT has noted the adapter before it was made.
             self.peft_config.pop(adapter_name, None)
             raise
-        if first:
-            if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-                # PEFT freezes a base in which it finds no tuner layer yet, and will find this one.
-                model.requires_grad_(False)
-            model.add_module(LAYER_NAME, layer)
-            if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "encoder" not in layer.kinds:
-                warnings.warn(
-                    f"The encoder's attention in {type(model).__name__} cannot take a prefix; {sorted(layer.kinds)} "
-                    "attention gets one.",
-                    stacklevel=2,
-                )
-            if layer.layers_without:
-                warnings.warn(
-                    f"Layers {layer.layers_without} of {type(model).__name__} keep no keys and values of their own "
-                    "(state-space, convolution, linear or shared attention) and get no prefix; the others do.",
-                    stacklevel=2,
-                )
-        # PEFT's own loop replaces no module of this method, and does the housekeeping.
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's, which looks for a method's layers in all of the model: this one has one, and the heads."""
-        if self.prefix_layer.runs_elsewhere():
-            self._adopt_heads()
+        # Another method may have added heads since.
+        adopt_heads(self.model, self.prefix_layer)
         for module in [*_heads(self.model), self.prefix_layer]:
             set_adapter(module, adapter_name, inference_mode, layer_cls=self.tuner_layer_cls)
         self.active_adapter = adapter_name
-
-    def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        if self.prefix_layer.runs_elsewhere():
-            self._adopt_heads()
-        super()._enable_adapter_layers(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's.
@@ -201,16 +199,9 @@ class PrefixTuningV2Model(BaseTuner):
         layer, names, count = self.prefix_layer, kwargs.get("adapter_names"), False
         if names is not None:
             names, count = self._check_adapter_names(names, args, kwargs)
-            self._adopt_heads()
+            adopt_heads(self.model, layer)
         with layer.call_with(names, count):
             yield
-
-    def _adopt_heads(self) -> None:
-        """Have the heads, from now on, do what the call of the thread says that calls them."""
-        for head in _heads(self.model):
-            if type(head) is ModulesToSaveWrapper:
-                head.__class__ = HeadOfRows
-                vars(head)["prefix_layer"] = (self.prefix_layer,)
 
     def _check_adapter_names(
         self, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -240,6 +231,12 @@ def _drop_unfinished(model: nn.Module) -> None:
         drop_unfinished(layer)
 
 
+def _is_taken(configs: Any, adapter_name: str) -> bool:
+    """Whether an adapter of another method has the name."""
+    config = configs.get(adapter_name) if isinstance(configs, dict) else None
+    return config is not None and not isinstance(config, PrefixTuningV2Config)
+
+
 def _prepare_task(model: nn.Module, config: Any) -> None:
     """Meet what PEFT's models for a task would stumble over when the adapter is in the model already."""
     if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
@@ -264,14 +261,91 @@ def _heads(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-class HeadOfRows(ModulesToSaveWrapper):
-    """PEFT's wrapper of a task head, for batches in which each row has an adapter of its own, and for threads.
+def _warn_of_gaps(model: nn.Module, layer: PrefixTuningV2Layer) -> None:
+    """Say which attention and which layers of a model get no prefix."""
+    name = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "encoder" not in layer.kinds:
+        warnings.warn(
+            f"The encoder's attention in {name} cannot take a prefix; {sorted(layer.kinds)} attention gets one.",
+            stacklevel=3,
+        )
+    if layer.layers_without:
+        warnings.warn(
+            f"Layers {layer.layers_without} of {name} keep no keys and values of their own (state-space, convolution, "
+            "linear or shared attention) and get no prefix; the others do.",
+            stacklevel=3,
+        )
 
-    PEFT's own does the former for a few kinds of modules, if all adapters have a head, and if the active one has.
+
+def _check_heads(model: nn.Module, layer: PrefixTuningV2Layer, adapter_name: str, config: Any) -> None:
+    """Refuse a head of an adapter where an adapter of another method has one, before anything is changed.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    endings = tuple(config.modules_to_save or ())
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and endings and name.endswith(endings):
+            others = [other for other in module.modules_to_save if other not in layer.adapters]
+            if others:
+                raise _two_heads(adapter_name, module, others[0])
+
+
+def _two_heads(adapter_name: str, head: ModulesToSaveWrapper, other: str) -> ValueError:
+    return ValueError(
+        f"Adapter {adapter_name!r} brings a head ({type(head.original_module).__name__}) that adapter {other!r} of "
+        "another PEFT method has already, and only one could be in effect. Leave out `task_type` and "
+        "`modules_to_save` in one of their configurations."
+    )
+
+
+def adopt_heads(model: nn.Module, layer: PrefixTuningV2Layer) -> None:
+    """Make PEFT's wrappers of heads such as know of prefixes."""
+    for head in _heads(model):
+        if type(head) is ModulesToSaveWrapper:
+            head.__class__ = PrefixHeadWrapper
+            vars(head)["prefix_layer"] = (layer,)
+
+
+class PrefixHeadWrapper(ModulesToSaveWrapper):
+    """PEFT's wrapper of a task head, in a model with a prefix.
+
+    - In a mixed batch each row gets its own adapter's head. PEFT's wrapper does so for a few kinds of modules, if all
+      adapters have a head, and if the active one has.
+    - A call keeps the head with which it began, whatever another thread activates.
+    - Beside an adapter of another method (LoRA): the head of the one stays active when the other is activated. PEFT's
+      wrapper would have no active adapter then, and take the base model's untrained head.
     """
 
     # In a tuple, or it would become a child.
     prefix_layer: tuple[PrefixTuningV2Layer]
+
+    def update(self, adapter_name: str, tied_module: nn.Module | None = None, **kwargs: Any) -> None:
+        """Add an adapter's head.
+
+        Raises:
+            ValueError: if an adapter of another method has one: only one of the two could be trained.
+        """
+        (layer,) = self.prefix_layer
+        ours = adapter_name in layer.adapters
+        others = [name for name in self.modules_to_save if (name in layer.adapters) != ours]
+        if others and adapter_name not in self.modules_to_save:
+            raise _two_heads(adapter_name, self, others[0])
+        super().update(adapter_name, tied_module, **kwargs)
+
+    def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
+        """The head to activate, for names of adapters; `None` for the base model's."""
+        (layer,) = self.prefix_layer
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        active = next(iter(self.active_adapters), None)
+        absent = not any(name in self.modules_to_save for name in names)
+        if (
+            active is not None
+            and absent
+            and {name in layer.adapters for name in names} == {active not in layer.adapters}
+        ):
+            return active
+        return super().check_set_adapter(adapter_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the head of each row gives, or the active adapter's; the arguments are those of the head.
@@ -296,5 +370,7 @@ class HeadOfRows(ModulesToSaveWrapper):
         return torch.stack(padded)
 
     def _head_of(self, row: Row) -> nn.Module:
-        own = self.modules_to_save
-        return next((own[name] for name in row if name in own), self.original_module)
+        (layer,) = self.prefix_layer
+        names = [*row, *(name for name in self.active_adapters if name not in layer.adapters)]
+        heads = self.modules_to_save
+        return next((heads[name] for name in names if name in heads), self.original_module)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import CACHE_ARGUMENTS, Call
-from .probe import PROBE_LENGTH, innermost, is_count, parameter_names
+from .probe import PROBE_LENGTH, innermost, input_embeddings, is_count, parameter_names
 
 _IDS, _TABLE = "position_ids", "input"
 # The number of tokens before, for modules that count positions themselves: `cache_length` from transformers 5.24 on.
@@ -122,8 +122,7 @@ class PositionProbe:
         self._tables: dict[str, PositionTarget] = {}
         # Those of `_named` that were called.
         self._called: dict[str, PositionTarget] = {}
-        get_embeddings: Any = getattr(model, "get_input_embeddings", None)
-        self._width = getattr(get_embeddings() if get_embeddings else None, "embedding_dim", None)
+        self._width = getattr(input_embeddings(model), "embedding_dim", None)
         self._named = {
             name: module
             for name, module in modules.items()

@@ -64,11 +64,18 @@ def _ordinary_token(model: nn.Module) -> int:
     return next(token for token in range(len(special) + 1) if token not in special)
 
 
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The model's embeddings of token ids; `None` if it has none, or several and no word for them (CANINE)."""
+    try:
+        get_embeddings: Any = getattr(model, "get_input_embeddings", None)
+        return get_embeddings() if get_embeddings is not None else None
+    except NotImplementedError:
+        return None
+
+
 def _inputs(model: nn.Module, backbone: nn.Module) -> dict[str, Any]:
     names = parameter_names(backbone)
-    get_embeddings = getattr(model, "get_input_embeddings", None)
-    embeddings = get_embeddings() if get_embeddings is not None else None
-    weight = getattr(embeddings, "weight", None)
+    weight = getattr(input_embeddings(model), "weight", None)
     if weight is None:
         weight = next(model.parameters())
     ids = torch.full((1, PROBE_LENGTH), _ordinary_token(model), dtype=torch.long, device=weight.device)

@@ -252,7 +252,7 @@ def measure(args: argparse.Namespace, path: str) -> list[dict]:
     return results
 
 
-def report(args: argparse.Namespace, results: list[dict], others: float) -> str:
+def report(args: argparse.Namespace, results: list[dict], before: float) -> str:
     """The figures as a page."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, encoding="utf-8", check=False
@@ -271,8 +271,9 @@ def report(args: argparse.Namespace, results: list[dict], others: float) -> str:
         "distance of the fastest and slowest. Seconds: from sending a request to having its answer. Each answer was "
         "compared with the adapter's own, computed alone. One request in ten was a wrong one, to be refused with the "
         "right status; one in ten was given up by its client at once. Clients and servers share the cores. The "
-        f"machine's load average before the start was {others:.1f}. torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, commit {commit.stdout.strip()}.",
+        f"machine's load average was {before:.1f} before the start and {os.getloadavg()[0]:.1f} at the end, its own "
+        f"load included. torch {torch.__version__}, transformers {transformers.__version__}, commit "
+        f"{commit.stdout.strip()}. {args.note}".strip(),
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
@@ -298,14 +299,15 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1000, help="of a client in a turn at most")
     parser.add_argument("--seconds", type=float, default=8.0, help="of a turn")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--note", default="", help="for the page: which models, and what else the machine did")
     parser.add_argument("--report", type=Path, help="write the figures as a page")
     args = parser.parse_args()
     paths = [path for path, (option, *_) in CLASSES.items() if getattr(args, option)]
     if not paths:
         parser.error("give --classifier or --generator, or both")
-    others = os.getloadavg()[0]
+    before = os.getloadavg()[0]
     results = [result for path in paths for result in measure(args, path)]
-    page = report(args, results, others)
+    page = report(args, results, before)
     print(page)
     if args.report:
         args.report.write_text(page, encoding="utf-8")

@@ -229,7 +229,7 @@ def predict(
         The number of rows.
 
     Raises:
-        RecipeError: if there is no such adapter.
+        RecipeError: if there is no such adapter, or no such device.
         DataError: for the first row that cannot be answered, or if `target` is `source`; all rows before it are
             answered.
         FileExistsError: if `target` or `<target>.partial` exists.
@@ -241,8 +241,11 @@ def predict(
     answers = _Answers(None if str(target) == "-" else Path(target))
     answers.check(source, overwrite)
     recipe, task, trained = load_trained(adapter, model, revision, config=config, trust_remote_code=trust_remote_code)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    trained.to(place)
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        trained.to(place)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise RecipeError(f"`device`: nothing can be computed on {device!r}: {str(error).splitlines()[0]}") from error
     with answers.writing(overwrite), _reading(source) as lines:
         rows = _rows(lines, str(source), task, recipe.data.columns)
         problem: DataError | None = None

@@ -163,7 +163,12 @@ def mixed_shifts(case: Case) -> None:
     names = ["default", "longer", "__base__"]
     with torch.no_grad():
         inputs = case.inputs(model, batch=3)
-        mixed = outputs_mixed(model, inputs, names)
+        try:
+            mixed = outputs_mixed(model, inputs, names)
+        except ValueError as error:
+            if "cannot share a batch" in str(error):
+                raise Skip("one set of positions for all rows: refused") from error
+            raise
         for row, name in enumerate(names[:2]):
             model.set_adapter(name)
             close(mixed[row], outputs(model, inputs)[row], f"row with {name}")

@@ -96,6 +96,18 @@ def test_cells_of_a_table_are_texts_as_they_are_written(kind, where, write):
 
 
 @pytest.mark.parametrize("where", ["file", "folder"])
+@pytest.mark.parametrize(
+    "cells",
+    [("01", "1"), ("0.0", "1.0"), ("NA", "null"), ("nan", "NaN"), ("True", "false"), ("2020-01-01", "2021-02-03")],
+)
+def test_a_column_of_one_kind_stays_texts(cells, where, write):
+    """Readers that guess look at whole columns."""
+    path = write("folder/train.csv", "text,label\n" + "".join(f"{cell},{cell}\n" for cell in cells))
+    rows = read(path) if where == "file" else list(load_rows(Data(path=os.path.dirname(path)), "train"))
+    assert rows == [{"text": cell, "label": cell} for cell in cells]
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
 def test_an_empty_cell_is_missing(where, write):
     path = write("folder/train.csv", 'text,label\na,1\nb,\n"",2\n')
     rows = (
