@@ -82,6 +82,25 @@ class _WideMask:
     used: bool = False
 
 
+def in_place(model: nn.Module) -> nn.Module:
+    """A model that `torch.compile` has wrapped, compiled in place instead, as `model.compile()` does it.
+
+    Then names of modules, and of saved tensors, are those of the model.
+    """
+    # torch has no public names for the wrapped model, for the compiler with its settings, and for what it makes.
+    inner, compiler = getattr(model, "_orig_mod", None), vars(model).get("dynamo_ctx")
+    if inner is None or compiler is None:
+        return model
+    inner._compiled_call_impl = compiler(inner._call_impl)
+    return inner
+
+
+def _forget_graphs(model: nn.Module) -> None:
+    """Have what is compiled in a model be compiled anew: graphs do not notice that hooks come or go."""
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+        torch.compiler.reset()
+
+
 def _check_undivided(model: nn.Module) -> None:
     """Refuse tensor parallelism, where a process has some of the heads, and its prefix would be taken for the whole.
 
@@ -149,6 +168,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self._hooked: set[int] = set()
         self._removed = False
         self._hook(model)
+        _forget_graphs(model)
 
     @property
     def model(self) -> nn.Module:
@@ -583,6 +603,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
                 else:
                     setattr(module, name, before)
         self._watch.release(self.model)
+        _forget_graphs(self.model)
 
     def _note_replica(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not self.model:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .check import check_tensors, tensors_of
 from .config import PrefixTuningV2Config
-from .layer import LAYER_NAME, PREFIX, PrefixTuningV2Layer
+from .layer import LAYER_NAME, PREFIX, PrefixTuningV2Layer, in_place
 from .rows import Row, check_names
 from .undo import all_or_nothing, of_this_package
 
@@ -48,6 +48,7 @@ class PrefixTuningV2Model(BaseTuner):
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
         with all_or_nothing(model):
             of_this_package()
+            model = in_place(model)
             if isinstance(peft_config, dict):
                 _prepare_task(model, peft_config[adapter_name])
             theirs = getattr(model, "peft_config", None)
