@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, update_wrapper
 from typing import Any
@@ -177,8 +177,13 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     # ---- Adapters
 
-    def update_layer(self, adapter_name: str, config: PrefixTuningV2Config) -> None:
+    def update_layer(self, adapter_name: str, config: PrefixTuningV2Config, on_meta: bool = False) -> None:
         """Add the parameters of a new adapter, where the first layer that it fills is.
+
+        Args:
+            adapter_name: its name.
+            config: its configuration.
+            on_meta: whether to make the parameters on the meta device, to be loaded later.
 
         Raises:
             ValueError: if `config` names a layer or a kind of attention that the model does not have, was made for a
@@ -197,7 +202,8 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         shapes = PrefixEncoder.shapes(config.num_virtual_tokens, end, hidden_size, width)
         check_size(self.model, shapes.values())
         self._check_file(adapter_name, config, {name: Spec(shape, home.dtype) for name, shape in shapes.items()})
-        encoder = PrefixEncoder.new(config.num_virtual_tokens, end, config.init_std, hidden_size, width)
+        with torch.device("meta") if on_meta else nullcontext():
+            encoder = PrefixEncoder.new(config.num_virtual_tokens, end, config.init_std, hidden_size, width)
         device = next((p.device for p in home.module.parameters()), None)
         # A new layer is in training mode, and what is loaded to be trained, as PEFT's other methods are.
         training = self.training or (config.source is not None and not config.inference_mode)

@@ -66,22 +66,32 @@ class PrefixTuningV2Model(BaseTuner):
         """The layer that holds all prefixes."""
         return getattr(self.model, LAYER_NAME)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
         """Add an adapter to `model`; PEFT calls this for the first and for every further one."""
         with all_or_nothing(self):
             of_this_package()
             try:
-                self._inject(model, adapter_name, *args, **kwargs)
+                self._inject(model, adapter_name, low_cpu_mem_usage)
+                # PEFT's own loop replaces no module of this method, and does the housekeeping.
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+                adopt_heads(model, self.prefix_layer)
             except BaseException:
                 # PEFT has noted the adapter before it was made.
                 self.peft_config.pop(adapter_name, None)
                 raise
 
-    def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def _inject(self, model: nn.Module, adapter_name: str, on_meta: bool) -> None:
         config: Any = self.peft_config[adapter_name]
         first = not hasattr(model, LAYER_NAME)
         layer = PrefixTuningV2Layer(model) if first else getattr(model, LAYER_NAME)
-        layer.update_layer(adapter_name, config)
+        layer.update_layer(adapter_name, config, on_meta)
         if first:
             if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
                 # PEFT freezes a base in which it finds no tuner layer yet, and will find this one.
@@ -100,9 +110,6 @@ class PrefixTuningV2Model(BaseTuner):
                     stacklevel=3,
                 )
         # Those of other methods, before PEFT adds or activates one.
-        adopt_heads(model, layer)
-        # PEFT's own loop replaces no module of this method, and does the housekeeping.
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
         adopt_heads(model, layer)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:

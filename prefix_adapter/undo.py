@@ -63,11 +63,18 @@ class _Snapshot:
 
 
 class _Thread(threading.local):
-    """The models that this thread is adding an adapter to, and whether it is one of this package."""
+    """What this thread is adding.
+
+    Attributes:
+        models: the models that are changed, from the outside in.
+        ours: whether the adapter is one of this package.
+        options: what the caller asked for that an adapter of this package does not have.
+    """
 
     def __init__(self) -> None:
         self.models: list[nn.Module] = []
         self.ours = False
+        self.options: list[str] = []
 
 
 _thread = _Thread()
@@ -97,12 +104,29 @@ def all_or_nothing(model: nn.Module, adapter_name: str | None = None) -> Iterato
         raise
     finally:
         _thread.models.remove(model)
-        _thread.ours = _thread.ours and bool(_thread.models)
+        if not _thread.models:
+            _thread.ours, _thread.options = False, []
 
 
 def of_this_package() -> None:
-    """What this thread is adding or loading is an adapter of this package."""
+    """What this thread is adding or loading is an adapter of this package.
+
+    Raises:
+        ValueError: if the caller asked for something that there is not for such an adapter.
+    """
     _thread.ours = bool(_thread.models)
+    if _thread.options:
+        raise ValueError(
+            f"{' and '.join(f'`{name}`' for name in _thread.options)} cannot be used for a prefix adapter: all of its "
+            "tensors must have the names and sizes that the model gives them. Load it without."
+        )
+
+
+def _unsupported(given: dict[str, Any]) -> list[str]:
+    """The options of loading, by the arguments of a call, that an adapter of this package does not have."""
+    config = given.get("load_config")
+    everything = {**(vars(config) if config is not None else {}), **given, **given.get("kwargs", {})}
+    return [name for name in ("ignore_mismatched_sizes", "key_mapping") if everything.get(name)]
 
 
 def _guard(owner: Any, name: str, argument: str, done: Callable[[nn.Module], None]) -> None:
@@ -121,7 +145,10 @@ def _guard(owner: Any, name: str, argument: str, done: Callable[[nn.Module], Non
         if not isinstance(model, nn.Module):
             return function(*args, **kwargs)
         known = adapter_name in (getattr(model, "peft_config", None) or {}) if argument == "self" else False
+        outermost = not _thread.models
         with all_or_nothing(model, adapter_name if known else None):
+            if outermost:
+                _thread.options = _unsupported(given)
             if getattr(model, "peft_type", None) == PrefixTuningV2Type.PREFIX_TUNING_V2:
                 of_this_package()
             result = function(*args, **kwargs)
