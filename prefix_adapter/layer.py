@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, update_wrapper
 from typing import Any
@@ -84,17 +84,36 @@ class _Calls:
 
 @dataclass(eq=False)
 class _WideMask:
-    """A module's own mask with room for a prefix, on its way from the hook that makes it to the forward that needs it.
+    """How much wider a module's own mask has to be: from the hook that knows it to the forward that needs it.
 
     Attributes:
         module: the module that is called: the target, or a replica of it.
-        mask: bool `[1, 1, tokens, keys]`.
+        length: of the prefix.
         used: whether the forward has put it in place.
     """
 
     module: nn.Module
-    mask: Tensor
+    length: int
     used: bool = False
+
+
+def in_place(model: nn.Module) -> nn.Module:
+    """A model that `torch.compile` has wrapped, compiled in place instead, as `model.compile()` does it.
+
+    Then names of modules, and of saved tensors, are those of the model.
+    """
+    # torch has no public names for the wrapped model, for the compiler with its settings, and for what it makes.
+    inner, compiler = getattr(model, "_orig_mod", None), vars(model).get("dynamo_ctx")
+    if inner is None or compiler is None:
+        return model
+    inner._compiled_call_impl = compiler(inner._call_impl)
+    return inner
+
+
+def _forget_graphs(model: nn.Module) -> None:
+    """Have what is compiled in a model be compiled anew: graphs do not notice that hooks come or go."""
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+        torch.compiler.reset()
 
 
 def _check_undivided(model: nn.Module) -> None:
@@ -172,6 +191,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         except BaseException:
             self.remove_hooks()
             raise
+        _forget_graphs(model)
 
     @property
     def model(self) -> nn.Module:
@@ -212,8 +232,13 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         if entry is not None and entry.is_loaded(self.encoder_of(adapter_name).parameters()):
             self._unfinished.pop(adapter_name, None)
 
-    def update_layer(self, adapter_name: str, config: PrefixTuningV2Config) -> None:
+    def update_layer(self, adapter_name: str, config: PrefixTuningV2Config, on_meta: bool = False) -> None:
         """Add the parameters of a new adapter, where the first layer that it fills is.
+
+        Args:
+            adapter_name: its name.
+            config: its configuration.
+            on_meta: whether to make the parameters on the meta device, to be loaded later.
 
         Raises:
             ValueError: if `config` names a layer or a kind of attention that the model does not have, was made for a
@@ -236,7 +261,8 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         embeddings = self._check_file(
             adapter_name, config, {name: Spec(shape, home.dtype) for name, shape in shapes.items()}
         )
-        encoder = PrefixEncoder.new(config.num_virtual_tokens, end, config.init_std, hidden_size, width)
+        with torch.device("meta") if on_meta else nullcontext():
+            encoder = PrefixEncoder.new(config.num_virtual_tokens, end, config.init_std, hidden_size, width)
         device = next((p.device for p in home.module.parameters()), None)
         # A new layer is in training mode, and what is loaded to be trained, as PEFT's other methods are.
         training = self.training or (config.source is not None and not config.inference_mode)
@@ -664,6 +690,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
                 else:
                     setattr(module, name, before)
         self._watch.release(self.model)
+        _forget_graphs(self.model)
 
     def _note_replica(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not self.model:
@@ -791,8 +818,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
         put_in_front(call, target, self.model, plan.length, plan.visible, prefix_of, forward.memo)
         if target.own_mask is not None:
-            own = getattr(module, target.own_mask)
-            wide = _WideMask(module, F.pad(own, (plan.length, 0, plan.length, 0), value=True))
+            wide = _WideMask(module, plan.length)
             call.kwargs["wide_mask"] = wide
         return tuple(call.args), call.kwargs
 
@@ -815,7 +841,8 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             return run(*args, **kwargs)
         own = getattr(wide.module, target.own_mask)
         try:
-            setattr(wide.module, target.own_mask, wide.mask)
+            # Made here, under the lock: outside of it, another thread may have widened the mask.
+            setattr(wide.module, target.own_mask, F.pad(own, (wide.length, 0, wide.length, 0), value=True))
             wide.used = True
             return run(*args, **kwargs)
         finally:

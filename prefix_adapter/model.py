@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .check import check_tensors, find_embeddings, tensors_of
 from .config import PrefixTuningV2Config
-from .layer import LAYER_NAME, NAME_TAKEN, PREFIX, PrefixTuningV2Layer
+from .layer import LAYER_NAME, NAME_TAKEN, PREFIX, PrefixTuningV2Layer, in_place
 from .rollback import drop_adapter, drop_unfinished
 from .rows import Row, check_names
 
@@ -47,6 +47,7 @@ class PrefixTuningV2Model(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
         # Before PEFT takes the configs that it finds in the model for those of adapters beside this one.
+        model = in_place(model)
         _drop_unfinished(model)
         if isinstance(peft_config, dict):
             _prepare_task(model, peft_config[adapter_name])
@@ -65,7 +66,14 @@ class PrefixTuningV2Model(BaseTuner):
         """The layer that holds all prefixes."""
         return getattr(self.model, LAYER_NAME)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
         """Add an adapter to `model`; PEFT calls this for the first and for every further one."""
         config: Any = self.peft_config[adapter_name]
         first, layer, known = True, None, False
@@ -75,7 +83,7 @@ class PrefixTuningV2Model(BaseTuner):
             layer = PrefixTuningV2Layer(model) if first else getattr(model, LAYER_NAME)
             known = adapter_name in layer.adapter_names
             _check_heads(model, layer, adapter_name, config)
-            layer.update_layer(adapter_name, config)
+            layer.update_layer(adapter_name, config, low_cpu_mem_usage)
             layer.configs = self.peft_config
             if first:
                 if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -86,7 +94,7 @@ class PrefixTuningV2Model(BaseTuner):
             # Those of other methods, before PEFT adds or activates one.
             adopt_heads(model, layer)
             # PEFT's own loop replaces no module of this method, and does the housekeeping.
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             adopt_heads(model, layer)
         except BaseException:
             if layer is not None and not known:
@@ -176,6 +184,9 @@ class PrefixTuningV2Model(BaseTuner):
             raise ValueError(f"Adapter {adapter_name!r} is a table already (`prefix_projection=False`).")
         self.prefix_layer.fold(adapter_name)
         config.prefix_projection, config.encoder_hidden_size = False, None
+
+    def unmerge_adapter(self) -> None:
+        """Do nothing, as PEFT's methods do for layers that are not merged: a prefix never is."""
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(

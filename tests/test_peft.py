@@ -657,6 +657,58 @@ def test_low_cpu_mem_usage(kind, projection, tmp_path):
     assert torch.equal(answers(trained, kind), expected)
 
 
+def injected(base, settings):
+    return inject_adapter_in_model(settings, base, "b", low_cpu_mem_usage=True)
+
+
+def added(base, settings):
+    model = get_peft_model(base, config(task_type="SEQ_CLS"))
+    model.add_adapter("b", settings, low_cpu_mem_usage=True)
+    model.set_adapter("b")
+    return model
+
+
+@pytest.mark.parametrize("make", [injected, added])
+def test_low_cpu_mem_usage_of_a_further_adapter(make, tmp_path):
+    """Only what is made is on the meta device; the backbone is looked at as ever."""
+    settings = {"prefix_projection": True, "encoder_hidden_size": 8, "modules_to_save": ["classifier"]}
+    trained = wrap("bert", MODELS["bert"], **settings)
+    trained.save_pretrained(tmp_path)
+    model = make(tiny.model("bert", MODELS["bert"]), config(**settings))
+    ours = {name: parameter for name, parameter in model.named_parameters() if f"{PREFIX}" in name and ".b." in name}
+    assert len(ours) == 5 and all(parameter.is_meta for parameter in ours.values())
+    assert not any(p.is_meta for name, p in model.named_parameters() if name not in ours)
+    weights = peft.utils.load_peft_weights(str(tmp_path), device="cpu")
+    if make is injected:  # PEFT's names are those in a `PeftModel`
+        weights = {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
+    missing = peft.set_peft_model_state_dict(model, weights, "b", low_cpu_mem_usage=True).missing_keys
+    assert not [name for name in missing if ".b." in name]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=tiny.ids()).logits, trained.eval()(input_ids=tiny.ids()).logits)
+
+
+@pytest.mark.parametrize("option", ["ignore_mismatched_sizes", "key_mapping"])
+def test_options_of_loading_that_there_are_not(option, tmp_path):
+    """PEFT takes them for every method; for a prefix they would be ignored, or half of it would stay random."""
+    trained = wrap("bert", MODELS["bert"], task_type="SEQ_CLS")
+    trained.save_pretrained(tmp_path)
+    given = {option: True if option == "ignore_mismatched_sizes" else {"bert": "bert"}}
+    base = tiny.model("bert", MODELS["bert"])
+    before = [name for name, _ in base.named_modules()]
+    with pytest.raises(ValueError, match=f"`{option}` cannot be used for a prefix adapter"):
+        PeftModel.from_pretrained(base, str(tmp_path), **given)
+    assert [name for name, _ in base.named_modules()] == before
+    for name in ("again", "default"):
+        with pytest.raises(ValueError, match=f"`{option}` cannot be used for a prefix adapter"):
+            trained.load_adapter(str(tmp_path), name, **given)
+    assert list(trained.peft_config) == ["default"]
+    # Other methods have them as before, and the next adapter of ours is not held against the last one's options.
+    lora = get_peft_model(tiny.model("bert", MODELS["bert"]), LoraConfig(r=2, target_modules=["query"]))
+    lora.save_pretrained(tmp_path / "lora")
+    PeftModel.from_pretrained(base, str(tmp_path / "lora"), **given)
+    PeftModel.from_pretrained(tiny.model("bert", MODELS["bert"]), str(tmp_path))
+
+
 def through_pickle(model):
     file = io.BytesIO()
     torch.save(model, file)
