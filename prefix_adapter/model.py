@@ -47,19 +47,24 @@ class PrefixTuningV2Model(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
         # Before PEFT takes the configs that it finds in the model for those of adapters beside this one.
-        model = in_place(model)
-        _drop_unfinished(model)
-        if isinstance(peft_config, dict):
-            _prepare_task(model, peft_config[adapter_name])
-        theirs = getattr(model, "peft_config", None)
-        if _is_taken(theirs, adapter_name):
-            if not isinstance(model, PeftModel):
-                raise ValueError(NAME_TAKEN.format(adapter_name))
-            # PEFT would have both tuners share one dictionary, and lose the other's configuration.
-            vars(self)["peft_config"] = {}
-        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-        if self.peft_config is not theirs and theirs is not None:
-            model.peft_config = theirs
+        outer, model = model, in_place(model)
+        try:
+            _drop_unfinished(model)
+            if isinstance(peft_config, dict):
+                _prepare_task(model, peft_config[adapter_name])
+            theirs = getattr(model, "peft_config", None)
+            if _is_taken(theirs, adapter_name):
+                if not isinstance(model, PeftModel):
+                    raise ValueError(NAME_TAKEN.format(adapter_name))
+                # PEFT would have both tuners share one dictionary, and lose the other's configuration.
+                vars(self)["peft_config"] = {}
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+            if self.peft_config is not theirs and theirs is not None:
+                model.peft_config = theirs
+        except BaseException:
+            if outer is not model:
+                model._compiled_call_impl = None
+            raise
 
     @property
     def prefix_layer(self) -> PrefixTuningV2Layer:
@@ -297,7 +302,7 @@ def _check_heads(model: nn.Module, layer: PrefixTuningV2Layer, adapter_name: str
     endings = tuple(config.modules_to_save or ())
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and endings and name.endswith(endings):
-            others = [other for other in module.modules_to_save if other not in layer.adapters]
+            others = [other for other in module.modules_to_save if other not in layer.adapter_names]
             if others:
                 raise _two_heads(adapter_name, module, others[0])
 
@@ -338,8 +343,8 @@ class PrefixHeadWrapper(ModulesToSaveWrapper):
             ValueError: if an adapter of another method has one: only one of the two could be trained.
         """
         (layer,) = self.prefix_layer
-        ours = adapter_name in layer.adapters
-        others = [name for name in self.modules_to_save if (name in layer.adapters) != ours]
+        ours = adapter_name in layer.adapter_names
+        others = [name for name in self.modules_to_save if (name in layer.adapter_names) != ours]
         if others and adapter_name not in self.modules_to_save:
             raise _two_heads(adapter_name, self, others[0])
         super().update(adapter_name, tied_module, **kwargs)
@@ -353,7 +358,7 @@ class PrefixHeadWrapper(ModulesToSaveWrapper):
         if (
             active is not None
             and absent
-            and {name in layer.adapters for name in names} == {active not in layer.adapters}
+            and {name in layer.adapter_names for name in names} == {active not in layer.adapter_names}
         ):
             return active
         return super().check_set_adapter(adapter_name)
@@ -382,6 +387,6 @@ class PrefixHeadWrapper(ModulesToSaveWrapper):
 
     def _head_of(self, row: Row) -> nn.Module:
         (layer,) = self.prefix_layer
-        names = [*row, *(name for name in self.active_adapters if name not in layer.adapters)]
+        names = [*row, *(name for name in self.active_adapters if name not in layer.adapter_names)]
         heads = self.modules_to_save
         return next((heads[name] for name in names if name in heads), self.original_module)
