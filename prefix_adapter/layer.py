@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .attention import AttentionTarget, Call, Slot, make_room, put_in_front
 from .check import (
@@ -29,7 +30,7 @@ from .check import (
 )
 from .config import PrefixTuningV2Config
 from .encoder import Pair, PrefixEncoder, split_layers
-from .find import find_targets
+from .find import UnsupportedBackboneError, find_targets
 from .positions import counting_module, positions_behind_padding
 from .probe import parameter_names
 from .rollback import Unfinished, drop_unfinished
@@ -116,6 +117,21 @@ def _forget_graphs(model: nn.Module) -> None:
         torch.compiler.reset()
 
 
+def _point_inside(model: nn.Module, error: UnsupportedBackboneError) -> None:
+    """Have the error for somebody's own module around transformers models say what to wrap instead."""
+    parts: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and not name.startswith(tuple(f"{part}." for part in parts)):
+            parts[name] = module
+    if parts and "" not in parts:
+        name, part = next(iter(parts.items()))
+        error.args = (
+            f"{type(model).__name__} is a module around {type(part).__name__} (`{name}`), and cannot be tried out "
+            f"with token ids alone. Add the adapter to the model inside: `model.{name} = get_peft_model(model.{name}, "
+            f"config)`. What came of trying: {error}",
+        )
+
+
 def _check_undivided(model: nn.Module) -> None:
     """Refuse tensor parallelism, where a process has some of the heads, and its prefix would be taken for the whole.
 
@@ -161,7 +177,11 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     def __init__(self, model: nn.Module):
         super().__init__()
         _check_undivided(model)
-        found = find_targets(model)
+        try:
+            found = find_targets(model)
+        except UnsupportedBackboneError as error:
+            _point_inside(model, error)
+            raise
         self.targets, self.followers, self.positions = found.targets, found.followers, found.positions
         self._adapters: dict[str, Adapter] = {}
         # Those that PEFT or transformers has yet to read the weights of.
@@ -171,6 +191,8 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self._active_adapter: list[str] = []
         # The configurations that PEFT keeps for the model, by adapter.
         self.configs: dict[str, Any] = {}
+        # PEFT's `disable_input_dtype_casting` switches it in every tuner layer; a prefix has no input.
+        self.cast_input_dtype_enabled = True
         self._calls = _Calls()
         self._ready: dict[str, tuple[Any, dict[Slot, Pair]]] = {}
         # A generation asks for the same plans at every token. Those of mixed batches are kept in the `RowCall`.
@@ -405,6 +427,9 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
                 if module is not None:
                     module.to(device)
 
+    def unmerge(self) -> None:
+        """Do nothing: a prefix is never merged (see `PrefixTuningV2Model.merge_and_unload`)."""
+
     @property
     def weight(self) -> Tensor:
         """BaseTunerLayer looks for a base layer here, and would not stop."""
@@ -596,7 +621,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         encoder = self.encoder_of(adapter_name)
         parameters = encoder.parameters()
         learns = (encoder.output is not None or torch.is_grad_enabled()) and any(p.requires_grad for p in parameters)
-        if learns or torch.compiler.is_compiling():
+        if learns or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
         return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
 
@@ -704,6 +729,9 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         if self._unfinished and not compiling:
             drop_unfinished(self)
         run = self._unwrapped(entry, module)
+        if torch.jit.is_tracing():
+            # Each trace of a model is to be the same: `torch.jit.trace` makes two, and compares them.
+            self._forget_plans()
         rows: list[Row] = [()] if self._removed else self._rows()
         forward = Forward(rows)
         if compiling:

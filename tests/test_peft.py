@@ -4,6 +4,7 @@ import copy
 import io
 
 import peft
+import peft.helpers
 import pytest
 import tiny
 import torch
@@ -832,3 +833,70 @@ def test_registered_with_peft():
     model = wrap("bert")
     assert type(model) is PeftModel and isinstance(model.base_model, prefix_adapter.PrefixTuningV2Model)
     assert type(wrap("bert", MODELS["bert"], task_type="SEQ_CLS")) is peft.PeftModelForSequenceClassification
+
+
+# ---- What PEFT and torch do with every adapter
+
+
+class Around(torch.nn.Module):
+    """A module of somebody's own around a backbone, with arguments of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.out = tiny.model("bert"), torch.nn.Linear(tiny.HIDDEN, 3)
+
+    def forward(self, ids, mask):
+        return self.out(self.encoder(input_ids=ids, attention_mask=mask)[0][:, 0])
+
+
+def test_a_module_around_a_backbone():
+    with pytest.raises(prefix_adapter.UnsupportedBackboneError, match=r"Around is a module around BertModel") as error:
+        get_peft_model(Around(), config())
+    assert "`model.encoder = get_peft_model(model.encoder, config)`" in str(error.value)
+    model, ids = Around(), tiny.ids()
+    mask = torch.ones_like(ids)
+    before = model(ids, mask)
+    model.encoder = get_peft_model(model.encoder, config(init_std=1.0)).eval()
+    model(ids, mask).sum().backward()
+    assert differ(model(ids, mask), before)
+    assert [name for name, p in model.named_parameters() if p.grad is not None and PREFIX in name]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:You are trying to modify a model with PEFT", "ignore:Already found a `peft_config`"
+)
+@pytest.mark.parametrize("beside", [False, True])
+def test_unmerging_and_input_casting(beside):
+    """PEFT asks every tuner layer for both, those of a LoRA beside ours too."""
+    model = wrap("bert", MODELS["bert"])
+    if beside:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["query"]), "lora").eval()
+    expected = answers(model, "bert")
+    model.unmerge_adapter()
+    with peft.helpers.disable_input_dtype_casting(model):
+        assert torch.equal(answers(model, "bert"), expected)
+    assert torch.equal(answers(model, "bert"), expected)
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_jit_trace(projection, trainable, grad):
+    """`torch.jit.trace` makes two traces and compares them: nothing that the first leaves may be in the second."""
+    model = wrap("llama", MODELS["llama"], prefix_projection=projection)
+    model.requires_grad_(trainable)
+    answers(model, "llama")
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(Logits(model), (tiny.ids(),))
+    other = tiny.ids(seed=9)
+    torch.testing.assert_close(traced(other), model(input_ids=other).logits)
