@@ -167,3 +167,20 @@ def test_computed_positions_that_are_added_stay_the_backbones_own():
         with model.disable_adapter():
             model(input_ids=ids, attention_mask=mask)
     assert torch.equal(*seen)
+
+
+def test_a_generation_that_guesses_with_its_own_first_layers():
+    """`assistant_early_exit` tells the model to leave out its last layers for a while: they are not missed."""
+    model = wrapped("llama", "AutoModelForCausalLM", {"task_type": "CAUSAL_LM"})
+    ids = tiny.ids(1)
+    settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+    greedy = model.generate(input_ids=ids, **settings)
+    for layers in (1, 2):
+        assert torch.equal(model.generate(input_ids=ids, assistant_early_exit=layers, **settings), greedy)
+    with model.disable_adapter():
+        assert not torch.equal(model.generate(input_ids=ids, **settings), greedy)
+    # Layers that it was not told to leave out are missed as ever.
+    layer = model.base_model.model.model.layers[2]
+    layer.self_attn = copy.deepcopy(tiny.model("llama").layers[2].self_attn)
+    with pytest.raises(PrefixNotUsedError, match=r"model\.layers\.2\.self_attn"):
+        model(input_ids=ids)
