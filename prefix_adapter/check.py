@@ -447,8 +447,12 @@ def find_heads(
                 f"`modules_to_save` {_few(endings)} means {name} and a module around it. Use longer names."
             )
         heads[name] = module
+    own_heads = _PEFTS_HEADS.get(str(getattr(task_type, "value", task_type)), set())
+    if {"classifier", "score"} <= set(endings):
+        # PEFT's model for classification adds both to every adapter, whatever its own task type.
+        own_heads = own_heads | {"classifier", "score"}
     for ending in endings:
-        if ending in _PEFTS_HEADS.get(str(getattr(task_type, "value", task_type)), ()):
+        if ending in own_heads:
             continue
         if not any(name.endswith(ending) for name in heads):
             raise ValueError(_unmatched(model, ending, own))

@@ -688,28 +688,6 @@ def test_low_cpu_mem_usage_of_a_further_adapter(make, tmp_path):
         assert torch.equal(model.eval()(input_ids=tiny.ids()).logits, trained.eval()(input_ids=tiny.ids()).logits)
 
 
-@pytest.mark.parametrize("option", ["ignore_mismatched_sizes", "key_mapping"])
-def test_options_of_loading_that_there_are_not(option, tmp_path):
-    """PEFT takes them for every method; for a prefix they would be ignored, or half of it would stay random."""
-    trained = wrap("bert", MODELS["bert"], task_type="SEQ_CLS")
-    trained.save_pretrained(tmp_path)
-    given = {option: True if option == "ignore_mismatched_sizes" else {"bert": "bert"}}
-    base = tiny.model("bert", MODELS["bert"])
-    before = [name for name, _ in base.named_modules()]
-    with pytest.raises(ValueError, match=f"`{option}` cannot be used for a prefix adapter"):
-        PeftModel.from_pretrained(base, str(tmp_path), **given)
-    assert [name for name, _ in base.named_modules()] == before
-    for name in ("again", "default"):
-        with pytest.raises(ValueError, match=f"`{option}` cannot be used for a prefix adapter"):
-            trained.load_adapter(str(tmp_path), name, **given)
-    assert list(trained.peft_config) == ["default"]
-    # Other methods have them as before, and the next adapter of ours is not held against the last one's options.
-    lora = get_peft_model(tiny.model("bert", MODELS["bert"]), LoraConfig(r=2, target_modules=["query"]))
-    lora.save_pretrained(tmp_path / "lora")
-    PeftModel.from_pretrained(base, str(tmp_path / "lora"), **given)
-    PeftModel.from_pretrained(tiny.model("bert", MODELS["bert"]), str(tmp_path))
-
-
 def through_pickle(model):
     file = io.BytesIO()
     torch.save(model, file)
