@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .check import check_tensors, find_embeddings, tensors_of
 from .config import PrefixTuningV2Config
+from .find import UnsupportedBackboneError
 from .layer import LAYER_NAME, NAME_TAKEN, PREFIX, PrefixTuningV2Layer
 from .rollback import drop_adapter, drop_unfinished
 from .rows import Row, check_names
@@ -72,7 +73,7 @@ class PrefixTuningV2Model(BaseTuner):
         try:
             _drop_unfinished(model)
             first = not hasattr(model, LAYER_NAME)
-            layer = PrefixTuningV2Layer(model) if first else getattr(model, LAYER_NAME)
+            layer = _new_layer(model) if first else getattr(model, LAYER_NAME)
             known = adapter_name in layer.adapter_names
             _check_heads(model, layer, adapter_name, config)
             layer.update_layer(adapter_name, config)
@@ -225,6 +226,23 @@ class PrefixTuningV2Model(BaseTuner):
         return list(names), given is None
 
 
+def _new_layer(model: nn.Module) -> PrefixTuningV2Layer:
+    try:
+        return PrefixTuningV2Layer(model)
+    except UnsupportedBackboneError as error:
+        offloaded = any(hasattr(module, "_hf_hook") for module in model.modules()) or hasattr(model, "hf_device_map")
+        if not offloaded or not any(parameter.is_meta for parameter in model.parameters()):
+            raise
+        # It is no matter of the backbone: PEFT removes the hooks that read the weights before it loads an adapter.
+        raise ValueError(
+            f"Weights of {type(model).__name__} are offloaded to the disk, and nothing reads them while an adapter is "
+            "put in: `PeftModel.from_pretrained` cannot be used with such a base model. Load the base model anew, "
+            "without offloading to the disk, or by `from_pretrained(..., device_map=...)` and then use "
+            "`get_peft_model(base, PrefixTuningV2Config.from_pretrained(adapter))` and "
+            "`set_peft_model_state_dict(model, load_peft_weights(adapter))`."
+        ) from error
+
+
 def _drop_unfinished(model: nn.Module) -> None:
     layer = getattr(model, LAYER_NAME, None)
     if layer is not None:
@@ -286,7 +304,7 @@ def _check_heads(model: nn.Module, layer: PrefixTuningV2Layer, adapter_name: str
     endings = tuple(config.modules_to_save or ())
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and endings and name.endswith(endings):
-            others = [other for other in module.modules_to_save if other not in layer.adapters]
+            others = [other for other in module.modules_to_save if other not in layer.adapter_names]
             if others:
                 raise _two_heads(adapter_name, module, others[0])
 
@@ -327,8 +345,8 @@ class PrefixHeadWrapper(ModulesToSaveWrapper):
             ValueError: if an adapter of another method has one: only one of the two could be trained.
         """
         (layer,) = self.prefix_layer
-        ours = adapter_name in layer.adapters
-        others = [name for name in self.modules_to_save if (name in layer.adapters) != ours]
+        ours = adapter_name in layer.adapter_names
+        others = [name for name in self.modules_to_save if (name in layer.adapter_names) != ours]
         if others and adapter_name not in self.modules_to_save:
             raise _two_heads(adapter_name, self, others[0])
         super().update(adapter_name, tied_module, **kwargs)
@@ -342,7 +360,7 @@ class PrefixHeadWrapper(ModulesToSaveWrapper):
         if (
             active is not None
             and absent
-            and {name in layer.adapters for name in names} == {active not in layer.adapters}
+            and {name in layer.adapter_names for name in names} == {active not in layer.adapters}
         ):
             return active
         return super().check_set_adapter(adapter_name)
@@ -371,6 +389,6 @@ class PrefixHeadWrapper(ModulesToSaveWrapper):
 
     def _head_of(self, row: Row) -> nn.Module:
         (layer,) = self.prefix_layer
-        names = [*row, *(name for name in self.active_adapters if name not in layer.adapters)]
+        names = [*row, *(name for name in self.active_adapters if name not in layer.adapter_names)]
         heads = self.modules_to_save
         return next((heads[name] for name in names if name in heads), self.original_module)
