@@ -91,7 +91,8 @@ class Source:
             return Path(hf_hub_download(self.name, CONFIG_NAME, subfolder=self.subfolder, **self.options))
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"There is no folder {shorten(repr(self.name))}, and on the Hub: {shorten(str(error), 500)}"
+                f"There is no folder {shorten(repr(self.name))} with an {CONFIG_NAME}, and on the Hub: "
+                f"{shorten(str(error), 500)}"
             ) from error
 
     def weights(self) -> Path:

@@ -14,6 +14,8 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import save_file
 
+from .check import shorten
+
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from peft import PeftModel
@@ -146,12 +148,19 @@ def push_to_hub(
         The commit.
 
     Raises:
-        ValueError: if the folder holds no adapter.
+        ValueError: if the folder holds no adapter, or a link to something outside of it, which would be uploaded.
     """
     if isinstance(adapter, (str, os.PathLike)):
         missing = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (Path(adapter) / name).is_file()]
         if missing:
             raise ValueError(f"{adapter} holds no adapter: it has no {' and no '.join(missing)}.")
+        inside = Path(adapter).resolve()
+        out = [path for path in Path(adapter).rglob("*") if not path.resolve().is_relative_to(inside)]
+        if out:
+            raise ValueError(
+                f"{shorten(str(out[0]))} is a link to {shorten(str(out[0].resolve()))}, outside of the adapter's "
+                "folder, and that would be uploaded. Copy what is meant to be published, or remove the link."
+            )
     options = {"commit_message": "Upload prefix adapter", "ignore_patterns": _NOT_PUBLISHED, **kwargs}
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

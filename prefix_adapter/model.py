@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .check import check_tensors, find_embeddings, tensors_of
 from .config import PrefixTuningV2Config
+from .find import UnsupportedBackboneError
 from .layer import LAYER_NAME, NAME_TAKEN, PREFIX, PrefixTuningV2Layer, in_place
 from .rollback import drop_adapter, drop_unfinished
 from .rows import Row, check_names
@@ -85,7 +86,7 @@ class PrefixTuningV2Model(BaseTuner):
         try:
             _drop_unfinished(model)
             first = not hasattr(model, LAYER_NAME)
-            layer = PrefixTuningV2Layer(model) if first else getattr(model, LAYER_NAME)
+            layer = _new_layer(model) if first else getattr(model, LAYER_NAME)
             known = adapter_name in layer.adapter_names
             _check_heads(model, layer, adapter_name, config)
             layer.update_layer(adapter_name, config, low_cpu_mem_usage)
@@ -239,6 +240,23 @@ class PrefixTuningV2Model(BaseTuner):
             check_names(len(names), given.shape[0], replica=self.model is not self.prefix_layer.model)
         # Some of PEFT's models pass no inputs here: then the count is checked where the model is called.
         return list(names), given is None
+
+
+def _new_layer(model: nn.Module) -> PrefixTuningV2Layer:
+    try:
+        return PrefixTuningV2Layer(model)
+    except UnsupportedBackboneError as error:
+        offloaded = any(hasattr(module, "_hf_hook") for module in model.modules()) or hasattr(model, "hf_device_map")
+        if not offloaded or not any(parameter.is_meta for parameter in model.parameters()):
+            raise
+        # It is no matter of the backbone: PEFT removes the hooks that read the weights before it loads an adapter.
+        raise ValueError(
+            f"Weights of {type(model).__name__} are offloaded to the disk, and nothing reads them while an adapter is "
+            "put in: `PeftModel.from_pretrained` cannot be used with such a base model. Load the base model anew, "
+            "without offloading to the disk, or by `from_pretrained(..., device_map=...)` and then use "
+            "`get_peft_model(base, PrefixTuningV2Config.from_pretrained(adapter))` and "
+            "`set_peft_model_state_dict(model, load_peft_weights(adapter))`."
+        ) from error
 
 
 def _drop_unfinished(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from packaging import version
 from peft import LoraConfig, get_peft_model
 
-from prefix_adapter import PrefixTuningV2Config
+from prefix_adapter import PrefixTuningV2Config, push_to_hub
 
 TESTS = Path(__file__).parent
 ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -140,6 +140,19 @@ def test_card_on_the_hub(published, name):
     assert card.text.count(HEADING) == 1 and "import prefix_adapter\n" in card.text
     assert card.data.library_name == "peft" and card.data.base_model == "user/base"
     assert "prefix-adapter" in card.data.tags
+
+
+@pytest.mark.parametrize("name", ["README.md", "notes/more.txt"])
+def test_a_link_out_of_the_folder_is_not_uploaded(name, tmp_path):
+    """A stranger's folder might have one to a secret."""
+    save(tmp_path / "adapter", PrefixTuningV2Config(task_type="SEQ_CLS"))
+    (tmp_path / "secret").write_text("secret")
+    link = tmp_path / "adapter" / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"is a link to .*secret, outside of the adapter's folder"):
+        push_to_hub(tmp_path / "adapter", "user/stolen")
 
 
 # ---- The card in a folder

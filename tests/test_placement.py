@@ -5,6 +5,8 @@ import tiny
 import torch
 import transformers as tr
 from accelerate import dispatch_model
+from peft import set_peft_model_state_dict
+from peft.utils import load_peft_weights
 
 from prefix_adapter import PeftModel, PrefixTuningV2Config, get_peft_model
 
@@ -116,3 +118,28 @@ def test_a_dispatched_backbone(projection, folder, tmp_path):
         model.generate(input_ids=x, max_new_tokens=4, do_sample=False),
         whole.generate(input_ids=x, max_new_tokens=4, do_sample=False),
     )
+
+
+def test_a_backbone_that_transformers_has_put_on_the_disk(folder, tmp_path):
+    """PEFT takes the hooks off, whatever the method: the error says so, and what it advises works."""
+
+    def load():
+        places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+        places |= {"model.layers.2": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+        options = {"device_map": places, "offload_folder": str(tmp_path / "offload")}
+        return tr.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+    adapter, x = tmp_path / "adapter", tiny.ids()
+    whole = get_peft_model(
+        tr.AutoModelForCausalLM.from_pretrained(folder),
+        PrefixTuningV2Config(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS),
+    )
+    tiny.randomize(whole)
+    whole.save_pretrained(adapter)
+    with pytest.raises(ValueError, match=r"are offloaded to the disk.*get_peft_model\(base") as error:
+        PeftModel.from_pretrained(load(), adapter)
+    assert "cannot take a prefix" not in str(error.value)
+    model = get_peft_model(load(), PrefixTuningV2Config.from_pretrained(adapter))
+    set_peft_model_state_dict(model, load_peft_weights(adapter))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x).logits, whole.eval()(x).logits, atol=1e-5, rtol=1e-5)
