@@ -54,7 +54,8 @@ class PrefixTuningV2Model(BaseTuner):
             if isinstance(peft_config, dict):
                 _prepare_task(model, peft_config[adapter_name])
             theirs = getattr(model, "peft_config", None)
-            if _is_taken(theirs, adapter_name):
+            # `inject_adapter_in_model` passes no dictionary, and keeps both.
+            if isinstance(peft_config, dict) and _is_taken(theirs, adapter_name):
                 if not isinstance(model, PeftModel):
                     raise ValueError(NAME_TAKEN.format(adapter_name))
                 # PEFT would have both tuners share one dictionary, and lose the other's configuration.

@@ -179,7 +179,7 @@ def _keys_and_values(layer: PrefixTuningV2Layer, ids: list[int], start: int) -> 
         return hook
 
     def move(position: Any) -> Any:
-        return lambda module, args, kwargs: position.shift(start, args, kwargs)
+        return lambda module, args, kwargs: position.shift([start], None, args, kwargs)
 
     hooks = [(target.module, record(target)) for target in layer.targets]
     if start:

@@ -65,6 +65,8 @@ def environment(args):
         figures |= {"capability": list(torch.cuda.get_device_capability()), "cudnn": torch.backends.cudnn.version()}
         if shutil.which("nvidia-smi"):
             query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
-            figures["driver"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+            figures["driver"] = subprocess.run(
+                query, capture_output=True, encoding="utf-8", check=False
+            ).stdout.strip()
 
     yield "machine", call

@@ -224,12 +224,12 @@ def _train_by_command(figures, args, rows, folder):
     assert status == -signal.SIGKILL, f"the run ended before it was killed, with status {status}"
     command("train", "--resume", parts)
     for name in ("parts",) if args.tiny else ("parts", "whole"):
-        results = json.loads((folder / name / "results.json").read_text())
+        results = json.loads((folder / name / "results.json").read_text(encoding="utf-8"))
         figures[name] = {**results["validation"], "steps": results["steps"], "seconds": results["seconds"]}
         assert figures[name]["accuracy"] > 0.9, f"{name}: {figures[name]}"
     answers = folder / "answers.jsonl"
     command("predict", parts, str(folder / "validation.jsonl"), str(answers))
-    figures["answers"] = len(answers.read_text().splitlines())
+    figures["answers"] = len(answers.read_text(encoding="utf-8").splitlines())
     assert figures["answers"] == len(data["validation"])
     if not args.tiny:
         figures["bytes on the GPU"] = torch.cuda.max_memory_allocated()
