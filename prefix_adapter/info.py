@@ -6,7 +6,7 @@ import math
 import os
 from typing import Any
 
-from .check import Source, escape, open_weights
+from .check import Source, open_weights
 from .config import PrefixTuningV2Config
 from .convert import load_config
 from .layer import PREFIX
@@ -20,8 +20,8 @@ def describe(adapter: str | os.PathLike[str], revision: str | None = None) -> di
         revision: its revision on the Hub.
 
     Returns:
-        Its type, base model, task and settings, the bytes of its file, and the shape and dtype of each tensor. What
-        a terminal could take for a command is escaped.
+        Its type, base model, task and settings, the bytes of its file, and the shape and dtype of each tensor. The
+        texts are those of its author: escape them before a terminal gets them.
 
     Raises:
         ValueError: if there is no adapter, or its file is damaged.
@@ -33,7 +33,7 @@ def describe(adapter: str | os.PathLike[str], revision: str | None = None) -> di
         for name in file.keys():  # noqa: SIM118 (a handle, not a mapping)
             part = file.get_slice(name)
             shape = list(part.get_shape())
-            tensors[escape(name)] = {"shape": shape, "dtype": part.get_dtype()}
+            tensors[name] = {"shape": shape, "dtype": part.get_dtype()}
             parameters["prefix" if f".{PREFIX}" in name else "other"] += math.prod(shape)
     defaults = type(config)().to_dict()
     hidden = ("peft_type", "base_model_name_or_path", "task_type", "inference_mode", "auto_mapping", "peft_version")
@@ -46,19 +46,10 @@ def describe(adapter: str | os.PathLike[str], revision: str | None = None) -> di
         settings = {"num_virtual_tokens": config.num_virtual_tokens, **settings}
     return {
         "peft_type": str(getattr(config.peft_type, "value", config.peft_type)),
-        "base_model": _clean(config.base_model_name_or_path),
+        "base_model": config.base_model_name_or_path,
         "task_type": config.task_type and str(getattr(config.task_type, "value", config.task_type)),
-        "settings": _clean(settings),
+        "settings": settings,
         "parameters": parameters,
         "bytes": path.stat().st_size,
         "tensors": tensors,
     }
-
-
-def _clean(value: Any) -> Any:
-    """A value of somebody else's config, with all texts in it escaped."""
-    if isinstance(value, str):
-        return escape(value)
-    if isinstance(value, dict):
-        return {_clean(key): _clean(each) for key, each in value.items()}
-    return [_clean(each) for each in value] if isinstance(value, list) else value

@@ -556,8 +556,8 @@ def test_names_that_peft_adds_need_not_all_match():
         for kind in ("bert", "llama"):
             model = get_peft_model(tiny.model(kind, auto_class), PrefixTuningV2Config(task_type=task_type))
             assert set(model.peft_config["default"].modules_to_save) == {"classifier", "score"}
-    with pytest.raises(ValueError, match="names 'score'"):
-        get_peft_model(fresh("bert"), PrefixTuningV2Config(modules_to_save=["classifier", "score"]))
+    with pytest.raises(ValueError, match="names 'score'"):  # the model has another one
+        get_peft_model(fresh("bert"), PrefixTuningV2Config(modules_to_save=["score"]))
 
 
 # ---- A config alone
@@ -890,9 +890,8 @@ def test_a_terminal_gets_no_commands(folder, capsys):
     """What `prefix-adapter info` prints of a stranger's file."""
     tensors = load_file(folder / WEIGHTS)
     save_file({**tensors, "\x1b[2J\x9b1mgone\u202e": torch.ones(1)}, folder / WEIGHTS)
-    assert r"\x1b[2J\x9b1mgone\u202e" in describe(folder)["tensors"]
     main(["info", str(folder)])
-    assert r"\x1b[2J\x9b1mgone\u202e" in capsys.readouterr().out
+    assert r"\u001b[2J\u009b1mgone\u202e" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no part of the adapter") as error:
         PeftModel.from_pretrained(fresh("bert"), folder)
     assert_named(error.value, folder)
