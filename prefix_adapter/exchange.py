@@ -587,7 +587,8 @@ def _peft_outputs(make: Callable[[], PeftModel], task: str) -> dict[str, Tensor]
     """What an adapter of PEFT's says to the same tokens."""
     try:
         model = make()
-        if _peft_runs(model):
+        # PEFT's models for generation pass the cache under its old name, which transformers still accepts in a call.
+        if _peft_runs(model) or task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
             return _outputs(model, task)
         with _prompt_in_backbone(model):
             # PEFT's model for question answering drops token types.
@@ -607,8 +608,8 @@ def _peft_runs(model: PeftModel) -> bool:
         return True
     warnings.warn(
         f"peft {peft.__version__} looks for `past_key_values`, which transformers {transformers.__version__} calls "
-        "`cache`: PREFIX_TUNING adapters fail or are ignored there. The adapter was compared with PEFT's keys and "
-        "values put into the backbone. To run it with PEFT, use transformers below 5.24.",
+        "`cache`: with a task head a PREFIX_TUNING adapter fails there, and `generate` ignores it. The adapter was "
+        "compared without them. To run it with PEFT, use transformers below 5.24.",
         stacklevel=3,
     )
     return False

@@ -115,7 +115,8 @@ class PositionProbe:
     """
 
     def __init__(self, model: nn.Module, attention: Iterable[str]):
-        layers = {name.rpartition(".")[0] for name in attention}
+        self._attention = set(attention)
+        layers = {name.rpartition(".")[0] for name in self._attention}
         while inner := {name.rpartition(".")[0] for name in layers} - layers:
             layers |= inner
         modules = dict(model.named_modules())
@@ -169,7 +170,9 @@ class PositionProbe:
         for handle in self._handles:
             handle.remove()
         tables = {name: target.module for name, target in self._tables.items()}
-        known = {**self._called, **self._tables}
+        # An attention module that was given no positions got them in another way, such as rotary embeddings.
+        called = {n: t for n, t in self._called.items() if t.movable or n not in self._attention}
+        known = {**called, **self._tables}
         return [known[name] for name in innermost({**self._named, **tables}) if name in known]
 
 

@@ -27,8 +27,8 @@ def output_of_peft(model: Any, **inputs: Any) -> Any:
 
     Where PEFT cannot, the backbone is given PEFT's keys and values and a mask with as many columns, as PEFT does.
     """
-    if PEFT_RUNS:
-        return model(**inputs)
+    if PEFT_RUNS or model.active_peft_config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        return model(**inputs)  # transformers still accepts the old name in a call of these
     base = model.get_base_model()
 
     def put_in(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

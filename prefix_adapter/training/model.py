@@ -217,6 +217,11 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> n
     model: Any = base
     if config is not None:
         if hasattr(config, "modules_to_save"):
+            if "modules_to_save" not in recipe.adapter:
+                # The task names the heads of all kinds of models: those of this one are meant.
+                names = [name for name, _ in base.named_modules()]
+                own = [ending for ending in config.modules_to_save or () if any(n.endswith(ending) for n in names)]
+                config.modules_to_save = own or None
             known = {*_HEADS, *(config.modules_to_save or ())}
             more = [name for name in new if not known & set(name.split("."))]
             config.modules_to_save = [*(config.modules_to_save or ()), *more] or None
