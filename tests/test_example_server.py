@@ -303,7 +303,7 @@ def test_a_pipe_is_not_waited_for(worker, folder):
     [
         ({"task_type": "CAUSAL_LM"}, "for the task"),
         ({"task_type": None}, "for the task None"),
-        ({"num_virtual_tokens": 300_000}, "300000 virtual tokens"),
+        ({"num_virtual_tokens": 300_000}, "300,000 virtual tokens"),
         ({"num_virtual_tokens": "7"}, ""),
         ({"num_virtual_tokens": 7}, "shape"),
         ({"peft_type": "LORA"}, "another method"),

@@ -95,7 +95,8 @@ class Worker:
         settings: Settings,
         gone: Sequence[int] | None = None,
     ) -> None:
-        self.pool, self.tokenizer, self.settings = AdapterPool(model, settings.max_bytes), tokenizer, settings
+        self.pool = AdapterPool(model, settings.max_bytes, max_virtual_tokens=settings.max_virtual_tokens)
+        self.tokenizer, self.settings = tokenizer, settings
         self.kind, self.gone = kind, [0] * settings.max_batch if gone is None else gone
         # Absolute: the pool takes a relative path that does not exist for a name on the Hub.
         self.root = adapters.resolve()
@@ -170,10 +171,6 @@ class Worker:
         # All adapters of a pool are for one task, and the first would decide for which.
         if config.task_type != TASKS[self.kind]:
             raise ValueError(f"it is for the task {config.task_type}, and not for {TASKS[self.kind]}.")
-        if config.num_virtual_tokens > self.settings.max_virtual_tokens:
-            raise ValueError(
-                f"it has {config.num_virtual_tokens} virtual tokens; there may be {self.settings.max_virtual_tokens}."
-            )
         shift = config.num_virtual_tokens if config.shift_positions else 0
         if self.kind == "generate":
             self.pool.load(folder)
