@@ -341,14 +341,17 @@ def _check_specs(
     if problems:
         raise ValueError(
             f"{where} does not fit its config and {model}: {', and '.join(problems)}. Load it as it was saved, onto "
-            "the base model that it was trained on."
+            "the base model that it was trained on. (PEFT's `key_mapping` is not used for this method: rename the "
+            "tensors in the file.)"
         )
     for name, (shape, dtype) in found.items():
         if shape != specs[name].shape:
             raise ValueError(
                 f"{where} does not fit its config and {model}: {shorten(name)} has the shape {list(shape)} where "
                 f"{list(specs[name].shape)} is needed. Load it with its own config, onto the base model that it was "
-                "trained on (a task head: with the same `num_labels`)."
+                "trained on (a task head: with the same `num_labels`). `ignore_mismatched_sizes` has no effect here, "
+                "because it would leave random weights in the adapter. To begin a new task with the prefix alone, add "
+                "a new adapter and call `prefix_adapter.init_from`."
             )
         _check_dtype(name, dtype, specs[name].dtype, where)
     return specs

@@ -424,6 +424,27 @@ def test_base_model_of_another_shape(change, low_cpu_mem_usage, projection, tmp_
     assert "encoder 0,1,2: 4x8+4x8, while" in str(error.value) and f"has {layout}." in str(error.value)
 
 
+def test_ignoring_mismatched_sizes_leaves_no_random_weights(tmp_path):
+    case("bert", False, task_type="SEQ_CLS").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`ignore_mismatched_sizes` has no effect") as error:
+        PeftModel.from_pretrained(fresh("bert", num_labels=9), tmp_path, ignore_mismatched_sizes=True)
+    assert "classifier" in str(error.value) and "prefix_adapter.init_from" in str(error.value)
+    # The way out that the error names.
+    model = get_peft_model(fresh("bert", num_labels=9), config(task_type="SEQ_CLS"))
+    prefix_adapter.init_from(model, tmp_path)
+    saved = load_file(tmp_path / WEIGHTS)[f"{KEY}embedding.weight"]
+    assert torch.equal(model.get_parameter(f"{KEY}embedding.default.weight"), saved)
+
+
+def test_key_mapping(tmp_path):
+    case("bert", False).save_pretrained(tmp_path)
+    path = tmp_path / WEIGHTS
+    weights = {name.replace("prefix_tuning_v2.", "old.", 1): tensor for name, tensor in load_file(path).items()}
+    save_file(weights, path)
+    with pytest.raises(ValueError, match="it lacks .*`key_mapping` is not used for this method"):
+        PeftModel.from_pretrained(fresh("bert"), tmp_path, key_mapping={"^old": "prefix_tuning_v2"})
+
+
 @pytest.mark.parametrize("projection", [False, True])
 def test_weights_that_do_not_fit_their_own_config(projection, tmp_path):
     case("bert", projection).save_pretrained(tmp_path)
