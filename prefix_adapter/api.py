@@ -23,16 +23,16 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
+from .adapters.exchange import export_peft, import_peft, import_ptuning_v2
+from .adapters.hub import push_to_hub
+from .adapters.pool import AdapterPool, LoadedAdapter
+from .adapters.saved import fold
+from .adapters.start import init_from, init_from_text
+from .backbone.find import UnsupportedBackboneError
 from .config import PrefixTuningV2Config, PrefixTuningV2Type
-from .convert import fold
-from .exchange import export_peft, import_peft, import_ptuning_v2
-from .find import UnsupportedBackboneError
-from .hub import push_to_hub
-from .layer import PREFIX, PrefixTuningV2Layer
 from .model import PrefixTuningV2Model
-from .pool import AdapterPool, LoadedAdapter
-from .start import init_from, init_from_text
-from .watch import PrefixNotUsedError
+from .prefix.layer import PREFIX, PrefixTuningV2Layer
+from .prefix.usage import PrefixNotUsedError
 
 # What `peft.utils.register_peft_method` does, which refuses names that are not in PEFT's closed enum.
 _entries: list[tuple[dict[Any, Any], Any]] = [

@@ -180,7 +180,7 @@ def _predict(options: Any) -> None:
 
 def _info(options: Any) -> None:
     from . import api  # noqa: F401 (PEFT reads configurations of the methods that it knows)
-    from .info import describe
+    from .adapters.info import describe
 
     found = describe(options.adapter, options.revision)
     if options.json:

@@ -16,9 +16,9 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-from .attention import KINDS
-from .check import Source, read_json, shorten
-from .hub import replace_pickle, write_model_card
+from .adapters.hub import replace_pickle, write_model_card
+from .backbone.attention import KINDS
+from .files.check import Source, read_json, shorten
 
 
 class PrefixTuningV2Type(str, enum.Enum):  # noqa: UP042 (printed and compared as PEFT's own types are)

@@ -15,12 +15,12 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .check import check_tensors, find_embeddings, tensors_of
+from .backbone.find import UnsupportedBackboneError
 from .config import PrefixTuningV2Config
-from .find import UnsupportedBackboneError
-from .layer import LAYER_NAME, NAME_TAKEN, PREFIX, PrefixTuningV2Layer, in_place
-from .rollback import drop_adapter, drop_unfinished
-from .rows import Row, check_names
+from .files.check import check_tensors, find_embeddings, tensors_of
+from .prefix.batch import Row, check_names
+from .prefix.layer import LAYER_NAME, NAME_TAKEN, PREFIX, PrefixTuningV2Layer, in_place
+from .prefix.rollback import drop_adapter, drop_unfinished
 
 # Heads that PEFT names itself, after it has wrapped a model for the task.
 _LATE_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}

@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicCache
 from gpu import Skip
 from gpu.common import HALF, arithmetic, autocast, device_of
 from prefix_adapter import PrefixTuningV2Config, get_peft_model
-from prefix_adapter.causal import CausalMask
+from prefix_adapter.backbone.causal import CausalMask
 
 N, NEW = 5, 16
 SIZES = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512}

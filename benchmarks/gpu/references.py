@@ -73,8 +73,9 @@ def test_module(name):
     stand_in.raises = lambda error, match="": unittest.TestCase().assertRaisesRegex(error, match)
     stand_in.skip, stand_in.importorskip = skip, import_or_skip
     path = ROOT / "tests" / f"{name}.py"
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
+    for folder in (path.parent, ROOT / "tests"):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
     spec = importlib.util.spec_from_file_location(f"gpu_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     before = sys.modules.get("pytest")
@@ -166,29 +167,29 @@ def _written_in_place(case):
 
 # Test modules, functions, and which of their settings, where not all.
 REFERENCES = [
-    ("test_reference", "test_paper", None),
-    ("test_reference", "test_peft_prefix_tuning", None),
-    ("test_reference", "test_peft_prefix_projection", None),
-    ("test_reference", "test_causal_prefix_is_tokens", None),
-    ("test_reference", "test_encoder_prefix_is_tokens", None),
-    ("test_reference", "test_decoder_prefix_is_tokens", None),
-    ("test_reference", "test_three_prefixes_in_one_table", None),
-    ("test_reference", "test_padding_changes_nothing", None),
-    ("test_reference", "test_eager_equals_sdpa", None),
-    ("test_reference", "test_two_forwards_one_backward", None),
-    ("test_mixed_batch", "test_forward", _decoders),
-    ("test_mixed_batch", "test_forward_padded_on_the_left", _decoders),
+    ("prefix/test_reference", "test_paper", None),
+    ("prefix/test_reference", "test_peft_prefix_tuning", None),
+    ("prefix/test_reference", "test_peft_prefix_projection", None),
+    ("prefix/test_reference", "test_causal_prefix_is_tokens", None),
+    ("prefix/test_reference", "test_encoder_prefix_is_tokens", None),
+    ("prefix/test_reference", "test_decoder_prefix_is_tokens", None),
+    ("prefix/test_reference", "test_three_prefixes_in_one_table", None),
+    ("prefix/test_reference", "test_padding_changes_nothing", None),
+    ("prefix/test_reference", "test_eager_equals_sdpa", None),
+    ("prefix/test_reference", "test_two_forwards_one_backward", None),
+    ("prefix/test_mixed_batch", "test_forward", _decoders),
+    ("prefix/test_mixed_batch", "test_forward_padded_on_the_left", _decoders),
 ]
 # Those that say the same in any precision, or choose their own.
 REFERENCES_ONCE = [
-    ("test_reference", "test_disabled_is_the_backbone_bit_for_bit", None),
-    ("test_reference", "test_half_precision", _weights_in_half),
-    ("test_mixed_batch", "test_which_adapter_is_active_does_not_matter", None),
-    ("test_cache", "test_a_cache_goes_on_from_a_copy", None),
-    ("test_cache", "test_a_layer_that_is_shared_by_two_caches_is_written_by_one", None),
-    ("test_cache", "test_a_cache_of_inference_mode_goes_on_outside", None),
-    ("test_cache", "test_a_frozen_prefix_that_was_used_in_inference_mode_lets_gradients_pass", None),
-    ("test_cache", "test_a_plain_cache_is_as_any_other", _written_in_place),
+    ("prefix/test_reference", "test_disabled_is_the_backbone_bit_for_bit", None),
+    ("prefix/test_reference", "test_half_precision", _weights_in_half),
+    ("prefix/test_mixed_batch", "test_which_adapter_is_active_does_not_matter", None),
+    ("backbone/test_cache", "test_a_cache_goes_on_from_a_copy", None),
+    ("backbone/test_cache", "test_a_layer_that_is_shared_by_two_caches_is_written_by_one", None),
+    ("backbone/test_cache", "test_a_cache_of_inference_mode_goes_on_outside", None),
+    ("backbone/test_cache", "test_a_frozen_prefix_that_was_used_in_inference_mode_lets_gradients_pass", None),
+    ("backbone/test_cache", "test_a_plain_cache_is_as_any_other", _written_in_place),
 ]
 
 

@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..check import Spec, check_file
+from ..files.check import Spec, check_file
 from .distributed import save_parts, whole
 from .files import UNFINISHED, naming, to_disk
 from .model import trained

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ..layer import PrefixTuningV2Layer
+from ..prefix.layer import PrefixTuningV2Layer
 from .model import new_optimizer, trained
 from .recipe import RecipeError
 

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel
 
-from . import checkpoint, outputs
+from ..training import checkpoint, outputs
 from .data import DataError, divide, load_rows
 from .evaluation import answer_rows, evaluate
 from .files import check_new, replacing, to_disk

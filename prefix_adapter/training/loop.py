@@ -17,7 +17,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from tqdm.auto import tqdm
 
-from . import checkpoint
+from ..training import checkpoint
 from .batches import shares
 from .distributed import check, load_whole
 from .model import new_scheduler, trained

@@ -12,8 +12,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from torch import nn
 
+from ..adapters.start import init_from, init_from_text, token_ids
 from ..api import PeftModel, get_peft_model  # not from peft: this makes our method known to PEFT
-from ..start import init_from, init_from_text, token_ids
 from .recipe import NO_ADAPTER, RecipeError, say
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ import torch
 from accelerate.utils import DistributedType, set_seed
 from torch import nn
 
-from ..convert import new_folder
-from . import checkpoint, outputs
+from ..adapters.saved import new_folder
+from ..training import checkpoint, outputs
 from .data import DataError
 from .distributed import start_moments, together
 from .evaluation import evaluate

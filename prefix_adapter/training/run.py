@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import set_seed
 
-from ..convert import fold
-from . import checkpoint, outputs
+from ..adapters.saved import fold
+from ..training import checkpoint, outputs
 from .data import DataError, divide, load_rows
 from .distributed import together
 from .evaluation import evaluate

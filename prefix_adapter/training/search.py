@@ -38,7 +38,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock, Timeout
 
-from . import outputs
+from ..training import outputs
 from .loop import TrainingDiverged, TrainingInterrupted
 from .model import adapter_config, load_tokenizer
 from .recipe import Recipe, RecipeError

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from zoo import NotBuilt, tiny_inputs, tiny_model
 
 import prefix_adapter
-from prefix_adapter import PrefixTuningV2Config, UnsupportedBackboneError, causal, get_peft_model
-from prefix_adapter.causal import CausalMask
+from prefix_adapter import PrefixTuningV2Config, UnsupportedBackboneError, get_peft_model
+from prefix_adapter.backbone import causal
+from prefix_adapter.backbone.causal import CausalMask
 
 TOKENS = 3
 TOLERANCE = 2e-4

@@ -28,13 +28,13 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from prefix_adapter import AdapterPool, PrefixTuningV2Config, export_peft, fold, import_peft
+from prefix_adapter.adapters.info import describe
 from prefix_adapter.cli import main
-from prefix_adapter.info import describe
 
 WEIGHTS, CONFIG, PICKLE = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
 KEY = "base_model.model.prefix_tuning_v2.prefix_tuning_v2_"
 HEAD = "base_model.model.classifier.weight"
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 KINDS = {
     "bert": ("AutoModelForSequenceClassification", {"task_type": "SEQ_CLS"}),
     "bert mlp": ("AutoModelForSequenceClassification", {"task_type": "SEQ_CLS", "prefix_projection": True}),

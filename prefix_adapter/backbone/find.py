@@ -23,6 +23,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from ..prefix.encoder import KeyValueShape, Pair
+from ..version import __version__
 from .attention import (
     CACHE_ARGUMENTS,
     KINDS,
@@ -36,10 +38,8 @@ from .attention import (
     window_of,
 )
 from .cache import PrefixOf
-from .encoder import KeyValueShape, Pair
 from .positions import PositionProbe, PositionTarget
 from .probe import PROBE_LENGTH, innermost, parameter_names, probe, untouched
-from .version import __version__
 
 _NO_CACHE = "none of its attention modules has an argument for cached keys and values."
 _ALTERNATIVES = {

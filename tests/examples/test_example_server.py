@@ -30,7 +30,7 @@ pytest.importorskip("prometheus_client")
 psutil = pytest.importorskip("psutil")
 uvicorn = pytest.importorskip("uvicorn")
 
-SERVER = Path(__file__).parent.parent / "examples" / "server"
+SERVER = Path(__file__).parents[2] / "examples" / "server"
 sys.path.insert(0, str(SERVER))
 import app as example  # noqa: E402
 import process as processes  # noqa: E402

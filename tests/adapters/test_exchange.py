@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from prefix_adapter import (
     PrefixTuningV2Config,
     UnsupportedBackboneError,
-    exchange,
     export_peft,
     fold,
     get_peft_model,
     import_peft,
     import_ptuning_v2,
 )
+from prefix_adapter.adapters import exchange
 from prefix_adapter.cli import main
-from prefix_adapter.pickled import read_state_dict
+from prefix_adapter.files.pickled import read_state_dict
 
 N, WIDTH, LABELS = 4, 24, 3
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from transformers.integrations import sdpa_attention
 
-from prefix_adapter import PrefixTuningV2Config, attention, causal, get_peft_model
-from prefix_adapter.causal import CausalMask
+from prefix_adapter import PrefixTuningV2Config, get_peft_model
+from prefix_adapter.backbone import attention, causal
+from prefix_adapter.backbone.causal import CausalMask
 
 TOKENS, LENGTH = 40, 3
 

@@ -441,7 +441,7 @@ def test_key_mapping(tmp_path):
     path = tmp_path / WEIGHTS
     weights = {name.replace("prefix_tuning_v2.", "old.", 1): tensor for name, tensor in load_file(path).items()}
     save_file(weights, path)
-    with pytest.raises(ValueError, match="it lacks .*`key_mapping` is not used for this method"):
+    with pytest.raises(ValueError, match=r"it lacks .*`key_mapping` is not used for this method"):
         PeftModel.from_pretrained(fresh("bert"), tmp_path, key_mapping={"^old": "prefix_tuning_v2"})
 
 
@@ -554,7 +554,7 @@ def folder_of(kind: str, folder: Path) -> None:
     if kind in ("part of the weights", "no weights"):
         weights = load_file(folder / WEIGHTS)
         kept = {k: v for k, v in weights.items() if kind == "part of the weights" and not k.startswith(f"{KEY}output")}
-        prefix_adapter.convert.save_file(kept, folder / WEIGHTS)
+        prefix_adapter.adapters.saved.save_file(kept, folder / WEIGHTS)
 
 
 @pytest.mark.parametrize(

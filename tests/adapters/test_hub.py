@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 
 from prefix_adapter import PrefixTuningV2Config, push_to_hub
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 HEADING = "## Load this adapter"
 

@@ -14,13 +14,13 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from .check import shorten
+from ..files.check import shorten
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from peft import PeftModel
 
-    from .config import PrefixTuningV2Config
+    from ..config import PrefixTuningV2Config
 
 _START, _END = "<!-- prefix-adapter: loading -->", "<!-- prefix-adapter: end -->"
 _NOT_PUBLISHED = ["checkpoints/*", "logs/*", ".*"]

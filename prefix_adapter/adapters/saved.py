@@ -15,10 +15,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .check import Source, read_json, read_weights, shorten
-from .config import PrefixTuningV2Config
-from .encoder import PrefixEncoder
-from .layer import PREFIX
+from ..config import PrefixTuningV2Config
+from ..files.check import Source, read_json, read_weights, shorten
+from ..prefix.encoder import PrefixEncoder
+from ..prefix.layer import PREFIX
 
 # Numbers of the largest table that an MLP is folded into. With the 126 layers of 1,024 key columns that Llama 3.1 405B
 # has, 1,000 virtual tokens need a quarter of that.

@@ -19,12 +19,12 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import nn
 
-from .check import SAVED, Source, check_embeddings, check_size, open_weights
-from .config import PrefixTuningV2Config
-from .convert import load_config
-from .layer import LAYER_NAME, PREFIX
-from .model import PrefixTuningV2Model
-from .rollback import drop_adapter, remove_layer
+from ..config import PrefixTuningV2Config
+from ..files.check import SAVED, Source, check_embeddings, check_size, open_weights
+from ..model import PrefixTuningV2Model
+from ..prefix.layer import LAYER_NAME, PREFIX
+from ..prefix.rollback import drop_adapter, remove_layer
+from .saved import load_config
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import AttentionTarget
-from .positions import PositionTarget
-from .rows import PerThread, Row
+from ..backbone.attention import AttentionTarget
+from ..backbone.positions import PositionTarget
+from .batch import PerThread, Row
 
 
 class PrefixNotUsedError(RuntimeError):

@@ -6,10 +6,10 @@ import math
 import os
 from typing import Any
 
-from .check import Source, open_weights
-from .config import PrefixTuningV2Config
-from .convert import load_config
-from .layer import PREFIX
+from ..config import PrefixTuningV2Config
+from ..files.check import Source, open_weights
+from ..prefix.layer import PREFIX
+from .saved import load_config
 
 
 def describe(adapter: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:

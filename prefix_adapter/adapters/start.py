@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import AttentionTarget, Call, Slot, put_in_front
-from .check import Source, read_weights, shorten
-from .config import PrefixTuningV2Config
-from .convert import load_config, take_encoder
-from .encoder import PrefixEncoder
+from ..backbone.attention import AttentionTarget, Call, Slot, put_in_front
+from ..backbone.probe import untouched
+from ..config import PrefixTuningV2Config
+from ..files.check import Source, read_weights, shorten
+from ..prefix.batch import Adapter, describe
+from ..prefix.encoder import PrefixEncoder
+from ..prefix.layer import PREFIX, PrefixTuningV2Layer
 from .exchange import window_of
-from .layer import PREFIX, PrefixTuningV2Layer
-from .probe import untouched
-from .rows import Adapter, describe
+from .saved import load_config, take_encoder
 
 # How many tokens the outputs are compared on.
 _COMPARED = 4

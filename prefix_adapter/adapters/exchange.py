@@ -26,14 +26,14 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from .attention import Slot
-from .check import SAVED, Source, find_embeddings, read_json, read_safetensors, read_weights, shorten
-from .config import PrefixTuningV2Config
-from .convert import check_free, load_config, new_folder
-from .find import Finding, cache_argument, find_targets
-from .layer import LAYER_NAME, PREFIX, PrefixTuningV2Layer
-from .pickled import read_state_dict
-from .rows import describe
+from ..backbone.attention import Slot
+from ..backbone.find import Finding, cache_argument, find_targets
+from ..config import PrefixTuningV2Config
+from ..files.check import SAVED, Source, find_embeddings, read_json, read_safetensors, read_weights, shorten
+from ..files.pickled import read_state_dict
+from ..prefix.batch import describe
+from ..prefix.layer import LAYER_NAME, PREFIX, PrefixTuningV2Layer
+from .saved import check_free, load_config, new_folder
 
 AnyPath = str | os.PathLike[str]
 PTuningTask = Literal["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "MULTIPLE_CHOICE", "FEATURE_EXTRACTION"]

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from prefix_adapter import PrefixTuningV2Config, get_peft_model
-from prefix_adapter import attention as attention_module
-from prefix_adapter import cache as cache_module
-from prefix_adapter.cache import PrefixCache
+from prefix_adapter.backbone import attention as attention_module
+from prefix_adapter.backbone import cache as cache_module
+from prefix_adapter.backbone.cache import PrefixCache
 
 TOKENS = tiny.ids(2, 12, seed=3)
 CONFIG = tiny.config("llama")

@@ -16,8 +16,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .attention import AttentionTarget, Call, Slot, make_room, put_in_front
-from .check import (
+from ..backbone.attention import AttentionTarget, Call, Slot, make_room, put_in_front
+from ..backbone.find import UnsupportedBackboneError, find_targets
+from ..backbone.positions import counting_module, positions_behind_padding
+from ..backbone.probe import parameter_names
+from ..config import PrefixTuningV2Config
+from ..files.check import (
     SAVED,
     Spec,
     check_embeddings,
@@ -28,14 +32,10 @@ from .check import (
     shorten,
     tensors_of,
 )
-from .config import PrefixTuningV2Config
+from .batch import Adapter, PerThread, Piece, Plan, Row, RowCall, check_names, describe, make_plan, pick_outputs
 from .encoder import Pair, PrefixEncoder, split_layers
-from .find import UnsupportedBackboneError, find_targets
-from .positions import counting_module, positions_behind_padding
-from .probe import parameter_names
 from .rollback import Unfinished, drop_unfinished
-from .rows import Adapter, PerThread, Piece, Plan, Row, RowCall, check_names, describe, make_plan, pick_outputs
-from .watch import Forward, Watch, check_fits, check_input, sequences
+from .usage import Forward, Watch, check_fits, check_input, sequences
 
 # PEFT's prefix of this method: it starts the name of every container of parameters.
 PREFIX = "prefix_tuning_v2_"

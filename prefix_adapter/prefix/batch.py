@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import AttentionTarget, Slot
+from ..backbone.attention import AttentionTarget, Slot
 from .encoder import Pair
 
 # The adapters of one row of the batch, from left to right; none for the base model.
