@@ -198,13 +198,13 @@ def _info(options: Any) -> None:
 
 
 def _fold(options: Any) -> None:
-    from .api import fold
+    from .adapters.saved import fold
 
     print(f"Folded into {fold(options.source, options.target)}.")
 
 
 def _import(options: Any) -> None:
-    from .api import import_peft, import_ptuning_v2
+    from .adapters.exchange import import_peft, import_ptuning_v2
 
     source = Path(options.source)
     if source.is_file() or (source.is_dir() and not (source / "adapter_config.json").is_file()):
@@ -217,13 +217,13 @@ def _import(options: Any) -> None:
 
 
 def _export(options: Any) -> None:
-    from .api import export_peft
+    from .adapters.exchange import export_peft
 
     print(f"Exported to {export_peft(options.source, options.target, options.model)}.")
 
 
 def _push(options: Any) -> None:
-    from .api import push_to_hub
+    from .adapters.hub import push_to_hub
 
     private = True if options.private else None
     commit = push_to_hub(options.folder, options.repo_id, private=private, commit_message=options.commit_message)

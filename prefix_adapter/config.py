@@ -16,9 +16,10 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-from .adapters.hub import replace_pickle, write_model_card
 from .backbone.attention import KINDS
-from .files.check import Source, read_json, shorten
+from .files.card import replace_pickle, write_model_card
+from .files.source import Source, read_json
+from .messages import shorten
 
 
 class PrefixTuningV2Type(str, enum.Enum):  # noqa: UP042 (printed and compared as PEFT's own types are)

@@ -29,8 +29,10 @@ from transformers import AutoConfig, PreTrainedModel
 from ..backbone.attention import Slot
 from ..backbone.find import Finding, cache_argument, find_targets
 from ..config import PrefixTuningV2Config
-from ..files.check import SAVED, Source, find_embeddings, read_json, read_safetensors, read_weights, shorten
+from ..files.check import SAVED, find_embeddings, read_weights
 from ..files.pickled import read_state_dict
+from ..files.source import Source, read_json, read_safetensors
+from ..messages import shorten
 from ..prefix.batch import describe
 from ..prefix.layer import LAYER_NAME, PREFIX, PrefixTuningV2Layer
 from .saved import check_free, load_config, new_folder

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from ..config import PrefixTuningV2Config
-from ..files.check import Source, open_weights
+from ..files.source import Source, open_weights
 from ..prefix.layer import PREFIX
 from .saved import load_config
 

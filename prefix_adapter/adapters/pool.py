@@ -20,7 +20,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapp
 from torch import nn
 
 from ..config import PrefixTuningV2Config
-from ..files.check import SAVED, Source, check_embeddings, check_size, open_weights
+from ..files.check import SAVED, check_embeddings, check_size
+from ..files.source import Source, open_weights
 from ..model import PrefixTuningV2Model
 from ..prefix.layer import LAYER_NAME, PREFIX
 from ..prefix.rollback import drop_adapter, remove_layer

@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import PrefixTuningV2Config
-from ..files.check import Source, read_json, read_weights, shorten
+from ..files.check import read_weights
+from ..files.source import Source, read_json
+from ..messages import shorten
 from ..prefix.encoder import PrefixEncoder
 from ..prefix.layer import PREFIX
 

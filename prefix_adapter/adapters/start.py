@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from ..backbone.attention import AttentionTarget, Call, Slot, put_in_front
 from ..backbone.probe import untouched
 from ..config import PrefixTuningV2Config
-from ..files.check import Source, read_weights, shorten
+from ..files.check import read_weights
+from ..files.source import Source
+from ..messages import shorten
 from ..prefix.batch import Adapter, describe
 from ..prefix.encoder import PrefixEncoder
 from ..prefix.layer import PREFIX, PrefixTuningV2Layer

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..prefix.encoder import KeyValueShape
 from .cache import PrefixOf, with_prefix
 from .causal import CausalMask, without_mask
+from .key_values import KeyValueShape
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from ..prefix.encoder import Pair, prepend
+from .key_values import Pair, prepend
 
 # The prefix in front of the keys `[batch, heads, length, size]` and values of the layer with the given index, if any.
 PrefixOf = Callable[[Tensor, Tensor, Optional[int]], Optional[Pair]]

@@ -23,7 +23,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from ..prefix.encoder import KeyValueShape, Pair
 from ..version import __version__
 from .attention import (
     CACHE_ARGUMENTS,
@@ -38,6 +37,7 @@ from .attention import (
     window_of,
 )
 from .cache import PrefixOf
+from .key_values import KeyValueShape, Pair
 from .positions import PositionProbe, PositionTarget
 from .probe import PROBE_LENGTH, innermost, parameter_names, probe, untouched
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .check import shorten
+from ..messages import shorten
 
 # Names and shapes; the numbers are in records of their own.
 _PICKLE = 10_000_000

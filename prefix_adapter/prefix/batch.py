@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backbone.attention import AttentionTarget, Slot
-from .encoder import Pair
+from ..backbone.key_values import Pair
 
 # The adapters of one row of the batch, from left to right; none for the base model.
 Row = tuple[str, ...]

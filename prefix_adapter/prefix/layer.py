@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..backbone.attention import AttentionTarget, Call, Slot, make_room, put_in_front
 from ..backbone.find import UnsupportedBackboneError, find_targets
+from ..backbone.key_values import Pair, split_layers
 from ..backbone.positions import counting_module, positions_behind_padding
 from ..backbone.probe import parameter_names
 from ..config import PrefixTuningV2Config
@@ -29,11 +30,11 @@ from ..files.check import (
     check_size,
     find_embeddings,
     find_heads,
-    shorten,
     tensors_of,
 )
+from ..messages import shorten
 from .batch import Adapter, PerThread, Piece, Plan, Row, RowCall, check_names, describe, make_plan, pick_outputs
-from .encoder import Pair, PrefixEncoder, split_layers
+from .encoder import PrefixEncoder
 from .rollback import Unfinished, drop_unfinished
 from .usage import Forward, Watch, check_fits, check_input, sequences
 

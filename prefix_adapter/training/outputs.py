@@ -28,7 +28,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from ..adapters.hub import write_model_card
+from ..files.card import write_model_card
 from .distributed import together
 from .files import LOCKS, UNFINISHED, locked, naming, replacing, write_text
 from .recipe import Recipe, RecipeError, load_recipe

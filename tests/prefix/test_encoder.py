@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from prefix_adapter import PrefixTuningV2Config, get_peft_model
-from prefix_adapter.prefix.encoder import KeyValueShape, PrefixEncoder, prepend, split_layers
+from prefix_adapter.backbone.key_values import KeyValueShape, prepend, split_layers
+from prefix_adapter.prefix.encoder import PrefixEncoder
 
 SHAPE = KeyValueShape(key_heads=2, key_size=3, value_heads=1, value_size=4)
 
