@@ -28,10 +28,11 @@ from .adapters.hub import push_to_hub
 from .adapters.pool import AdapterPool, LoadedAdapter
 from .adapters.saved import fold
 from .adapters.start import init_from, init_from_text
-from .backbone.find import UnsupportedBackboneError
+from .backbone.unsupported import UnsupportedBackboneError
 from .config import PrefixTuningV2Config, PrefixTuningV2Type
 from .model import PrefixTuningV2Model
-from .prefix.layer import PREFIX, PrefixTuningV2Layer
+from .prefix.layer import PrefixTuningV2Layer
+from .prefix.names import PREFIX
 from .prefix.usage import PrefixNotUsedError
 
 # What `peft.utils.register_peft_method` does, which refuses names that are not in PEFT's closed enum.

@@ -26,15 +26,16 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ..backbone.attention import Slot
-from ..backbone.find import Finding, cache_argument, find_targets
+from ..backbone.attention import PrefixSlot
+from ..backbone.find import FoundTargets, find_cache_argument, find_targets
 from ..config import PrefixTuningV2Config
 from ..files.check import SAVED, find_embeddings, read_weights
 from ..files.pickled import read_state_dict
 from ..files.source import Source, read_json, read_safetensors
 from ..messages import shorten
-from ..prefix.batch import describe
-from ..prefix.layer import LAYER_NAME, PREFIX, PrefixTuningV2Layer
+from ..prefix.layer import PrefixTuningV2Layer
+from ..prefix.names import LAYER_NAME, PREFIX
+from ..prefix.slots import describe_slots
 from .saved import check_free, load_config, new_folder
 
 AnyPath = str | os.PathLike[str]
@@ -420,11 +421,11 @@ def _gaps(wanted: dict[str, Any], given: dict[str, Tensor]) -> list[str]:
     return gaps if len(gaps) <= 4 else [*gaps[:3], f"and {len(gaps) - 3} more"]
 
 
-def _slots(found: Finding | PrefixTuningV2Layer) -> list[Slot]:
+def _slots(found: FoundTargets | PrefixTuningV2Layer) -> list[PrefixSlot]:
     return [slot for target in found.targets for slot in target.slots.values()]
 
 
-def _moves(found: Finding | PrefixTuningV2Layer) -> bool:
+def _moves(found: FoundTargets | PrefixTuningV2Layer) -> bool:
     """Whether the backbone has positions that a prefix could move."""
     return bool(found.positions) or any(target.bias or target.shares_bias for target in found.targets)
 
@@ -535,7 +536,7 @@ def _tied(source: AnyPath, table: Tensor, layers: int) -> Tensor:
     return torch.cat([placed.get(place, unused) for place in range(layers)], dim=1)
 
 
-def _slots_for_peft(source: AnyPath, config: PrefixTuningV2Config, layer: PrefixTuningV2Layer) -> list[Slot]:
+def _slots_for_peft(source: AnyPath, config: PrefixTuningV2Config, layer: PrefixTuningV2Layer) -> list[PrefixSlot]:
     """The slots of an adapter, if they are such as PEFT's have.
 
     Raises:
@@ -546,19 +547,19 @@ def _slots_for_peft(source: AnyPath, config: PrefixTuningV2Config, layer: Prefix
     kind = "decoder" if base.config.is_encoder_decoder else slots[0].kind
     if {slot.kind for slot in slots} != {kind}:
         raise ValueError(
-            f"{source} has a prefix in front of {describe(slots)}. PEFT has one in front of self-attention alone, in "
-            "an encoder-decoder of the decoder's: train with `target_attention=['decoder']` for an adapter to export."
+            f"{source} has a prefix in front of {describe_slots(slots)}. PEFT has one in front of self-attention "
+            "alone, in an encoder-decoder of the decoder's: train with `target_attention=['decoder']` for an adapter to export."
         )
     missing = [slot.layer for slot in _slots(layer) if slot.kind == kind and slot not in slots]
-    if missing or layer.layers_without:
+    if missing or layer.layers_without_prefix:
         raise ValueError(
-            f"{source} has no prefix in front of layers {sorted({*missing, *layer.layers_without})}. PEFT has one in "
+            f"{source} has no prefix in front of layers {sorted({*missing, *layer.layers_without_prefix})}. PEFT has one in "
             "front of every layer."
         )
     shapes = {slot.shape for slot in slots}
     if len(shapes) > 1 or any((s.key_heads, s.key_size) != (s.value_heads, s.value_size) for s in shapes):
         raise ValueError(
-            f"{source} was made for {describe(slots)}. PEFT's prefix has one shape for the keys and "
+            f"{source} was made for {describe_slots(slots)}. PEFT's prefix has one shape for the keys and "
             "values of all layers."
         )
     if not config.shift_positions and _moves(layer):
@@ -626,7 +627,7 @@ def _backbone_of(model: PeftModel) -> Any:
 def _prompt_in_backbone(model: PeftModel) -> Iterator[None]:
     """Let the base model of an adapter of PEFT's have its keys and values, as PEFT's own forward passes them."""
     backbone = _backbone_of(model)
-    argument: Any = cache_argument(backbone)
+    argument: Any = find_cache_argument(backbone)
 
     def put_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mask = kwargs["attention_mask"]

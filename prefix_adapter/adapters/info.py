@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import PrefixTuningV2Config
 from ..files.source import Source, open_weights
-from ..prefix.layer import PREFIX
+from ..prefix.names import PREFIX
 from .saved import load_config
 
 

@@ -23,8 +23,7 @@ from ..config import PrefixTuningV2Config
 from ..files.check import SAVED, check_embeddings, check_size
 from ..files.source import Source, open_weights
 from ..model import PrefixTuningV2Model
-from ..prefix.layer import LAYER_NAME, PREFIX
-from ..prefix.rollback import drop_adapter, remove_layer
+from ..prefix.names import LAYER_NAME, PREFIX
 from .saved import load_config
 
 
@@ -156,14 +155,14 @@ class AdapterPool:
             return
         _put_back(self.model, self._heads)
         for name in set(found) - set(names):
-            drop_adapter(layer, name)
+            layer.drop_adapter(name)
         if names:
             # PEFT keeps no tuner without an active adapter.
             self._peft().set_adapter(names[0], inference_mode=True)
             return
         self._peft_model = None
         if hasattr(self.model, LAYER_NAME):
-            remove_layer(layer)
+            layer.detach()
 
     def _load(self, key: str, folder: Path | None) -> LoadedAdapter:
         self._sweep()

@@ -20,7 +20,7 @@ from ..files.check import read_weights
 from ..files.source import Source, read_json
 from ..messages import shorten
 from ..prefix.encoder import PrefixEncoder
-from ..prefix.layer import PREFIX
+from ..prefix.names import PREFIX
 
 # Numbers of the largest table that an MLP is folded into. With the 126 layers of 1,024 key columns that Llama 3.1 405B
 # has, 1,000 virtual tokens need a quarter of that.

@@ -11,15 +11,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backbone.attention import AttentionTarget, Call, Slot, put_in_front
+from ..backbone.attention import AttentionTarget, PrefixSlot
+from ..backbone.calls import ModuleCall
+from ..backbone.insert import insert_prefix
 from ..backbone.probe import untouched
 from ..config import PrefixTuningV2Config
 from ..files.check import read_weights
 from ..files.source import Source
 from ..messages import shorten
-from ..prefix.batch import Adapter, describe
+from ..prefix.batch import AdapterInfo
 from ..prefix.encoder import PrefixEncoder
-from ..prefix.layer import PREFIX, PrefixTuningV2Layer
+from ..prefix.layer import PrefixTuningV2Layer
+from ..prefix.names import PREFIX
+from ..prefix.slots import describe_slots
 from .exchange import window_of
 from .saved import load_config, take_encoder
 
@@ -149,7 +153,7 @@ def _check_fits(layer: PrefixTuningV2Layer, ids: list[int]) -> int:
     return max(min(_COMPARED, len(ids), *rooms), 1)
 
 
-def _first_position(layer: PrefixTuningV2Layer, adapter: Adapter) -> int:
+def _first_position(layer: PrefixTuningV2Layer, adapter: AdapterInfo) -> int:
     """Where to place the text, so that an input is right behind it."""
     if adapter.shifts or not layer.positions:
         return 0
@@ -163,19 +167,19 @@ def _first_position(layer: PrefixTuningV2Layer, adapter: Adapter) -> int:
     )
 
 
-def _keys_and_values(layer: PrefixTuningV2Layer, ids: list[int], start: int) -> dict[Slot, Tensor]:
+def _keys_and_values(layer: PrefixTuningV2Layer, ids: list[int], start: int) -> dict[PrefixSlot, Tensor]:
     """What the base model's attention computes for a text, as the columns `[n, columns]` of each slot."""
-    found: dict[Slot, Tensor] = {}
+    found: dict[PrefixSlot, Tensor] = {}
 
     def record(target: AttentionTarget) -> Any:
         def no_prefix(keys: Tensor, values: Tensor, layer_idx: int | None) -> None:
-            slot = target.slot(layer_idx)
+            slot = target.get_slot(layer_idx)
             parts = [keys, values] if slot.shape.value_heads else [keys]
             found[slot] = torch.cat([part[0].transpose(0, 1).flatten(1) for part in parts], dim=1)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-            call = Call(target.names, args, kwargs)
-            put_in_front(call, target, layer.model, 0, None, no_prefix)
+            call = ModuleCall(target.names, args, kwargs)
+            insert_prefix(call, target, layer.model, 0, None, no_prefix)
             return tuple(call.args), call.kwargs
 
         return hook
@@ -225,7 +229,7 @@ def _check_exact(layer: PrefixTuningV2Layer, adapter_name: str, text: list[int],
     window = window_of(base)
     if window is not None and len(text) + len(input_ids) > window:
         why = f"It has layers that look back {window} tokens: a text falls out of that window, a prefix does not."
-    elif layer.layers_without:
+    elif layer.layers_without_prefix:
         why = f"Its layers {layer.layers_without} keep no keys and values, and so would not know the text."
     raise ValueError(
         f"{type(base).__name__} cannot start from this text: behind these keys and values its outputs differ by "
@@ -262,7 +266,7 @@ def init_from(model: nn.Module, source: str | os.PathLike[str], adapter_name: st
         OSError: if the Hub cannot be reached.
     """
     layer = _layer_of(model, adapter_name)
-    adapter, layout = layer.adapters[adapter_name], describe(layer.adapters[adapter_name].columns)
+    adapter, layout = layer.adapters[adapter_name], describe_slots(layer.adapters[adapter_name].columns)
     start = _of_model(layer, source) if source in layer.adapters else _read(source)
     if start.length != adapter.length:
         raise ValueError(
@@ -284,7 +288,7 @@ def init_from(model: nn.Module, source: str | os.PathLike[str], adapter_name: st
 
 def _of_model(layer: PrefixTuningV2Layer, source: Any) -> _Prefix:
     adapter = layer.adapters[source]
-    return _Prefix(adapter.length, adapter.shifts, describe(adapter.columns), layer.encoder_of(source))
+    return _Prefix(adapter.length, adapter.shifts, describe_slots(adapter.columns), layer.encoder_of(source))
 
 
 def _read(source: str | os.PathLike[str]) -> _Prefix:

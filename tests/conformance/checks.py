@@ -333,7 +333,7 @@ def one_pass(case: Case) -> None:
             raise
         layer = layer_of(model)
         cache = getattr(cache, "self_attention_cache", cache)
-        if layer.layers_without or any(hasattr(stored, "conv_states") for stored in cache.layers):
+        if layer.layers_without_prefix or any(hasattr(stored, "conv_states") for stored in cache.layers):
             raise Skip("hybrid: it has a state too")
         windows = [getattr(target.module, "sliding_window", None) for target in layer.targets]
         if any(window and window < inputs["input_ids"].shape[1] for window in windows):
@@ -469,7 +469,7 @@ def causal_rule(case: Case) -> None:
     """Where no mask is needed but for the prefix, attention by the kernel's own rules is that with a mask."""
 
     def run(tokens_for_a_mask: float, groups: bool) -> tuple[Tensor, Tensor]:
-        with unittest.mock.patch.object(causal, "_ROWS_FOR_A_MASK", tokens_for_a_mask):
+        with unittest.mock.patch.object(causal, "_MIN_TOKENS_PER_PREFIX_TOKEN", tokens_for_a_mask):
             torch.manual_seed(0)
             model = case.wrapped()
             for target in layer_of(model).targets:

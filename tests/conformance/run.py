@@ -41,7 +41,7 @@ def run_one(model_type: str, task: str, names: list[str] | None = None) -> dict:
         model = case.wrapped()
         layer = checks.layer_of(model)
         result["kinds"] = sorted({target.kind for target in layer.targets})
-        result["without"] = layer.layers_without
+        result["without"] = layer.layers_without_prefix
     except NotBuilt as error:
         return {**result, "status": "not built", "why": str(error)}
     except UnsupportedBackboneError as error:
