@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Methods of PEFT's tuner and tuner layer that PEFT calls and this package overrides, by PEFT's class name.
+# Private methods that PEFT calls and this package defines in its tuner and its tuner layer, by PEFT's class.
 OVERRIDDEN_PEFT_METHODS = {
     "BaseTuner": (
         "_cast_adapter_dtype",  # the last step of loading an adapter
         "_check_merge_allowed",  # a prefix cannot be merged into weights
         "_create_and_replace",  # abstract
-        "_enable_peft_forward_hooks",  # receives `adapter_names`
         "_get_adapter_state_dict",  # collects the tensors that are saved
         "_prepare_adapter_config",  # abstract
         "_remap_adapter_state_dict_for_load",  # receives the tensors that are loaded
         "_replace_module",  # puts task heads back
         "_unload_and_optionally_merge",  # removes the adapter
     ),
+    "LoraModel": ("_enable_peft_forward_hooks",),  # receives `adapter_names`, for tuners that have it
     "BaseTunerLayer": ("_move_adapter_to_device_of_base_layer",),  # PEFT expects one base layer here
 }
 

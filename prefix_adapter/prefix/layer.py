@@ -339,7 +339,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self._calls.check_unused(adapter_name)
 
     def _get_rows_of(self, names: list[str] | None) -> list[Row]:
-        if self._disable_adapters:
+        if self.disable_adapters:
             return [()]
         if names is not None:
             return [() if name == "__base__" else (name,) for name in names]
