@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 # Private methods that PEFT calls and this package defines in its tuner and its tuner layer, by PEFT's class.
 OVERRIDDEN_PEFT_METHODS = {
@@ -79,6 +81,21 @@ def get_write_count(parameter: Tensor) -> int:
 def get_children(module: nn.Module) -> Mapping[str, nn.Module | None]:
     """A module's children by name. `named_children` skips a child that has two names."""
     return module._modules
+
+
+def find_outermost(model: nn.Module, kind: type[Module]) -> list[Module]:
+    """The modules of a kind that are in no other module of that kind.
+
+    `model.modules()` gives names and removes duplicates, which takes most of the time of a switch of adapters.
+    """
+    found: list[Module] = []
+    pending = [model]
+    for module in pending:  # the list grows while it is read
+        if isinstance(module, kind):
+            found.append(module)
+        elif module._modules:
+            pending += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 def set_children(module: nn.Module, children: Mapping[str, nn.Module | None]) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..private import get_children
+from ..private import find_outermost
 from .plan import Row
 from .running import AdapterCall
 
@@ -106,17 +106,9 @@ class PrefixHeadWrapper(ModulesToSaveWrapper):
         return next((heads[name] for name in names if name in heads), self.original_module)
 
 
-def find_heads(model: nn.Module) -> list[nn.Module]:
+def find_heads(model: nn.Module) -> list[AuxiliaryTrainingWrapper]:
     """PEFT's wrappers of `modules_to_save` and the like in a model."""
-    found: list[nn.Module] = []
-    pending = [model]
-    # Not `model.modules()`, which takes most of the time of a switch. The list grows while it is read.
-    for module in pending:
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            found.append(module)
-        else:
-            pending += [child for child in get_children(module).values() if child is not None]
-    return found
+    return find_outermost(model, AuxiliaryTrainingWrapper)
 
 
 def adopt_heads(model: nn.Module, adapters: PrefixAdapters) -> None:

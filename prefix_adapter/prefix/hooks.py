@@ -201,9 +201,11 @@ class ModelHooks:
 
     def _before_attention(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Insert the prefix into the arguments of an attention module."""
-        target, state, running = self._targets[index], self._current.get(), self._calls.current
+        target, state = self._targets[index], self._current.get()
+        rows = state.rows or self._get_rows()
+        running = self._calls.current if len(rows) > 1 else None
         call = target.call(args, kwargs)
-        plan = self._planner.plan(index, call.get(target.names[0]), state.rows or self._get_rows(), running)
+        plan = self._planner.plan(index, call.get(target.names[0]), rows, running)
         if plan is None:
             return None
         state.called.add(index)
