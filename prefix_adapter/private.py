@@ -70,6 +70,23 @@ def is_offloaded(model: nn.Module) -> bool:
     return any(hasattr(module, "_hf_hook") for module in model.modules()) or hasattr(model, "hf_device_map")
 
 
+def get_device(module: nn.Module) -> torch.device | None:
+    """The device that a module runs on; `None` if it has no parameters.
+
+    Weights that accelerate offloads are on the meta device between two calls. Its hooks name the device of the calls.
+    """
+    device = next((parameter.device for parameter in module.parameters()), None)
+    if device is None or device.type != "meta":
+        return device
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for each in (hook, *getattr(hook, "hooks", ())):
+            execution_device = getattr(each, "execution_device", None)
+            if execution_device is not None:
+                return torch.device(execution_device)
+    return device
+
+
 # ---- torch
 
 

@@ -59,6 +59,17 @@ def test_forward_and_offloading_of_accelerate():
     assert private.is_offloaded(model)
 
 
+def test_the_device_of_offloaded_weights():
+    hooks = pytest.importorskip("accelerate.hooks")
+    assert private.get_device(torch.nn.Linear(2, 2, device="meta")).type == "meta"
+    assert private.get_device(torch.nn.ReLU()) is None
+    module = torch.nn.Linear(2, 2)
+    hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu", offload=True))
+    assert module.weight.is_meta and private.get_device(module) == torch.device("cpu")
+    hooks.add_hook_to_module(module, hooks.ModelHook(), append=True)  # accelerate joins the two in one hook
+    assert private.get_device(module) == torch.device("cpu")
+
+
 def test_the_write_count_of_a_parameter():
     weight = torch.nn.Parameter(torch.zeros(2))
     before = private.get_write_count(weight)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..private import get_children, set_children
+from ..private import get_children, get_device, set_children
 from .calls import parameter_names
 
 PROBE_LENGTH = 4
@@ -70,10 +70,8 @@ def get_input_embeddings(model: nn.Module) -> nn.Module | None:
 
 def _make_inputs(model: nn.Module, backbone: nn.Module) -> dict[str, Any]:
     names = parameter_names(backbone)
-    weight = getattr(get_input_embeddings(model), "weight", None)
-    if weight is None:
-        weight = next(model.parameters())
-    ids = torch.full((1, PROBE_LENGTH), _ordinary_token(model), dtype=torch.long, device=weight.device)
+    device = get_device(get_input_embeddings(model) or model) or get_device(model)
+    ids = torch.full((1, PROBE_LENGTH), _ordinary_token(model), dtype=torch.long, device=device)
     inputs: dict[str, Any] = {"input_ids": ids}
     for name, value in (
         ("attention_mask", torch.ones_like(ids)),

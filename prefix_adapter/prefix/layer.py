@@ -17,7 +17,7 @@ from ..backbone.positions import PositionTarget
 from ..backbone.unsupported import UnsupportedBackboneError
 from ..config import PrefixTuningV2Config
 from ..files.check import Spec, check_size
-from ..private import clear_peft_marks
+from ..private import clear_peft_marks, get_device
 from .batch import AdapterInfo, BatchPlanner
 from .encoder import PrefixEncoder
 from .heads import remove_heads
@@ -171,7 +171,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         )
         with torch.device("meta") if on_meta else nullcontext():
             encoder = PrefixEncoder.new(config.num_virtual_tokens, end, config.init_std, hidden_size, width)
-        device = next((p.device for p in home.module.parameters()), None)
+        device = get_device(home.module)
         # As PEFT's other methods: a new adapter is in training mode, and so is one that is loaded to be trained.
         training = self.training or (config.source is not None and not config.inference_mode)
         for container, module in zip(self.adapter_layer_names, encoder, strict=True):
@@ -287,8 +287,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT calls this after loading onto the meta device.
-        parameters = (p for target in self.targets for p in target.module.parameters())
-        device = device or next((p.device for p in parameters), None)
+        device = device or next(filter(None, (get_device(target.module) for target in self.targets)), None)
         if device is not None and device.type != "meta":
             for module in self.encoder_of(adapter_name):
                 if module is not None:

@@ -4,6 +4,7 @@ import inspect
 import re
 import tomllib
 import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,19 @@ def test_a_module_that_does_not_do_what_it_should_is_refused(broken, why):
     attention.forward = types.MethodType(broken, attention)
     with pytest.raises(UnsupportedBackboneError, match=rf"encoder\.layer\.1\.attention\.self.*{why}"):
         get_peft_model(model, PrefixTuningV2Config())
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_modules_with_the_same_settings_are_tried_out_once(offloaded):
+    """The weights of a large model are not read again and again, in particular not those of an offloaded one."""
+    model, calls = tiny.model("bert", num_hidden_layers=4), Counter()
+    if offloaded:
+        pytest.importorskip("accelerate").cpu_offload(model, torch.device("cpu"))
+    for index, layer in enumerate(model.encoder.layer):
+        layer.attention.self.query.register_forward_hook(lambda *_, index=index: calls.update([index]))
+    model.encoder.layer[2].attention.self.is_causal = True  # another setting
+    get_peft_model(model, PrefixTuningV2Config())
+    assert calls[0] == calls[2] > 4 and calls[1] == calls[3] == 1
 
 
 def test_unknown_attention_implementations_are_refused():
