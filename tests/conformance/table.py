@@ -54,8 +54,8 @@ A check is skipped if it does not apply, or if the backbone fails it without an 
 transformers sometimes renames arguments: `past_key_values` of 5.23 is `cache` in 5.24. The package finds the cache by
 its type, or as the object that the probe passed in. A new name alone therefore changes nothing, but a new kind of
 cache may. The newest minor version of transformers that passes the suite is the upper bound of the dependency (see
-`pip show prefix-adapter`). If a newer one is installed anyway, the error names the tested versions and the command that
-installs them. `bash tests/newest.sh` in a checkout installs the newest released versions and runs the suite.
+`pip show prefix-adapter`). If a newer one is installed anyway, the error names the tested versions and the command
+that installs them. `bash tests/newest.sh` in a checkout installs the newest released versions and runs the suite.
 
 ## Types that work
 
