@@ -275,7 +275,7 @@ def report(args: argparse.Namespace, results: list[dict], before: float) -> str:
         f"- **Setup**: {args.clients} clients on the same machine ({machine}), each with one request at a time; one "
         "torch thread; batches of up to 64; adapters of 20 tokens, with heads of "
         f"{', '.join(map(str, sorted(HEADS)))} labels. Clients and servers share the cores. The machine's "
-        f"load average was {before:.1f} before the start and {os.getloadavg()[0]:.1f} at the end, including this test. "
+        f"load average was {before:.1f} before the start and {os.getloadavg()[0]:.1f} at the end, with this test. "
         f"torch {torch.__version__}, transformers {transformers.__version__}, commit {commit.stdout.strip()}.",
         f"- **Requests per second**: median of {args.turns} turns of {args.seconds:g} s, and half the difference of "
         "the fastest and slowest turn. The servers take turns.",
