@@ -65,7 +65,7 @@ def unavailable(detail: str, seconds: int) -> HTTPException:
 
 
 @dataclass(eq=False)
-class Waiting:
+class WaitingRequest:
     """A request that waits for its answer. `row` is its row in the running batch, or `None` if it is not in it."""
 
     adapter: str | None
@@ -90,9 +90,9 @@ class Service:
         self.ready = False
         self.pid = 0
         self.loaded: dict[str, int] = {}
-        self.waiting: deque[Waiting] = deque()
+        self.waiting: deque[WaitingRequest] = deque()
         self.arrived = asyncio.Event()
-        self.process, self.gone = new_process(kind, model, adapters, settings)
+        self.process, self.abandoned = new_process(kind, model, adapters, settings)
 
     # ---- The process
 
@@ -133,7 +133,7 @@ class Service:
                 self.ready, self.loaded = False, {}
                 while self.waiting:
                     fail(self.waiting.popleft(), self.ended())
-                self.process, self.gone = new_process(self.kind, self.model, self.adapters, self.settings)
+                self.process, self.abandoned = new_process(self.kind, self.model, self.adapters, self.settings)
                 try:
                     await self.start()
                 except RuntimeError as error:
@@ -160,7 +160,7 @@ class Service:
             raise self.ended()
         if len(self.waiting) >= self.settings.max_waiting:
             raise unavailable("Too many requests are waiting.", 1)
-        request = Waiting(adapter, text, max_new_tokens, asyncio.get_running_loop().create_future())
+        request = WaitingRequest(adapter, text, max_new_tokens, asyncio.get_running_loop().create_future())
         self.waiting.append(request)
         self.arrived.set()
         try:
@@ -172,19 +172,19 @@ class Service:
             if request in self.waiting:
                 self.waiting.remove(request)
             if request.row is not None:  # no client waits for this row any more
-                self.gone[request.row] = 1
+                self.abandoned[request.row] = 1
         if "status" in answer:
             again = {"Retry-After": "1"} if answer["status"] == 503 else None
             raise HTTPException(answer["status"], answer["detail"], again)
         return answer
 
-    def next_batch(self) -> list[Waiting]:
+    def next_batch(self) -> list[WaitingRequest]:
         """Take the requests that waited longest; only those for one adapter if batches are not mixed."""
         mixed, first = not self.settings.one_adapter_a_batch, self.waiting[0].adapter
         batch = [each for each in self.waiting if mixed or each.adapter == first][: self.settings.max_batch]
         for row, request in enumerate(batch):
             self.waiting.remove(request)
-            self.gone[row], request.row = 0, row
+            self.abandoned[row], request.row = 0, row
         return batch
 
     async def work(self) -> None:
@@ -199,7 +199,7 @@ class Service:
             if not self.waiting:
                 self.arrived.clear()
 
-    async def compute(self, batch: list[Waiting]) -> None:
+    async def compute(self, batch: list[WaitingRequest]) -> None:
         """Compute a batch and pass the answers to its requests."""
         BATCHES.observe(len(batch))
         questions = [Question(each.adapter, each.text, each.max_new_tokens, row) for row, each in enumerate(batch)]
@@ -221,7 +221,7 @@ class Service:
                 request.answer.set_result(answer)
 
 
-def fail(request: Waiting, error: Exception) -> None:
+def fail(request: WaitingRequest, error: Exception) -> None:
     """Answer a waiting request with an error."""
     request.row = None
     if not request.answer.done():
@@ -297,7 +297,7 @@ def printable(value: Any) -> str:
     return str(value)[:200].encode("ascii", "backslashreplace").decode()
 
 
-async def say_what_is_wrong(_: Request, error: Exception) -> Response:
+async def answer_invalid_request(_: Request, error: Exception) -> Response:
     """Return a 422 with a sentence. FastAPI's own answer repeats the whole input, and fails on invalid Unicode."""
     assert isinstance(error, RequestValidationError)
     problems = [
@@ -335,7 +335,7 @@ def create_app(
 
     app = FastAPI(title="Many adapters on one base model", lifespan=lifespan)
     app.router.route_class = StrictRoute
-    app.add_exception_handler(RequestValidationError, say_what_is_wrong)
+    app.add_exception_handler(RequestValidationError, answer_invalid_request)
 
     if classifier is not None:
 

@@ -23,7 +23,7 @@ REGISTRY = prometheus.CollectorRegistry()
 REQUESTS = prometheus.Counter("requests", "Answers by path and status.", ["path", "status"], registry=REGISTRY)
 SECONDS = prometheus.Histogram("request_seconds", "Seconds until the answer.", ["path"], registry=REGISTRY)
 OTHER = "other"  # the label of all unknown paths
-VANISHED = 499  # counted if a client closes its connection before the answer, as in nginx
+DISCONNECTED = 499  # counted if a client closes its connection before the answer, as in nginx
 
 
 class Protocol(H11Protocol):
@@ -44,7 +44,7 @@ class Protocol(H11Protocol):
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # `pause_writing` is called as soon as the client reads too slowly
         if len(self.connections) > self.settings.max_connections:
-            self.refuse(503, "There are too many connections.")
+            self.reject(503, "There are too many connections.")
         self.expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -62,7 +62,7 @@ class Protocol(H11Protocol):
 
         def late() -> None:
             if self.cycle is earlier:
-                self.refuse(408, "The headers of the request took too long.")
+                self.reject(408, "The headers of the request took too long.")
 
         self.head_timer = self.loop.call_later(self.settings.head_seconds, late)
 
@@ -84,9 +84,9 @@ class Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer invalid HTTP; uvicorn calls this even in the middle of an answer."""
-        self.refuse(400, msg)
+        self.reject(400, msg)
 
-    def refuse(self, status: int, detail: str) -> None:
+    def reject(self, status: int, detail: str) -> None:
         """Answer without the application, and close the connection."""
         if self.transport.is_closing():
             return
@@ -117,14 +117,14 @@ class Limits:
         if sum(map(len, [scope["raw_path"], scope["query_string"], *sum(scope["headers"], ())])) > (
             self.settings.max_head_bytes
         ):
-            return await self.refuse(431, "The headers of the request are too large.", receive, send)
+            return await self.reject(431, "The headers of the request are too large.", receive, send)
         try:
             async with asyncio.timeout(self.settings.body_seconds):
                 body = await self.read(scope, receive)
         except TimeoutError:
-            return await self.refuse(408, "The body of the request took too long.", receive, send)
+            return await self.reject(408, "The body of the request took too long.", receive, send)
         except ValueError as error:
-            return await self.refuse(413, str(error), receive, send)
+            return await self.reject(413, str(error), receive, send)
         if body is None:
             return None
         messages = [{"type": "http.request", "body": body, "more_body": False}]
@@ -166,7 +166,7 @@ class Limits:
         if size > self.settings.max_body_bytes:
             raise ValueError(f"The body is too large: at most {self.settings.max_body_bytes:,} bytes.")
 
-    async def refuse(self, status: int, detail: str, receive: Any, send: Any) -> None:
+    async def reject(self, status: int, detail: str, receive: Any, send: Any) -> None:
         """Answer without the application, and close the connection.
 
         Many clients read no answer while they send. Their data is read and discarded for `body_seconds`: closing a
@@ -207,4 +207,4 @@ class Counting:
 
         await self.app(scope, receive, count)
         if not answered:
-            REQUESTS.labels(path, VANISHED).inc()
+            REQUESTS.labels(path, DISCONNECTED).inc()

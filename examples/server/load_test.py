@@ -77,16 +77,16 @@ class Tally:
 
     answered: int = 0
     latencies: list[float] = field(default_factory=list)
-    refused: int = 0
-    vanished: int = 0
+    rejected: int = 0
+    abandoned: int = 0
     wrong: list[str] = field(default_factory=list)
 
     def add(self, other: Tally) -> None:
         """Add the results of another run."""
         self.answered += other.answered
         self.latencies += other.latencies
-        self.refused += other.refused
-        self.vanished += other.vanished
+        self.rejected += other.rejected
+        self.abandoned += other.abandoned
         self.wrong += other.wrong
 
 
@@ -183,10 +183,10 @@ def load(address: str, path: str, adapters: int, answers: dict, args: argparse.N
             body: Any = {"adapter": adapter, key_of(path): text}
             body = json.dumps({**body, "max_new_tokens": NEW_TOKENS} if path == "generate" else body)
             if chance < 0.1:
-                gone = HTTPConnection(address, timeout=120)
-                gone.request("POST", f"/{path}", body, {"Content-Type": "application/json"})
-                gone.close()
-                tally.vanished += 1
+                abandoned = HTTPConnection(address, timeout=120)
+                abandoned.request("POST", f"/{path}", body, {"Content-Type": "application/json"})
+                abandoned.close()
+                tally.abandoned += 1
                 continue
             status = 200
             if chance < 0.2:
@@ -198,7 +198,7 @@ def load(address: str, path: str, adapters: int, answers: dict, args: argparse.N
             if response.status != status:
                 tally.wrong.append(f"status {response.status} instead of {status}: {found[:200]!r}")
             elif status != 200:
-                tally.refused += 1
+                tally.rejected += 1
             else:
                 finished = time.perf_counter()
                 tally.answered += finished <= end
@@ -243,8 +243,8 @@ def measure(args: argparse.Namespace, path: str) -> list[dict]:
                         "spread": max(rates[name]) - min(rates[name]),
                         "seconds": [cuts[49], cuts[94], cuts[98]],
                         "compared": len(total.latencies),
-                        "refused": total.refused,
-                        "vanished": total.vanished,
+                        "rejected": total.rejected,
+                        "abandoned": total.abandoned,
                         "wrong": total.wrong,
                     }
                     print(json.dumps(result), flush=True)
@@ -293,7 +293,7 @@ def report(args: argparse.Namespace, results: list[dict], before: float) -> str:
         ratio = mixed[each["path"], each["adapters"]]["requests_per_second"] / rate
         cells = [each["path"], each["adapters"], SERVERS[each["server"]][0], f"{rate:.0f} ± {each['spread'] / 2:.0f}"]
         cells += ["" if each["server"] == "mixed" else f"{ratio:.1f}", *(f"{cut:.2f}" for cut in each["seconds"])]
-        cells += [each["compared"], len(each["wrong"]), each["refused"], each["vanished"]]
+        cells += [each["compared"], len(each["wrong"]), each["rejected"], each["abandoned"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 

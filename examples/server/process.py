@@ -39,11 +39,11 @@ def new_process(kind: str, name: str, adapters: Path, settings: Settings) -> tup
     """Start a process with a worker.
 
     Returns:
-        The process, for `submit(call, ...)`, and the worker's array `gone`, which both processes share.
+        The process, for `submit(call, ...)`, and the worker's array `abandoned`, which both processes share.
     """
     context = get_context("spawn")  # CUDA does not work in a forked process
-    gone = context.RawArray("b", settings.max_batch)
-    return ProcessPoolExecutor(1, context, _start, (kind, name, adapters, settings, gone)), gone
+    abandoned = context.RawArray("b", settings.max_batch)
+    return ProcessPoolExecutor(1, context, _start, (kind, name, adapters, settings, abandoned)), abandoned
 
 
 def call(method: str, *args: Any) -> tuple[Any, dict[str, int]]:

@@ -66,7 +66,7 @@ class Row:
     limit: float
 
 
-class Refusal(Exception):
+class Rejection(Exception):
     """Raised for a question that is rejected, with a status and a sentence."""
 
     def __init__(self, status: int, detail: str) -> None:
@@ -83,7 +83,7 @@ class Worker:
         tokenizer: Its tokenizer.
         adapters: The folder that contains the folders of the adapters.
         settings: The limits.
-        gone: For each row of a batch, 1 if no client waits for its answer any more; set by the server.
+        abandoned: For each row of a batch, 1 if no client waits for its answer any more; set by the server.
     """
 
     def __init__(
@@ -93,17 +93,17 @@ class Worker:
         tokenizer: Any,
         adapters: Path,
         settings: Settings,
-        gone: Sequence[int] | None = None,
+        abandoned: Sequence[int] | None = None,
     ) -> None:
         self.pool = AdapterPool(model, settings.max_bytes, max_virtual_tokens=settings.max_virtual_tokens)
         self.tokenizer, self.settings = tokenizer, settings
-        self.kind, self.gone = kind, [0] * settings.max_batch if gone is None else gone
+        self.kind, self.abandoned = kind, [0] * settings.max_batch if abandoned is None else abandoned
         # Absolute, because the pool takes a relative path that does not exist as a name on the Hub.
         self.root = adapters.resolve()
         self.base = Adapter(None, [model.config.id2label[index] for index in range(model.config.num_labels)], 0)
         self.limit = positions_of(model) or tokenizer.model_max_length
         self.adapters: dict[str, Adapter] = {}
-        self.refused: dict[str, tuple[Stamp, int, str]] = {}
+        self.rejected: dict[str, tuple[Stamp, int, str]] = {}
 
     def ping(self) -> int:
         """Return the id of the process; it answers once the model is in memory."""
@@ -119,7 +119,7 @@ class Worker:
         """Return an adapter in memory that equals the current content of its folder; load it if necessary.
 
         Raises:
-            Refusal: If there is none, or it cannot be used. It is tried again when its files have changed.
+            Rejection: If there is none, or it cannot be used. It is tried again when its files have changed.
         """
         folder = self.root / name
         stamp = stamp_of(folder)
@@ -130,25 +130,25 @@ class Worker:
         if in_memory:
             self.pool.remove(folder)
         if stamp.files[0] is None:
-            raise Refusal(404, f"There is no adapter {name!r}; GET /adapters lists them.")
-        if name not in self.refused or self.refused[name][0] != stamp:
-            self.refused.pop(name, None)
+            raise Rejection(404, f"There is no adapter {name!r}; GET /adapters lists them.")
+        if name not in self.rejected or self.rejected[name][0] != stamp:
+            self.rejected.pop(name, None)
             time.sleep(max(0.0, min(SETTLED, stamp.newest + SETTLED - time.time())))
             try:
                 self.adapters[name] = self.load(folder, stamp)
             except (OSError, MemoryError) as error:
-                self.refused[name] = stamp, 503, f"Adapter {name!r} cannot be loaded now: {self.say(error)}"
+                self.rejected[name] = stamp, 503, f"Adapter {name!r} cannot be loaded now: {self.error_text(error)}"
             except BaseException as error:  # a panic in a Rust library is not an Exception
-                self.refused[name] = stamp, 422, f"Adapter {name!r} cannot be used: {self.say(error)}"
+                self.rejected[name] = stamp, 422, f"Adapter {name!r} cannot be used: {self.error_text(error)}"
             if stamp_of(folder) != stamp:
-                self.refused[name] = stamp, 503, f"Adapter {name!r} is being written; retry."
-        if name in self.refused:
+                self.rejected[name] = stamp, 503, f"Adapter {name!r} is being written; retry."
+        if name in self.rejected:
             if str(folder) in self.pool.loaded:
                 self.pool.remove(folder)
-            _, status, detail = self.refused[name]
+            _, status, detail = self.rejected[name]
             if status == 503:  # the next request tries again, even if the files have not changed
-                del self.refused[name]
-            raise Refusal(status, detail)
+                del self.rejected[name]
+            raise Rejection(status, detail)
         return self.adapters[name]
 
     def load(self, folder: Path, stamp: Stamp) -> Adapter:
@@ -193,7 +193,7 @@ class Worker:
             raise ValueError(f"its {RECIPE} has {len(labels)} labels, and its head {count} outputs.")
         return labels or (self.base.labels if size is None else list(range(count)))
 
-    def say(self, error: BaseException) -> str:
+    def error_text(self, error: BaseException) -> str:
         """Return an error's text for clients: short, and without paths of this machine."""
         text = str(error) or type(error).__name__
         return text.replace(f"{self.root}{os.sep}", "")[:500]
@@ -204,7 +204,7 @@ class Worker:
         """Return an answer for each question. The answer of a rejected question has a `status` and a `detail`."""
         try:
             # Once per adapter, so that all rows of a batch use the same version of it.
-            found = {name: self.try_to_find(name) for name in dict.fromkeys(each.adapter for each in batch)}
+            found = {name: self.find_or_rejection(name) for name in dict.fromkeys(each.adapter for each in batch)}
             prepared = [self.prepare(each, found[each.adapter]) for each in batch]
             rows = [row for row in prepared if isinstance(row, Row)]
             if len(batch) == 1 or self.fit_together(rows):
@@ -225,26 +225,26 @@ class Worker:
         loaded = {None, *self.pool.loaded}
         return all(width <= row.limit and row.folder in loaded for row in rows)
 
-    def try_to_find(self, name: str | None) -> Adapter | Refusal:
-        """Return the adapter of a name, the base model for `None`, or the `Refusal` that `find` raises."""
+    def find_or_rejection(self, name: str | None) -> Adapter | Rejection:
+        """Return the adapter of a name, the base model for `None`, or the `Rejection` that `find` raises."""
         if name is None:
             return self.base
         try:
             return self.find(name)
-        except Refusal as error:
+        except Rejection as error:
             return error
 
-    def prepare(self, question: Question, adapter: Adapter | Refusal) -> Row | dict[str, Any]:
+    def prepare(self, question: Question, adapter: Adapter | Rejection) -> Row | dict[str, Any]:
         """Return a row of a batch, or the answer to a rejected question."""
-        if isinstance(adapter, Refusal):
+        if isinstance(adapter, Rejection):
             return adapter.answer
         if self.kind == "classify" and len(adapter.labels) < 2:
-            return Refusal(422, "The head has one output, for regression; this server answers with labels.").answer
+            return Rejection(422, "The head has one output, for regression; this server answers with labels.").answer
         input_ids = self.tokenizer(question.text, verbose=False)["input_ids"]
         limit = self.limit - adapter.shift
         if not input_ids or len(input_ids) + question.max_new_tokens > limit:
             moved = f"; the prefix takes {adapter.shift} positions" if adapter.shift else ""
-            return Refusal(
+            return Rejection(
                 422,
                 f"The text has {len(input_ids)} tokens, and the request asks for {question.max_new_tokens} new ones. "
                 f"The model takes 1 to {limit} in all{moved}.",
@@ -274,7 +274,7 @@ class Worker:
 
         def finished(tokens: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
             count = tokens.shape[1] - width
-            over = [count >= row.question.max_new_tokens or bool(self.gone[row.question.row]) for row in rows]
+            over = [count >= row.question.max_new_tokens or bool(self.abandoned[row.question.row]) for row in rows]
             return torch.tensor(over, device=tokens.device)
 
         tokens = self.pool.generate(
@@ -364,12 +364,12 @@ def is_label(value: Any) -> bool:
 # ---- The base model
 
 
-def make_worker(kind: str, name: str, adapters: Path, settings: Settings, gone: Sequence[int]) -> Worker:
+def make_worker(kind: str, name: str, adapters: Path, settings: Settings, abandoned: Sequence[int]) -> Worker:
     """Load the base model, on the GPU if there is one, and return its worker."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     model = AUTO_CLASSES[kind].from_pretrained(name).to("cuda" if torch.cuda.is_available() else "cpu")
-    return Worker(kind, model, load_tokenizer(name), adapters, settings, gone)
+    return Worker(kind, model, load_tokenizer(name), adapters, settings, abandoned)
 
 
 def load_tokenizer(name: str) -> Any:

@@ -428,8 +428,8 @@ class Live:
         model = tiny.model("bert", CLASSIFIER)
         processes._worker = Worker("classify", model, tokenizer_of(), adapters, settings)
         with pytest.MonkeyPatch.context() as context:
-            gone = [0] * settings.max_batch
-            context.setattr(example, "new_process", lambda *_: (ThreadPoolExecutor(1), gone))
+            abandoned = [0] * settings.max_batch
+            context.setattr(example, "new_process", lambda *_: (ThreadPoolExecutor(1), abandoned))
             self.service = example.Service("classify", "bert", adapters, settings)
         app = example.create_app(self.service)
         options = example.uvicorn_options(settings)
@@ -765,10 +765,10 @@ def test_clients_that_vanish(live, held):
     for connection in connections[1:]:
         connection.sendall(request(json.dumps(GOOD).encode()))
     assert wait_until(lambda: len(live.service.waiting) == 4)
-    assert not live.service.gone[0]
+    assert not live.service.abandoned[0]
     for connection in connections:
         connection.close()
-    assert wait_until(lambda: not live.service.waiting and live.service.gone[0])
+    assert wait_until(lambda: not live.service.waiting and live.service.abandoned[0])
     release.set()
     assert wait_until(lambda: live.count("/classify", 499) == gone + 5)
     assert len(batches) == 1 and works(live)
@@ -793,7 +793,7 @@ def test_too_slow(live, held, monkeypatch):
     monkeypatch.setattr(live.service, "settings", dataclasses.replace(SETTINGS, answer_seconds=0.3))
     answer = live.exchange(request(json.dumps(GOOD).encode()))
     assert status_and_body(answer)[0] == 503 and "retry-after" in answer.lower()
-    assert live.service.gone[0]
+    assert live.service.abandoned[0]
     release.set()
     monkeypatch.undo()
     assert works(live)
