@@ -203,7 +203,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             else:
                 getattr(self, container)[adapter_name] = module
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Drop cached keys and values. Needed only after writing to parameters through `.data`."""
         self._values.clear_cache()
 

@@ -65,7 +65,7 @@ def write_data(step, model, cache):
     """The same past autograd's back: that has to be said."""
     for parameter in model.base_model.prefix_layer.parameters():
         parameter.data.mul_(1.1)
-    model.base_model.prefix_layer.forget()
+    model.base_model.prefix_layer.clear_cache()
 
 
 def switch(step, model, cache):
