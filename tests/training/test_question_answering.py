@@ -266,7 +266,7 @@ def test_metrics(tiny_bert):
         ({"answers": {"text": ["w21"], "answer_start": []}}, "1 texts and 0 starts"),
         ({"answers": {"text": ["w21"], "answer_start": [4]}}, "'w21' is not in .* 4; it begins at character 8"),
         ({"answers": {"text": ["w21"], "answer_start": [-3]}}, "begins at character 8"),
-        ({"answers": {"text": ["w99"], "answer_start": [4]}}, "it is nowhere in it"),
+        ({"answers": {"text": ["w99"], "answer_start": [4]}}, "the context does not contain it"),
         ({"answers": {"text": ["  "], "answer_start": [3]}}, "an answer must be a text"),
         ({"answers": {"text": ["w21"], "answer_start": [None]}}, "must be an integer"),
     ],
