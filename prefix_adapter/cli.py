@@ -482,6 +482,16 @@ def _error(parser: Any, message: str, ex: Exception | None = None) -> NoReturn:
     raise SystemExit(2)
 
 
+_PARSER_MESSAGES = (
+    (r"argument (\S+): expected one argument", "{0} needs a value."),
+    (r"argument (\S+): invalid _positive_int value: (.*)", "{0} must be a whole number of at least 1, got {1}."),
+    (r"argument (\S+): invalid choice: (\S+) \(choose from (.*)\)", "{0} must be one of {2}, got {1}."),
+    (r"argument (\S+: .*)", "{0}"),
+    (r"(?:the following arguments are required: |.*required.*?[:\"] ?)(.*)", "there must be a value for {0}."),
+)
+"""Patterns of the messages of argparse and jsonargparse, and what `_rephrase` makes of them."""
+
+
 def _rephrase(parser: Any, message: str) -> str:
     """Rewrite an error message of argparse or jsonargparse so that it names the option, the value and the fix."""
     if found := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
@@ -491,20 +501,13 @@ def _rephrase(parser: Any, message: str) -> str:
         name = options[0].partition("=")[0]
         known = [option for action in parser._actions for option in action.option_strings]
         return f"there is no option {name}.{_did_you_mean(name, known)}"
-    if found := re.match(r"argument (\S+): expected one argument", message):
-        return f"{found[1]} needs a value."
-    if found := re.match(r"argument (\S+): invalid _positive_int value: (.*)", message):
-        return f"{found[1]} must be a whole number of at least 1, got {found[2]}."
-    if found := re.match(r"argument (\S+): invalid choice: (\S+) \(choose from (.*)\)", message):
-        return f"{found[1]} must be one of {found[3]}, got {found[2]}."
-    if found := re.match(r"argument (\S+: .*)", message, re.DOTALL):
-        return found[1]
     if found := re.match(r'Parser key "([\w.]+)":', message):
         key = found[1]
         value = re.search(r"(?:Got value:|Given value:|Unable to load config) (.*)", message)
         return f"--{key} must be {_expected_value(key)}" + (f", got {value[1].strip()}." if value else ".")
-    if found := re.match(r"(?:the following arguments are required: |.*required.*?[:\"] ?)(.*)", message, re.DOTALL):
-        return f"there must be a value for {found[1]}."
+    for pattern, text in _PARSER_MESSAGES:
+        if found := re.match(pattern, message, re.DOTALL):
+            return text.format(*found.groups())
     return message
 
 

@@ -65,7 +65,7 @@ def load_trained(
 
     Example:
         >>> recipe, task, model = load_trained("runs/ner")
-        >>> answer_rows(task, model, {"tokens": [["A", "sentence"]]}, batch_size=8, device="cpu")
+        >>> answer_rows(task, model, {"tokens": [["A", "sentence"]]}, 8, torch.device("cpu"))
     """
     recipe = _recipe_of(adapter, model, revision, config, trust_remote_code)
     task = TASK_CLASSES[recipe.task](recipe, load_tokenizer(recipe))
@@ -146,6 +146,9 @@ def evaluate_adapter(
         overwrite: Whether an existing file `predictions` is replaced.
         config: A recipe that you trust. It replaces the recipe in the adapter's folder, and all of it is used.
         trust_remote_code: Whether to run Python code from the base model's repository.
+
+    Returns:
+        The metrics by name, with the rows that they were computed on.
 
     Raises:
         RecipeError: If there is no such adapter.

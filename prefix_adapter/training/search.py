@@ -93,16 +93,12 @@ class _SearchJob:
         study = optuna.load_study(study_name=self.settings.study_name, storage=storage)
         # A resumed search must not repeat the random numbers of its start, nor one worker those of another.
         seed = random.Random(f"{self.settings.seed}-{worker}-{len(study.trials)}").getrandbits(32)
-        if self.settings.sampler == "tpe":
-            study.sampler = optuna.samplers.TPESampler(seed=seed)
-        else:
-            study.sampler = optuna.samplers.RandomSampler(seed=seed)
-        pruners = optuna.pruners
-        study.pruner = {
-            "median": pruners.MedianPruner,
-            "hyperband": pruners.HyperbandPruner,
-            "none": pruners.NopPruner,
-        }[self.settings.pruner]()
+        samplers, pruners = optuna.samplers, optuna.pruners
+        # A grid search enqueues its points, so its sampler chooses nothing.
+        sampler_class = samplers.TPESampler if self.settings.sampler == "tpe" else samplers.RandomSampler
+        study.sampler = sampler_class(seed=seed)
+        classes = {"median": pruners.MedianPruner, "hyperband": pruners.HyperbandPruner, "none": pruners.NopPruner}
+        study.pruner = classes[self.settings.pruner]()
         return study
 
     def storage(self) -> Any:

@@ -95,6 +95,9 @@ def default_space(recipe: Recipe, fixed: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises:
         RecipeError: If the recipe's adapter is not PREFIX_TUNING_V2, or if nothing is left to vary.
+
+    Example:
+        >>> default_space(recipe, fixed=["adapter.num_virtual_tokens"])
     """
     kind = recipe.adapter["peft_type"]
     if kind != "PREFIX_TUNING_V2":
@@ -142,7 +145,7 @@ def parse_space(space: dict[str, Any] | None) -> list[Parameter]:
             own = [_parse_parameter(key, each, is_conditional, parameters) for each in entries]
             for one, other in itertools.combinations(own, 2):
                 if not any(name in other.when and other.when[name] != value for name, value in one.when.items()):
-                    raise ValueError(f"{one.when} and {other.when} can apply at once.")
+                    raise ValueError(f"{one.when} and {other.when} can both hold at once.")
         except (ValueError, TypeError) as error:
             raise RecipeError(f"`space.{key}`: {error}") from error
         parameters += own
@@ -182,7 +185,7 @@ def _parse_parameter(key: str, entry: Any, is_conditional: bool, earlier: list[P
         if name not in known:
             raise ValueError(f"{name!r} is unknown here; the known names are {sorted({*known, 'when'})}.")
     condition_text = ", ".join(f"{name.rpartition('.')[2]}={json.dumps(value)}" for name, value in when.items())
-    name = f"{key} ({condition_text})" if is_conditional else key
+    full_name = f"{key} ({condition_text})" if is_conditional else key
     if "choices" in entry:
         choices = {
             each if isinstance(each, (str, int, float, type(None))) else json.dumps(each): each
@@ -190,7 +193,7 @@ def _parse_parameter(key: str, entry: Any, is_conditional: bool, earlier: list[P
         }
         if not choices or len(choices) < len(entry["choices"]):
             raise ValueError(f"there must be one or more choices that differ, got {entry['choices']}.")
-        return Parameter(name, key, CategoricalDistribution(list(choices)), choices, when)
+        return Parameter(full_name, key, CategoricalDistribution(list(choices)), choices, when)
     for end in ("low", "high"):
         if type(entry.get(end)) not in (int, float):
             raise ValueError(f"`{end}` must be a number, got {entry.get(end)!r}.")
@@ -199,7 +202,7 @@ def _parse_parameter(key: str, entry: Any, is_conditional: bool, earlier: list[P
     if kind not in ("int", "float") or (kind == "int" and not is_whole):
         raise ValueError(f"`type` must be float, or int with whole `low` and `high`; got {kind!r}.")
     distribution = (IntDistribution if kind == "int" else FloatDistribution)(**entry)
-    return Parameter(name, key, distribution, when=when)
+    return Parameter(full_name, key, distribution, when=when)
 
 
 def choose_point(space: list[Parameter], choose: Callable[[Parameter], Any]) -> Point:

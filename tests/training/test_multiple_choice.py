@@ -2,17 +2,14 @@
 
 import gzip
 import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import save_base, write_rows
 from datasets import Dataset
 from sklearn.metrics import accuracy_score
+from test_examples import example
 from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
 from prefix_adapter import PeftModel
@@ -21,7 +18,6 @@ from prefix_adapter.training.evaluation import answer_rows, make_features
 from prefix_adapter.training.model import load_base, load_tokenizer, wrap
 from prefix_adapter.training.tasks.multiple_choice import MultipleChoice
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
@@ -225,19 +221,12 @@ def test_a_run(tiny_bert, tmp_path):
 
 def test_example(shared, minilm, tmp_path):
     output = tmp_path / "out"
-    files = {
-        name: shared / "data" / "copa" / f"{file}.jsonl.gz"
-        for name, file in (("train", "train"), ("validation", "val"))
-    }
-    command = [sys.executable, ROOT / "examples" / "multiple_choice.py", "--model", minilm, "--output", output]
-    for name, file in files.items():
-        command += [f"--{name}", file]
-    command += ["--max-rows", 8, "--epochs", 2]
-    paths = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, encoding="utf-8", timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "accuracy" in done.stdout
+    data = shared / "data" / "copa"
+    shown = example(
+        *("multiple_choice.py", "--train", data / "train.jsonl.gz", "--validation", data / "val.jsonl.gz"),
+        *("--model", minilm, "--output", output, "--max-rows", 8, "--epochs", 2),
+    )
+    assert "accuracy" in shown
     found = {path.name for path in output.iterdir()}
     assert found >= {"adapter_model.safetensors", "adapter_config.json", "README.md", "results.json", "curve.png"}
     assert json.loads((output / "results.json").read_text())["rows"] == {"train": 8, "validation": 8}

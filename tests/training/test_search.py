@@ -73,7 +73,7 @@ def fake(monkeypatch):
             return {"validation": metrics}
 
         monkeypatch.setattr(module, "train", train)
-        monkeypatch.setattr(module, "_draw", lambda *arguments: None)
+        monkeypatch.setattr(module, "_draw_plots", lambda *arguments: None)
         monkeypatch.setattr(module, "clear_device_cache", lambda **settings: None)
         return seen
 

@@ -31,7 +31,10 @@ class CausalLM(TextGeneration):
     the texts of a block. 1,000 texts are joined at a time, and the last block of these is shorter. Evaluation does not
     pack.
 
-    A prediction is the text generated after `prompt`, of which the last `max_length - max_new_tokens` tokens are used.
+    The prediction is the text generated after `prompt`. Only the last `max_length - max_new_tokens` tokens of the
+    prompt are used.
+
+    A row: `{"prompt": "a question\\n", "text": "the answer"}`.
 
     Raises:
         RecipeError: As for `Task`, and if the tokenizer has no end-of-sequence token.

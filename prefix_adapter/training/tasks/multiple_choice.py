@@ -30,6 +30,8 @@ class MultipleChoice(Task):
     empty.
 
     The column `label` is the number of the right choice, counted from 0, or its text.
+
+    A row: `{"text": "a text", "choices": ["one ending", "another ending"], "label": 0}`.
     """
 
     auto_class = "AutoModelForMultipleChoice"

@@ -35,6 +35,8 @@ class QuestionAnswering(Task):
     exceeds that of the best passage by more than `null_score_threshold`.
 
     The metrics are those of SQuAD, divided by 100.
+
+    A row: `{"question": "Who?", "context": "It was Ada.", "answers": {"text": ["Ada"], "answer_start": [7]}}`.
     """
 
     auto_class = "AutoModelForQuestionAnswering"
@@ -60,7 +62,7 @@ class QuestionAnswering(Task):
         if room < 1:
             raise RecipeError(f"`max_length`: {self.max_length} tokens leave no room for a context; set a larger one.")
         self.stride = min(self.kwargs["stride"], room // 2)
-        self.tokenizer.truncation_side = "right"  # windows in the order of the text
+        self.tokenizer.truncation_side = "right"  # so that the windows are in the order of the text
 
     def problem(self, row: Row, solved: bool) -> str | None:
         for name in self.columns:
@@ -90,7 +92,7 @@ class QuestionAnswering(Task):
             verbose=False,
         )
         owners = encoded.pop("overflow_to_sample_mapping")
-        # The first and last character of each token in the context; [-1, -1] for other tokens.
+        # Start and end of each token in the context, in characters; [-1, -1] for other tokens.
         offsets = [
             [list(span) if part == 1 else [-1, -1] for span, part in zip(own, encoded.sequence_ids(i), strict=True)]
             for i, own in enumerate(encoded.pop("offset_mapping"))
@@ -121,7 +123,7 @@ class QuestionAnswering(Task):
         ]
 
     def _extent(self, i: int, owners: list[int], offsets: list[list[list[int]]]) -> tuple[float, float]:
-        """The first and last character of the context in window `i`.
+        """Start and end of the part of the context in window `i`, in characters.
 
         The first window starts at 0 and the last one has no end: the tokenizer can drop characters there.
         """
@@ -131,7 +133,7 @@ class QuestionAnswering(Task):
         return 0 if is_first else own[0][0], math.inf if is_last else own[-1][1]
 
     def _label(self, ids: list[int], offsets: list[list[int]], answers: Row, since: float, until: float) -> list[int]:
-        """The first and last token of the first answer within characters `since` to `until`, or those of no answer."""
+        """The first and last token of the first answer within characters `since` to `until`, or twice [CLS]."""
         for text, start in zip(answers["text"], answers["answer_start"], strict=True):
             begin, end = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
             inside = [i for i, (left, right) in enumerate(offsets) if left < end and right > begin]
@@ -190,11 +192,11 @@ class QuestionAnswering(Task):
         """The best passages of a window.
 
         Args:
-            offsets: The first and last character of each token, `[tokens, 2]`.
+            offsets: Start and end of each token in the context, in characters, `[tokens, 2]`.
             logits: Start and end logits, `[2, tokens]`.
 
         Yields:
-            The first and last character of a passage, and its score.
+            Start and end of a passage in the context, in characters, and its score.
         """
         longest = self.kwargs["max_answer_length"]
         starts, ends = logits.masked_fill(offsets[:, 0] < 0, -math.inf)

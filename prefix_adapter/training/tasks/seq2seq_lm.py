@@ -20,6 +20,8 @@ class Seq2SeqLM(TextGeneration):
 
     The loss is on the tokens of `target` (the tokenizer's `text_target`); the model shifts them to get the decoder's
     inputs. Texts are cut at `max_length` tokens, targets at `max_target_length`.
+
+    A row: `{"text": "a text", "target": "its summary"}`.
     """
 
     auto_class = "AutoModelForSeq2SeqLM"

@@ -32,6 +32,8 @@ class SequenceClassification(Task):
 
     If the values could be labels or numbers, `task_kwargs.problem_type` must be set. A string is a label as written,
     in CSV too.
+
+    A row: `{"text": "a text", "text_pair": "a second one, if there are pairs", "label": "a label"}`.
     """
 
     auto_class = "AutoModelForSequenceClassification"

@@ -26,6 +26,8 @@ class TokenClassification(Task):
     (Devlin et al. 2019, section 5.3). A sentence longer than `max_length` pieces is cut into windows that overlap by
     `stride` pieces, so that every token gets a tag. If there are tags with the prefix `B-`, the metrics are those of
     whole entities (seqeval); otherwise they are those of single tags.
+
+    A row: `{"tokens": ["EU", "rejects", "German", "call"], "tags": ["B-ORG", "O", "B-MISC", "O"]}`.
     """
 
     auto_class = "AutoModelForTokenClassification"
@@ -39,7 +41,7 @@ class TokenClassification(Task):
         super().__init__(*args)
         special = self.tokenizer.num_special_tokens_to_add()
         self.stride = min(self.integer_setting("stride", least=0), (self.max_length - special) // 2)
-        self.tokenizer.truncation_side = "right"  # windows in the order of the text
+        self.tokenizer.truncation_side = "right"  # so that the windows are in the order of the text
 
     def problem(self, row: Row, solved: bool) -> str | None:
         tokens = row["tokens"]
