@@ -206,7 +206,7 @@ def _import(options: Any) -> None:
     if source.is_file() or (source.is_dir() and not (source / "adapter_config.json").is_file()):
         target = import_ptuning_v2(source, options.target, options.model, options.task_type)
     elif options.task_type:
-        raise ValueError("--task_type is for checkpoints of P-tuning-v2: an adapter of PEFT's says its own.")
+        raise ValueError("--task_type is only for checkpoints of P-tuning-v2. A PEFT adapter has its own task type.")
     else:
         target = import_peft(options.source, options.target, options.model)
     print(f"Imported into {target}.")

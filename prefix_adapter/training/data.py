@@ -24,7 +24,7 @@ FILE_TYPES = ".jsonl, .json, .csv, .tsv or .parquet (.jsonl, .json, .csv and .ts
 
 
 class DataError(ValueError):
-    """Something is wrong with the rows. The message names the file or split, and the row, counted from 1."""
+    """Rows are invalid or cannot be read. The message names the file or split, and the row, counted from 1."""
 
 
 def load_rows(data: Data, split: str) -> datasets.Dataset:
