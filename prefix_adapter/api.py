@@ -1,4 +1,4 @@
-"""The names that the package exports. Importing this module makes `PREFIX_TUNING_V2` a PEFT method."""
+"""The public names of the package. Importing this module registers `PREFIX_TUNING_V2` with PEFT."""
 
 # ruff: noqa: F401
 
@@ -35,7 +35,7 @@ from .prefix.layer import PrefixTuningV2Layer
 from .prefix.names import PREFIX
 from .prefix.usage import PrefixNotUsedError
 
-# What `peft.utils.register_peft_method` does, which refuses names that are not in PEFT's closed enum.
+# The steps of `peft.utils.register_peft_method`, which rejects names that are not members of PEFT's `PeftType`.
 _entries: list[tuple[dict[Any, Any], Any]] = [
     (PEFT_TYPE_TO_CONFIG_MAPPING, PrefixTuningV2Config),
     (PEFT_TYPE_TO_TUNER_MAPPING, PrefixTuningV2Model),
