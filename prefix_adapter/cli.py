@@ -499,7 +499,7 @@ def _rephrase(parser: Any, message: str) -> str:
         if not options:
             return f"unexpected argument {found[1].split()[0]!r}."
         name = options[0].partition("=")[0]
-        known = [option for action in parser._actions for option in action.option_strings]
+        known = re.findall(r"(?<![\w-])--[A-Za-z][\w.-]*", parser.format_help())
         return f"there is no option {name}.{_did_you_mean(name, known)}"
     if found := re.match(r'Parser key "([\w.]+)":', message):
         key = found[1]
