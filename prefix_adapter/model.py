@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .backbone.find import UnsupportedBackboneError
 from .config import PrefixTuningV2Config
-from .files.check import check_tensors, find_embeddings, tensors_of
+from .files.check import check_tensors
+from .files.contents import find_embeddings, tensors_of
 from .prefix.batch import Row, check_names
 from .prefix.layer import LAYER_NAME, NAME_TAKEN, PREFIX, PrefixTuningV2Layer, in_place
 from .prefix.rollback import drop_adapter, drop_unfinished

@@ -22,16 +22,8 @@ from ..backbone.key_values import Pair, split_layers
 from ..backbone.positions import counting_module, positions_behind_padding
 from ..backbone.probe import parameter_names
 from ..config import PrefixTuningV2Config
-from ..files.check import (
-    SAVED,
-    Spec,
-    check_embeddings,
-    check_file,
-    check_size,
-    find_embeddings,
-    find_heads,
-    tensors_of,
-)
+from ..files.check import check_embeddings, check_file, check_size
+from ..files.contents import SAVED_ROOT, TensorSpec, find_embeddings, find_heads, tensors_of
 from ..messages import shorten
 from .batch import Adapter, PerThread, Piece, Plan, Row, RowCall, check_names, describe, make_plan, pick_outputs
 from .encoder import PrefixEncoder
@@ -269,7 +261,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
                 Nothing is changed then.
         """
         slots = self._slots_of(config)
-        config.wraps(type(self.model).__name__, describe(slots))
+        config.check_layout(type(self.model).__name__, describe(slots))
         columns, end = {}, 0
         for slot in slots:
             columns[slot] = slice(end, end + slot.shape.columns)
@@ -282,7 +274,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         table = [(config.num_virtual_tokens, end)] if width else []
         check_size(self.model, [*shapes.values(), *table])
         embeddings = self._check_file(
-            adapter_name, config, {name: Spec(shape, home.dtype) for name, shape in shapes.items()}
+            adapter_name, config, {name: TensorSpec(shape, home.dtype) for name, shape in shapes.items()}
         )
         with torch.device("meta") if on_meta else nullcontext():
             encoder = PrefixEncoder.new(config.num_virtual_tokens, end, config.init_std, hidden_size, width)
@@ -307,7 +299,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         config.source = None
 
     def _check_file(
-        self, adapter_name: str, config: PrefixTuningV2Config, encoder: dict[str, Spec]
+        self, adapter_name: str, config: PrefixTuningV2Config, encoder: dict[str, TensorSpec]
     ) -> dict[str, Tensor]:
         """If an adapter is being loaded, hold its file against the parameters that it is going to fill.
 
@@ -320,20 +312,22 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         heads = find_heads(self.model, config.modules_to_save or (), attention, own, config.task_type)
         if config.source is None:
             return {}
-        needed = {f"{SAVED}{LAYER_NAME}.{PREFIX}{name}": spec for name, spec in encoder.items()}
+        needed = {f"{SAVED_ROOT}{LAYER_NAME}.{PREFIX}{name}": spec for name, spec in encoder.items()}
         for name, head in heads.items():
             parameters = head.state_dict(keep_vars=True)
-            needed |= {f"{SAVED}{name}.{key}": Spec.of(tensor) for key, tensor in parameters.items()}
+            needed |= {f"{SAVED_ROOT}{name}.{key}": TensorSpec.of(tensor) for key, tensor in parameters.items()}
         # PEFT saves what all methods have under a name with each of them.
         others = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer) and m is not self]
         found = tensors_of(self.model, adapter_name, others)
-        allowed = {SAVED + name.replace(f".{adapter_name}.", ".", 1): spec for name, spec in found.items()}
-        embeddings, unread = find_embeddings(self.model, SAVED, heads)
-        path = config.source.weights()
+        allowed = {SAVED_ROOT + name.replace(f".{adapter_name}.", ".", 1): spec for name, spec in found.items()}
+        embeddings, unread = find_embeddings(self.model, SAVED_ROOT, heads)
+        path = config.source.find_weights()
         written = check_file(path, needed, allowed | unread, self.model, embeddings)
         if written and self.adapters:
             check_embeddings(path, self.model, heads, "the other adapters of this model")
-        return {name.removeprefix(SAVED).replace(".original_module.", "."): tensor for name, tensor in written.items()}
+        return {
+            name.removeprefix(SAVED_ROOT).replace(".original_module.", "."): tensor for name, tensor in written.items()
+        }
 
     def _slots_of(self, config: PrefixTuningV2Config) -> list[Slot]:
         name = type(self.model).__name__
