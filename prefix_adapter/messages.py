@@ -27,4 +27,4 @@ def join_names(names: Iterable[str]) -> str:
     """Join the first four names in alphabetical order, and say how many more there are."""
     ordered = sorted(names)
     more = f" and {len(ordered) - 4} more" if len(ordered) > 4 else ""
-    return ", ".join(shorten(name) for name in ordered[:4]) + more
+    return ", ".join(shorten(name, 100) for name in ordered[:4]) + more

@@ -1,10 +1,11 @@
-"""The base model of a saved adapter: loaded for a conversion, and given the converted adapter."""
+"""The base model of a saved adapter that is converted, and the writing of the converted adapter."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from ..files.check import find_misfits
+from ..files.contents import shapes_of
 from .saved import AnyPath
 
 AUTO_CLASSES = {
@@ -42,70 +44,97 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
 
 
-def check_base_name(source: AnyPath, name: str | None) -> str:
-    """Return the name of the base model.
+@dataclass
+class BaseModelLoader:
+    """The base model of an adapter that is converted. Each call of `load` gives the same weights.
+
+    Attributes:
+        adapter: The adapter's folder, file or Hub name, for messages.
+        task: The task of the model's head, a key of `AUTO_CLASSES`.
+        name: The folder or Hub name of the base model.
+        revision: Its revision on the Hub.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If `name` is empty.
     """
-    if not name:
-        raise ValueError(f"`base_model`: {source} does not say which model was frozen. Give its folder or name.")
-    return name
 
+    adapter: AnyPath
+    task: str
+    name: str
+    revision: str | None = None
 
-def load_base_config(name: str, num_labels: int | None, revision: str | None = None) -> Any:
-    """Load the configuration of a base model, with a number of labels or its own."""
-    with _quiet():
-        settings = {} if num_labels is None else {"num_labels": num_labels}
-        return AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False, **settings)
-
-
-def make_empty_base(task: str, config: Any) -> PreTrainedModel:
-    """Make a base model on the meta device, without weights."""
-    with torch.device("meta"):
-        return getattr(transformers, AUTO_CLASSES[task]).from_config(config)
-
-
-def load_base(task: str, name: str, config: Any, revision: str | None = None) -> tuple[PreTrainedModel, set[str]]:
-    """Load a base model in float32. Missing weights are drawn with a fixed seed, so that each call gives the same.
-
-    Returns:
-        The model, and the names of the weights that its own checkpoint does not have.
-
-    Raises:
-        ValueError: If it cannot be loaded for the task.
-        OSError: If it cannot be found.
-    """
-    auto_class = getattr(transformers, AUTO_CLASSES[task])
-    try:
-        with _quiet(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model, info = auto_class.from_pretrained(
-                name,
-                config=config,
-                revision=revision or "main",
-                dtype=torch.float32,
-                trust_remote_code=False,
-                output_loading_info=True,
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError(
+                f"`base_model`: {self.adapter} does not say which model was frozen. Give its folder or name."
             )
-    except RuntimeError as error:
-        raise ValueError(f"`base_model`: {name!r} cannot be loaded as {AUTO_CLASSES[task]}: {error}") from error
-    return model, set(info["missing_keys"])
+        self._auto_class = getattr(transformers, AUTO_CLASSES[self.task])
+        self._options: dict[str, Any] = {"revision": self.revision or "main", "trust_remote_code": False}
 
+    def load_config(self, num_labels: int | None = None) -> Any:
+        """Load the configuration of the base model, with a number of labels or its own.
 
-def check_complete(source: AnyPath, task: str, name: str, missing: set[str], head: dict[str, Tensor]) -> None:
-    """Reject weights that neither file has, which would be random at every loading.
+        Raises:
+            OSError: If it cannot be found.
+        """
+        labels = {} if num_labels is None else {"num_labels": num_labels}
+        with _quiet():
+            return AutoConfig.from_pretrained(self.name, **self._options, **labels)
 
-    A backbone without a head may lack its pooler, because not everybody uses the pooler's output.
+    def make_empty(self, config: Any) -> PreTrainedModel:
+        """Make the base model on the meta device, without weights."""
+        with torch.device("meta"):
+            return self._auto_class.from_config(config)
 
-    Raises:
-        ValueError: If such weights are missing.
-    """
-    lost = sorted(missing - set(head))
-    if lost and task != "FEATURE_EXTRACTION":
-        raise ValueError(
-            f"Neither {source} nor {name} has {', '.join(lost)}: outputs cannot be those of the trained model."
-        )
+    def load(self, config: Any) -> tuple[PreTrainedModel, set[str]]:
+        """Load the base model in float32. Missing weights are drawn with a fixed seed.
+
+        Returns:
+            The model, and the names of the weights that its own checkpoint does not have.
+
+        Raises:
+            ValueError: If it cannot be loaded for the task.
+            OSError: If it cannot be found.
+        """
+        options = {"config": config, "dtype": torch.float32, "output_loading_info": True, **self._options}
+        try:
+            with _quiet(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model, info = self._auto_class.from_pretrained(self.name, **options)
+        except RuntimeError as error:
+            raise ValueError(
+                f"`base_model`: {self.name!r} cannot be loaded as {AUTO_CLASSES[self.task]}: {error}"
+            ) from error
+        return model, set(info["missing_keys"])
+
+    def check_complete(self, missing: set[str], head: dict[str, Tensor]) -> None:
+        """Reject weights that neither the base model nor the adapter has, which would be random at every loading.
+
+        A backbone without a head may lack its pooler, because not everybody uses the pooler's output.
+
+        Raises:
+            ValueError: If such weights are missing.
+        """
+        lost = sorted(missing - set(head))
+        if lost and self.task != "FEATURE_EXTRACTION":
+            raise ValueError(
+                f"Neither {self.adapter} nor {self.name} has {', '.join(lost)}: outputs cannot be those of the "
+                "trained model."
+            )
+
+    def add_adapter(self, base: PreTrainedModel, config: PeftConfig, weights: dict[str, Tensor]) -> PeftModel:
+        """Wrap the base model with a new adapter, and fill the adapter with `weights`, named as in a file.
+
+        Raises:
+            ValueError: If a tensor is missing, unknown or of another shape.
+        """
+        model: Any = get_peft_model(base, config)
+        needed = get_peft_model_state_dict(model, save_embedding_layers=False)
+        misfits = find_misfits(shapes_of(weights), shapes_of(needed), {})
+        if misfits:
+            raise ValueError(f"{self.adapter} does not fit {type(base).__name__}: {'; '.join(misfits)}.")
+        set_peft_model_state_dict(model, weights)
+        return model
 
 
 def attention_window(base: Any) -> int | None:
@@ -133,27 +162,6 @@ def are_close(one: Tensor, other: Tensor) -> bool:
 def with_root(root: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Put `root` in front of all names."""
     return {root + key: tensor for key, tensor in tensors.items()}
-
-
-def add_adapter(source: AnyPath, base: PreTrainedModel, config: PeftConfig, weights: dict[str, Tensor]) -> PeftModel:
-    """Wrap a base model, and fill the adapter with weights.
-
-    Args:
-        source: The adapter that is converted, for the message.
-        base: The base model.
-        config: The config of the new adapter.
-        weights: All of its tensors, by their names in a file.
-
-    Raises:
-        ValueError: If a tensor is missing, unknown or of another shape.
-    """
-    model: Any = get_peft_model(base, config)
-    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
-    misfits = find_misfits({key: tuple(tensor.shape) for key, tensor in wanted.items()}, weights)
-    if misfits:
-        raise ValueError(f"{source} does not fit {type(base).__name__}: {'; '.join(misfits)}.")
-    set_peft_model_state_dict(model, weights)
-    return model
 
 
 def write_adapter(model: PeftModel, folder: Path, base_name: str) -> None:

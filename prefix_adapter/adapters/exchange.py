@@ -28,24 +28,12 @@ from ..backbone.attention import Slot
 from ..backbone.find import Finding, cache_argument, find_targets
 from ..config import PrefixTuningV2Config
 from ..files.check import find_misfits
-from ..files.contents import SAVED_ROOT, find_embeddings, names_ending_with
+from ..files.contents import SAVED_ROOT, find_embeddings, names_ending_with, shapes_of
 from ..files.whole import check_free, new_folder
 from ..messages import shorten
 from ..prefix.batch import describe
 from ..prefix.layer import LAYER_NAME, PrefixTuningV2Layer
-from .base_model import (
-    AUTO_CLASSES,
-    add_adapter,
-    are_close,
-    check_base_name,
-    check_complete,
-    load_base,
-    load_base_config,
-    make_empty_base,
-    warn_of_window,
-    with_root,
-    write_adapter,
-)
+from .base_model import AUTO_CLASSES, BaseModelLoader, are_close, warn_of_window, with_root, write_adapter
 from .saved import PREFIX_ROOT, AnyPath, SavedAdapter, open_adapter
 
 # The names of a prompt method's tensors in a file of PEFT: the table, and the root of all others.
@@ -97,7 +85,7 @@ def import_peft(source: AnyPath, target: AnyPath, base_model: str | None = None)
         layers = sum(slot.kind == "decoder" for slot in _slots(found))
         table = _untie_layers(table, theirs.num_layers or 0, layers)
     config = PrefixTuningV2Config(
-        task_type=adapter.task,
+        task_type=adapter.loader.task,
         num_virtual_tokens=len(table),
         prefix_dropout=0.0,
         shift_positions=_has_positions(found),
@@ -106,11 +94,11 @@ def import_peft(source: AnyPath, target: AnyPath, base_model: str | None = None)
         revision=theirs.revision,
     )
     weights = {f"{PREFIX_ROOT}embedding.weight": table, **with_root(SAVED_ROOT, adapter.head)}
-    model = add_adapter(source, base, config, weights)
-    outputs = _compute_outputs(model, adapter.task)
+    model = adapter.loader.add_adapter(base, config, weights)
+    outputs = _compute_outputs(model, adapter.loader.task)
     warn_of_window(base)
     with new_folder(target) as folder:
-        write_adapter(model, folder, adapter.written_base_name)
+        write_adapter(model, folder, adapter.base_name)
         del model, base, found  # one base model in memory at a time
         adapter.check_peft(lambda: PeftModel.from_pretrained(adapter.load_base(), str(source)), outputs)
     return target
@@ -151,9 +139,9 @@ def export_peft(source: AnyPath, target: AnyPath, base_model: str | None = None)
     layer = getattr(base, LAYER_NAME)
     slots = _slots_for_peft(source, ours, layer)
     table = layer.encoder_of("default").fold()
-    if adapter.task == "SEQ_2_SEQ_LM":
+    if adapter.loader.task == "SEQ_2_SEQ_LM":
         table = _tie_layers(source, table, len(slots))
-    outputs = _compute_outputs(model, adapter.task)
+    outputs = _compute_outputs(model, adapter.loader.task)
     if ours.task_type is None and getattr(base.config, "type_vocab_size", 0) > 1:
         raise ValueError(
             f"{source} answers questions with `token_type_ids`, which PEFT's model for question answering drops: its "
@@ -162,7 +150,7 @@ def export_peft(source: AnyPath, target: AnyPath, base_model: str | None = None)
     warn_of_window(base)
     del model, base, layer  # one base model in memory at a time
     config = PrefixTuningConfig(
-        task_type=adapter.task,
+        task_type=adapter.loader.task,
         num_virtual_tokens=ours.num_virtual_tokens,
         num_layers=len(slots),
         token_dim=slots[0].shape.key_columns,
@@ -171,10 +159,10 @@ def export_peft(source: AnyPath, target: AnyPath, base_model: str | None = None)
         revision=ours.revision,
     )
     weights = {_TABLE: table, **with_root(_PROMPT_ROOT, adapter.head)}
-    peft_model = add_adapter(source, adapter.load_base(), config, weights)
+    peft_model = adapter.loader.add_adapter(adapter.load_base(), config, weights)
     adapter.check_peft(lambda: peft_model, outputs)
     with new_folder(target) as folder:
-        write_adapter(peft_model, folder, adapter.written_base_name)
+        write_adapter(peft_model, folder, adapter.base_name)
     return target
 
 
@@ -184,19 +172,15 @@ class _Exchange:
 
     Attributes:
         source: Its folder or Hub name, for messages.
-        task: PEFT's task type.
-        base_name: The folder or Hub name from which its base model is loaded.
-        written_base_name: The name of the base model in the new adapter's config.
-        revision: The base model's revision.
+        loader: The loader of its base model.
+        base_name: The name of the base model in the new adapter's config.
         head: The tensors of its trained modules, by their names in the base model.
         embeddings: The base model's embeddings, if the adapter has them.
     """
 
     source: AnyPath
-    task: str
+    loader: BaseModelLoader
     base_name: str
-    written_base_name: str
-    revision: str | None
     head: dict[str, Tensor]
     embeddings: dict[str, Tensor]
 
@@ -212,16 +196,16 @@ class _Exchange:
             others: Its tensors besides the prefix, by their names in the base model.
             base_model: The folder or Hub name of the base model; the one in its config if `None`.
         """
-        config, task = saved.config, _task_of(source, saved)
-        base_name = check_base_name(source, base_model or config.base_model_name_or_path)
+        config = saved.config
+        name = base_model or config.base_model_name_or_path
+        loader = BaseModelLoader(source, _task_of(source, saved), name, config.revision)
         # PEFT saves the embeddings of a resized vocabulary with an adapter.
-        empty = make_empty_base(task, load_base_config(base_name, None, config.revision))
+        empty = loader.make_empty(loader.load_config())
         trained = names_ending_with(empty, config.modules_to_save or ())
         read, unread = find_embeddings(empty, trained=trained)
         embeddings = {key.replace(".original_module.", "."): others[key] for key in read if key in others}
         head = {key: tensor for key, tensor in others.items() if key not in read and key not in unread}
-        written_base_name = config.base_model_name_or_path or base_name
-        return cls(source, task, base_name, written_base_name, config.revision, head, embeddings)
+        return cls(source, loader, config.base_model_name_or_path or name, head, embeddings)
 
     def load_base(self) -> PreTrainedModel:
         """Load the base model, with as many labels as the trained head has.
@@ -234,18 +218,16 @@ class _Exchange:
         # A head of several layers does not say which of them is its last.
         sizes = sorted({tensor.shape[0] for tensor in self.head.values() if tensor.dim()})
         for num_labels in sizes or (None,):
-            config = load_base_config(self.base_name, num_labels, self.revision)
-            empty = make_empty_base(self.task, config)
-            state = empty.state_dict()
-            misfits = find_misfits({key: tuple(state[key].shape) for key in self.head if key in state}, self.head)
+            config = self.loader.load_config(num_labels)
+            empty = self.loader.make_empty(config)
+            misfits = find_misfits(shapes_of(self.head), {}, shapes_of(empty.state_dict()))
             if not misfits:
-                base, missing = load_base(self.task, self.base_name, config, self.revision)
-                check_complete(self.source, self.task, self.base_name, missing, self.head)
+                base, missing = self.loader.load(config)
+                self.loader.check_complete(missing, self.head)
                 self._check_embeddings(base)
                 return base
         raise ValueError(
-            f"{self.source} has modules that do not fit {type(empty).__name__} of {self.base_name}: "
-            f"{'; '.join(misfits)}."
+            f"{self.source} does not fit {type(empty).__name__} of {self.loader.name}: {'; '.join(misfits)}."
         )
 
     def _check_embeddings(self, base: PreTrainedModel) -> None:
@@ -265,7 +247,7 @@ class _Exchange:
         Raises:
             ValueError: If they differ, or PEFT fails.
         """
-        for name, value in _compute_peft_outputs(make_model, self.task).items():
+        for name, value in _compute_peft_outputs(make_model, self.loader.task).items():
             gap = (outputs[name] - value).abs().max().item() if outputs[name].shape == value.shape else math.inf
             if not gap <= 1e-5 * max(1.0, value.abs().max().item()):
                 raise ValueError(

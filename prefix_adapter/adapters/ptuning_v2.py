@@ -18,17 +18,7 @@ from ..files.pickled import read_state_dict
 from ..files.source import read_json, read_safetensors
 from ..files.whole import check_free, new_folder
 from ..messages import shorten
-from .base_model import (
-    AUTO_CLASSES,
-    add_adapter,
-    are_close,
-    check_base_name,
-    check_complete,
-    load_base,
-    load_base_config,
-    with_root,
-    write_adapter,
-)
+from .base_model import AUTO_CLASSES, BaseModelLoader, are_close, with_root, write_adapter
 from .saved import PREFIX_ROOT, AnyPath
 
 PTuningTask = Literal["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "MULTIPLE_CHOICE", "FEATURE_EXTRACTION"]
@@ -93,12 +83,12 @@ def import_ptuning_v2(
     task: Any = task_type or _task_of(settings)
     if task not in _HEADS:
         raise ValueError(f"`task_type`: {source} does not say what it was trained for. Choose out of {list(_HEADS)}.")
-    name = check_base_name(source, base_model or settings.get("_name_or_path"))
+    loader = BaseModelLoader(source, task, base_model or settings.get("_name_or_path", ""))
 
     output = None if task == "MULTIPLE_CHOICE" else weights.get(f"{_HEADS[task]}.weight")
-    base, missing = load_base(task, name, load_base_config(name, None if output is None else len(output)))
+    base, missing = loader.load(loader.load_config(None if output is None else len(output)))
     head, modules = _take_head(source, weights, base, _HEADS[task])
-    check_complete(source, task, name, missing, head)
+    loader.check_complete(missing, head)
     hidden = prefix.get("hidden.weight")
     config = PrefixTuningV2Config(
         task_type=None if task in _TASKS_WITHOUT_TYPE else task,
@@ -109,9 +99,9 @@ def import_ptuning_v2(
         shift_positions=True,
         modules_to_save=modules,
     )
-    model = add_adapter(source, base, config, with_root(PREFIX_ROOT, prefix) | with_root(SAVED_ROOT, head))
+    model = loader.add_adapter(base, config, with_root(PREFIX_ROOT, prefix) | with_root(SAVED_ROOT, head))
     with new_folder(target) as folder:
-        write_adapter(model, folder, name)
+        write_adapter(model, folder, loader.name)
     return target
 
 

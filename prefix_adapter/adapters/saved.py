@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import PrefixTuningV2Config
 from ..files.check import find_misfits, read_weights
-from ..files.contents import SAVED_ROOT
+from ..files.contents import SAVED_ROOT, shapes_of
 from ..files.source import AdapterSource, open_weights, read_header, read_json
 from ..files.whole import check_free, new_folder
 from ..messages import shorten
@@ -136,7 +136,7 @@ def read_encoder(saved: SavedAdapter[PrefixTuningV2Config]) -> tuple[PrefixEncod
     length, hidden_size = config.num_virtual_tokens, last.get("embedding.weight", 0)
     columns = last.get("output.bias", 0) if config.prefix_projection else hidden_size
     width = last.get("hidden.bias", 0) if config.prefix_projection else None
-    misfits = find_misfits(PrefixEncoder.shapes(length, columns, hidden_size, width), parts)
+    misfits = find_misfits(shapes_of(parts), PrefixEncoder.shapes(length, columns, hidden_size, width), {})
     if len({tensor.dtype for tensor in parts.values()}) > 1:
         misfits.append("its parts have different dtypes")
     if misfits:

@@ -21,6 +21,7 @@ from .source import DTYPES, open_weights, read_header, read_safetensors, read_te
 _FREE_PARAMETERS = 100_000_000
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
+Shapes = Mapping[str, tuple[int, ...]]
 # The shape and the dtype of a tensor in a file. A dtype that torch does not have is the text of the file.
 _Found = tuple[tuple[int, ...], torch.dtype | str]
 
@@ -115,7 +116,7 @@ def check_embeddings(path: Path, model: nn.Module, heads: Iterable[str], users: 
                 )
 
 
-def _check_vocabulary(shapes: Mapping[str, tuple[int, ...]], embeddings: Mapping[str, Tensor], where: str) -> None:
+def _check_vocabulary(shapes: Shapes, embeddings: Mapping[str, Tensor], where: str) -> None:
     """Reject embeddings for another vocabulary size than the base model's."""
     for name, tensor in embeddings.items():
         shape, own = shapes.get(name), TensorSpec.of(tensor).shape
@@ -136,28 +137,20 @@ def _check_specs(
     model: nn.Module,
 ) -> dict[str, TensorSpec]:
     """Compare names, shapes and dtypes, and return the specs of all tensors that are needed or allowed."""
-    _check_vocabulary({name: shape for name, (shape, _) in found.items()}, embeddings, where)
+    shapes = {name: shape for name, (shape, _) in found.items()}
+    _check_vocabulary(shapes, embeddings, where)
     specs = {**allowed, **{name: TensorSpec.of(tensor) for name, tensor in embeddings.items()}, **needed}
-    misfit = f"{where} does not fit its config and {type(model).__name__}"
-    problems = []
-    if needed.keys() - found.keys():
-        problems.append(f"it lacks {join_names(needed.keys() - found.keys())}")
-    if found.keys() - specs.keys():
-        problems.append(f"it has {join_names(found.keys() - specs.keys())}, which is no part of the adapter")
-    if problems:
+    needed_shapes, allowed_shapes = ({name: spec.shape for name, spec in each.items()} for each in (needed, specs))
+    misfits = find_misfits(shapes, needed_shapes, allowed_shapes)
+    if misfits:
         raise ValueError(
-            f"{misfit}: {', and '.join(problems)}. Load it as it was saved, onto the base model that it was trained "
-            "on. (PEFT's `key_mapping` is not used for this method: rename the tensors in the file.)"
+            f"{where} does not fit its config and {type(model).__name__}: {'; '.join(misfits)}. Load it as it was "
+            "saved, onto the base model that it was trained on (a task head: with the same `num_labels`). PEFT's "
+            "`key_mapping` is not used for this method: rename the tensors in the file. `ignore_mismatched_sizes` has "
+            "no effect here, because it would leave random weights in the adapter. To begin a new task with the "
+            "prefix alone, add a new adapter and call `prefix_adapter.init_from`."
         )
-    for name, (shape, dtype) in found.items():
-        if shape != specs[name].shape:
-            raise ValueError(
-                f"{misfit}: {shorten(name)} has the shape {list(shape)} where {list(specs[name].shape)} is needed. "
-                "Load it with its own config, onto the base model that it was trained on (a task head: with the same "
-                "`num_labels`). `ignore_mismatched_sizes` has no effect here, because it would leave random weights "
-                "in the adapter. To begin a new task with the prefix alone, add a new adapter and call "
-                "`prefix_adapter.init_from`."
-            )
+    for name, (_, dtype) in found.items():
         _check_dtype(name, dtype, specs[name].dtype, where)
     return specs
 
@@ -180,23 +173,28 @@ def _check_finite(name: str, tensor: Tensor, dtype: torch.dtype, where: str | Pa
             )
 
 
-def find_misfits(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Describe the differences between tensors and the shapes that they must have, each in a few words.
+def find_misfits(found: Shapes, needed: Shapes, allowed: Shapes) -> list[str]:
+    """Compare names and shapes of tensors, and describe the differences.
 
     Args:
-        shapes: The shape of each tensor that is needed.
-        tensors: The tensors. Each of them must be among `shapes`.
+        found: The shapes of the tensors that there are.
+        needed: The shapes of the tensors that must be there.
+        allowed: The shapes of other tensors that may be there.
 
     Returns:
-        At most four descriptions; none if the tensors fit.
+        A description for each kind of difference; none if the tensors fit.
     """
-    misfits = [f"{name} is missing" for name in shapes if name not in tensors]
-    for name, tensor in tensors.items():
-        if name not in shapes:
-            misfits.append(f"{shorten(name)} has no place")
-        elif tensor.shape != shapes[name]:
-            misfits.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(shapes[name])}")
-    return misfits if len(misfits) <= 4 else [*misfits[:3], f"and {len(misfits) - 3} more"]
+    shapes = {**allowed, **needed}
+    missing, unknown = needed.keys() - found.keys(), found.keys() - shapes.keys()
+    misfits = [f"it lacks {join_names(missing)}"] if missing else []
+    if unknown:
+        misfits.append(f"it has {join_names(unknown)}, which is no part of the adapter")
+    resized = [name for name, shape in found.items() if shapes.get(name, shape) != shape]
+    for name in resized[:2]:
+        misfits.append(f"{shorten(name)} has the shape {list(found[name])} where {list(shapes[name])} is needed")
+    if len(resized) > 2:
+        misfits.append(f"{len(resized) - 2} more tensors have other shapes")
+    return misfits
 
 
 def check_size(model: nn.Module, shapes: Iterable[tuple[int, ...]]) -> None:

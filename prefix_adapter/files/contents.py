@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -151,6 +151,11 @@ def names_ending_with(model: nn.Module, endings: Iterable[str]) -> list[str]:
     """The names of the modules that PEFT wraps for the `modules_to_save` in `endings`."""
     suffixes = tuple(endings)
     return [name for name, _ in model.named_modules() if suffixes and name.endswith(suffixes)]
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of tensors by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def tensors_of(model: nn.Module, adapter_name: str, layers: Iterable[nn.Module]) -> dict[str, TensorSpec]:

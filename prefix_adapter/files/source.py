@@ -44,7 +44,7 @@ class AdapterSource:
     options: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
-        return shorten(os.path.join(self.name, self.subfolder or ""))
+        return shorten(os.path.join(self.name, self.subfolder) if self.subfolder else self.name)
 
     @classmethod
     def of(
