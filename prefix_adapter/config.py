@@ -176,14 +176,19 @@ class PrefixTuningV2Config(PeftConfig):
         _check_bool("inference_mode", self.inference_mode)
         for name in ("prefix_layout", "base_model_name_or_path", "revision", "peft_version"):
             _check_text(name, getattr(self, name))
-        auto: Any = self.auto_mapping
-        parts = [auto.get(name) for name in ("base_model_class", "parent_library")] if isinstance(auto, dict) else [0]
-        if auto is not None and not all(isinstance(part, str) for part in parts):
+        self._check_auto_mapping()
+
+    def _check_auto_mapping(self) -> None:
+        mapping = self.auto_mapping
+        if mapping is None:
+            return
+        keys = ("base_model_class", "parent_library")
+        if not isinstance(mapping, dict) or not all(isinstance(mapping.get(key), str) for key in keys):
             raise ValueError(
-                f"`auto_mapping` must have the strings `base_model_class` and `parent_library`, got {shorten(auto)}."
+                f"`auto_mapping` must have strings at `base_model_class` and `parent_library`, got {shorten(mapping)}."
             )
-        for part in parts if auto is not None else ():
-            _check_text("auto_mapping", part)
+        for key in keys:
+            _check_text("auto_mapping", mapping[key])
 
     def _check_layers(self) -> None:
         if self.layers_to_transform is None:

@@ -144,7 +144,7 @@ def attention_window(base: Any) -> int | None:
 
 
 def warn_of_window(base: PreTrainedModel) -> None:
-    """Warn that outputs differ from PEFT's behind a sliding window. Call it from the public function."""
+    """Warn that a sliding window makes outputs differ from PEFT's. Call this from the public function."""
     window = attention_window(base)
     if window is not None:
         warnings.warn(

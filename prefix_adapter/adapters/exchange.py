@@ -236,8 +236,8 @@ class _Exchange:
         changed = [key for key, tensor in self.embeddings.items() if not are_close(own[key], tensor)]
         if changed:
             raise ValueError(
-                f"{self.source} has embeddings of its own ({', '.join(changed)}), for words that {base.name_or_path} "
-                "does not have. Save the base model with these embeddings (`resize_token_embeddings`, load the "
+                f"{self.source} has embeddings of its own ({', '.join(changed)}), which differ from those of "
+                f"{base.name_or_path}. Save the base model with these embeddings (`resize_token_embeddings`, load the "
                 "adapter, `model.unload().save_pretrained(...)`), and give that folder as `base_model`."
             )
 

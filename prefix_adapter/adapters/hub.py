@@ -57,8 +57,9 @@ def push_to_hub(
         outside = [path for path in Path(adapter).rglob("*") if not path.resolve().is_relative_to(root)]
         if outside:
             raise ValueError(
-                f"{shorten(str(outside[0]))} is a link to {shorten(str(outside[0].resolve()))}, outside of the adapter's "
-                "folder, and the upload would include that file. Copy the file into the folder, or remove the link."
+                f"{shorten(str(outside[0]))} is a link to {shorten(str(outside[0].resolve()))}, outside of the "
+                "adapter's folder, and the upload would include that file. Copy the file into the folder, or remove "
+                "the link."
             )
     options = {"commit_message": "Upload prefix adapter", "ignore_patterns": _IGNORED_FILES, **kwargs}
     api = HfApi(token=token)

@@ -131,7 +131,7 @@ class AdapterPool:
             if key in self._loaded:
                 self._loaded.move_to_end(key)
                 return self._loaded[key]
-        folder = _download(key)  # without the lock: other batches need not wait
+        folder = _find_folder(key)  # without the lock: other batches need not wait
         with self._lock:
             return self._load(key, folder)
 
@@ -146,9 +146,9 @@ class AdapterPool:
             self._clean_model()
 
     def _clean_model(self) -> None:
-        """Remove all adapters from the model that are not in `_loaded`, and restore the base model's heads.
+        """Remove adapters that are not in `_loaded` from the model, and restore the base model's heads.
 
-        An error or an interruption may leave such adapters in the model.
+        An error or an interruption while an adapter is loaded may leave the model in such a state.
         """
         layer: Any = getattr(self.model, LAYER_NAME, None)
         names = [adapter.name for adapter in self._loaded.values()]
@@ -167,10 +167,11 @@ class AdapterPool:
             remove_layer(layer)
 
     def _load(self, key: str, folder: Path | None) -> LoadedAdapter:
+        """Return an adapter from memory, or load it and remove the least recently used ones beyond `max_bytes`."""
         self._clean_model()
         if key not in self._loaded:
             try:
-                found = self._loaded[key] = self._insert(folder or _download(key))
+                found = self._loaded[key] = self._insert(folder or _find_folder(key))
                 self._check_bound(key, "bytes", found.num_bytes, "max_bytes")
             except BaseException:
                 self._loaded.pop(key, None)
@@ -184,13 +185,14 @@ class AdapterPool:
         return self._loaded[key]
 
     def _insert(self, folder: Path) -> LoadedAdapter:
+        """Check an adapter's files, and put the adapter into the model."""
         saved = open_adapter(folder, PrefixTuningV2Config)
         config, task = saved.config, saved.task_type
         others = {adapter.task_type for adapter in self._loaded.values()}
         if others - {task}:
             raise ValueError(
-                f"{folder} is an adapter for {task}, and those in the pool are for {others.pop()}: one model has one "
-                "kind of head. Use a pool for each."
+                f"{folder} is an adapter for {task}, and the adapters in the pool are for {others.pop()}: a model has "
+                "one kind of head. Use a pool for each."
             )
         self._check_bound(folder, "virtual tokens", config.num_virtual_tokens, "max_virtual_tokens")
         shapes = {key: shape for key, (shape, _) in saved.read_header().items()}
@@ -278,7 +280,7 @@ class AdapterPool:
         keys = [None if adapter is None else str(adapter) for adapter in adapters]
         needed = dict.fromkeys(key for key in keys if key is not None)
         loaded = self.loaded
-        folders = {key: _download(key) for key in needed if key not in loaded}
+        folders = {key: _find_folder(key) for key in needed if key not in loaded}
         with self._lock:
             self._clean_model()
             total = sum(self._load(key, folders.get(key)).num_bytes for key in needed)
@@ -295,7 +297,7 @@ class AdapterPool:
                 yield
 
 
-def _download(adapter: str) -> Path:
+def _find_folder(adapter: str) -> Path:
     """Return an adapter's folder. An adapter from the Hub is downloaded into its cache."""
     folder = Path(adapter)
     if folder.is_dir():

@@ -149,8 +149,8 @@ def _check_text(layer: PrefixTuningV2Layer, ids: list[int]) -> int:
             f"The text has {len(ids)} tokens, and {type(base).__name__} has {limit} positions: none would be left for "
             "an input."
         )
-    rooms = [end - len(ids) for end in (limit, attention_window(base)) if end is not None]
-    return max(min(_COMPARED_TOKENS, len(ids), *rooms), 1)
+    free = [end - len(ids) for end in (limit, attention_window(base)) if end is not None]
+    return max(min(_COMPARED_TOKENS, len(ids), *free), 1)
 
 
 def _first_position(layer: PrefixTuningV2Layer, adapter: Adapter) -> int:
@@ -178,7 +178,7 @@ def _compute_key_values(layer: PrefixTuningV2Layer, ids: list[int], start: int) 
             parts = [keys, values] if slot.shape.value_heads else [keys]
             found[slot] = torch.cat([part[0].transpose(0, 1).flatten(1) for part in parts], dim=1)
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             call = Call(target.names, args, kwargs)
             put_in_front(call, target, layer.model, 0, None, no_prefix)
             return tuple(call.args), call.kwargs

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from .whole import write_text
 
 _START, _END = "<!-- prefix-adapter: loading -->", "<!-- prefix-adapter: end -->"
-_CLASSES = {
+_AUTO_PEFT_CLASSES = {
     "SEQ_CLS": "AutoPeftModelForSequenceClassification",
     "TOKEN_CLS": "AutoPeftModelForTokenClassification",
     "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
@@ -28,7 +28,7 @@ _SECTION = """{start}
 ## Load this adapter
 
 A P-Tuning v2 prefix ({tokens} virtual tokens) for [PEFT](https://huggingface.co/docs/peft), by the package
-`prefix-adapter`. PEFT alone does not know its type, `PREFIX_TUNING_V2`: without the import below, loading ends in
+`prefix-adapter`. PEFT itself does not have the type `PREFIX_TUNING_V2`: without the import below, loading raises
 `KeyError: 'PREFIX_TUNING_V2'`.
 
 ```bash
@@ -106,12 +106,12 @@ def replace_pickle(folder: Path) -> None:
 
 def _section(num_virtual_tokens: int, task_type: str | None) -> str:
     task = task_type and str(getattr(task_type, "value", task_type))
-    headed = task in ("SEQ_CLS", "TOKEN_CLS")
+    has_head = task in ("SEQ_CLS", "TOKEN_CLS")
     return _SECTION.format(
         start=_START,
         end=_END,
         tokens=num_virtual_tokens,
-        auto_class=_CLASSES.get(task or "", "AutoPeftModel"),
-        arguments=", num_labels=num_labels" if headed else "",
-        note="\n\n`num_labels` is the number of labels of the trained head." if headed else "",
+        auto_class=_AUTO_PEFT_CLASSES.get(task or "", "AutoPeftModel"),
+        arguments=", num_labels=num_labels" if has_head else "",
+        note="\n\n`num_labels` is the number of labels of the trained head." if has_head else "",
     )

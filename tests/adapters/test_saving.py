@@ -562,7 +562,7 @@ def folder_of(kind: str, folder: Path) -> None:
     [
         ("table", "is a table already"),
         ("lora", "LORA adapter, not one of PREFIX_TUNING_V2"),
-        ("part of the weights", "prefix_tuning_v2_output"),
+        ("part of the weights", r"it lacks output\.bias, output\.weight"),
         ("no weights", "weight"),
     ],
 )
