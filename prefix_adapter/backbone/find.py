@@ -197,12 +197,12 @@ def _observe(model: nn.Module) -> tuple[dict[str, _Recorder], list[PositionTarge
             check_implementation(implementation_of(recorder.target.module, model))
         handed: set[str] = set()
         note = partial(_note_cache, handed)
-        handles = [
-            module.register_forward_pre_hook(recorders.get(name, note), with_kwargs=True)
-            for name, module in modules.items()
-        ]
-        positions = PositionProbe(model, recorders)
+        handles: list[Any] = []
+        positions: PositionProbe | None = None
         try:
+            for name, module in modules.items():
+                handles.append(module.register_forward_pre_hook(recorders.get(name, note), with_kwargs=True))
+            positions = PositionProbe(model, recorders)
             output = probe(model)
         except Exception as error:
             why = f"a forward pass on a dummy input failed ({type(error).__name__}: {error})."
@@ -210,7 +210,7 @@ def _observe(model: nn.Module) -> tuple[dict[str, _Recorder], list[PositionTarge
         finally:
             for handle in handles:
                 handle.remove()
-            found = positions.found()
+            found = positions.found() if positions is not None else []
         known = (*known, *sorted(handed - {*known}))
         before, recorders = recorders, _candidates(model, modules, known)
         if recorders.keys() == before.keys():
