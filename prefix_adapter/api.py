@@ -23,9 +23,10 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
-from .adapters.exchange import export_peft, import_peft, import_ptuning_v2
+from .adapters.exchange import export_peft, import_peft
 from .adapters.hub import push_to_hub
 from .adapters.pool import AdapterPool, LoadedAdapter
+from .adapters.ptuning_v2 import import_ptuning_v2
 from .adapters.saved import fold
 from .adapters.start import init_from, init_from_text
 from .backbone.unsupported import UnsupportedBackboneError

@@ -176,9 +176,9 @@ def _inference_options(options: Any) -> dict[str, Any]:
 
 def _info(options: Any) -> None:
     from . import api  # noqa: F401 (registers PREFIX_TUNING_V2, so that PEFT can read its configuration)
-    from .adapters.info import describe
+    from .adapters.saved import describe_adapter
 
-    found = describe(options.adapter, options.revision)
+    found = describe_adapter(options.adapter, options.revision)
     if options.json:
         _print_json(found)
         return
@@ -200,7 +200,8 @@ def _fold(options: Any) -> None:
 
 
 def _import(options: Any) -> None:
-    from .adapters.exchange import import_peft, import_ptuning_v2
+    from .adapters.exchange import import_peft
+    from .adapters.ptuning_v2 import import_ptuning_v2
 
     source = Path(options.source)
     if source.is_file() or (source.is_dir() and not (source / "adapter_config.json").is_file()):

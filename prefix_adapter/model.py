@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .backbone.unsupported import UnsupportedBackboneError
 from .config import PrefixTuningV2Config
-from .files.check import check_tensors, find_embeddings, tensors_of
+from .files.check import check_tensors
+from .files.contents import find_embeddings, tensors_of
 from .prefix.batch import check_name_count
 from .prefix.heads import adopt_heads, check_one_head, find_heads
 from .prefix.layer import NAME_TAKEN, PrefixTuningV2Layer

@@ -144,12 +144,13 @@ def _run_probe(model: nn.Module) -> tuple[dict[str, _Recorder], list[PositionTar
             get_implementation(recorder.target.module, model)
         passed: set[str] = set()
         note = partial(_note_cache_argument, passed)
-        handles = [
-            module.register_forward_pre_hook(recorders.get(name, note), with_kwargs=True)
-            for name, module in modules.items()
-        ]
-        position_probe = PositionProbe(model, recorders)
+        position_probe, handles = PositionProbe(model, recorders), []
+        # Inside `try`, because an interruption may meet the loop.
         try:
+            for name, module in modules.items():
+                hook = recorders.get(name, note)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            position_probe.register()
             output = probe(model)
         except Exception as error:
             why = f"a forward pass on a dummy input failed ({type(error).__name__}: {error})."
@@ -157,7 +158,8 @@ def _run_probe(model: nn.Module) -> tuple[dict[str, _Recorder], list[PositionTar
         finally:
             for handle in handles:
                 handle.remove()
-            positions = position_probe.finish()
+            position_probe.remove_hooks()
+        positions = position_probe.get_found()
         known = (*known, *sorted(passed - {*known}))
         before, recorders = recorders, _make_recorders(model, modules, known)
         if recorders.keys() == before.keys():

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .calls import CACHE_ARGUMENTS, POSITIONS_ARGUMENT, ModuleCall, parameter_names
 from .probe import PROBE_LENGTH, get_first_position, get_input_embeddings, innermost
@@ -135,14 +136,21 @@ class PositionProbe:
         }
         self._called: dict[str, PositionTarget] = {}
         self._width = getattr(get_input_embeddings(model), "embedding_dim", None)
-        self._handles = [
-            module.register_forward_pre_hook(self._record_table(name))
-            for name, module in modules.items()
-            if type(module).forward is nn.Embedding.forward
-        ] + [
-            module.register_forward_hook(self._record_call(name), with_kwargs=True)
-            for name, module in self._named.items()
-        ]
+        self._modules = modules
+        self._handles: list[RemovableHandle] = []
+
+    def register(self) -> None:
+        """Add the hooks to the model."""
+        for name, module in self._modules.items():
+            if type(module).forward is nn.Embedding.forward:
+                self._handles.append(module.register_forward_pre_hook(self._record_table(name)))
+        for name, module in self._named.items():
+            self._handles.append(module.register_forward_hook(self._record_call(name), with_kwargs=True))
+
+    def remove_hooks(self) -> None:
+        """Remove the hooks from the model."""
+        for handle in self._handles:
+            handle.remove()
 
     def _record_table(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -171,10 +179,8 @@ class PositionProbe:
 
         return hook
 
-    def finish(self) -> list[PositionTarget]:
-        """Remove the hooks, and return the position modules that the probe has called."""
-        for handle in self._handles:
-            handle.remove()
+    def get_found(self) -> list[PositionTarget]:
+        """The position modules that the probe has called."""
         tables = {name: target.module for name, target in self._tables.items()}
         # An attention module without positions receives them in another form, such as rotary embeddings.
         called = {n: t for n, t in self._called.items() if t.movable or n not in self._attention}

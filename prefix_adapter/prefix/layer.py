@@ -16,7 +16,8 @@ from ..backbone.parallel import check_no_tensor_parallelism
 from ..backbone.positions import PositionTarget
 from ..backbone.unsupported import UnsupportedBackboneError
 from ..config import PrefixTuningV2Config
-from ..files.check import Spec, check_size
+from ..files.check import check_size
+from ..files.contents import TensorSpec
 from ..private import clear_peft_marks, get_device
 from .batch import AdapterInfo, BatchPlanner
 from .encoder import PrefixEncoder
@@ -153,7 +154,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
                 then.
         """
         slots = select_slots(self.model, self._found, config)
-        config.wraps(type(self.model).__name__, describe_slots(slots))
+        config.check_layout(type(self.model).__name__, describe_slots(slots))
         columns, end = {}, 0
         for slot in slots:
             columns[slot] = slice(end, end + slot.shape.columns)
@@ -165,7 +166,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         # The table counts too: a small MLP may compute a huge table.
         table = [(config.num_virtual_tokens, end)] if width else []
         check_size(self.model, [*shapes.values(), *table])
-        specs = {name: Spec(shape, home.dtype) for name, shape in shapes.items()}
+        specs = {name: TensorSpec(shape, home.dtype) for name, shape in shapes.items()}
         embeddings = check_adapter_file(
             self, self.model, self.targets, adapter_name, config, specs, has_other_adapters=bool(self.adapters)
         )

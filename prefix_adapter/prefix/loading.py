@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..backbone.attention import AttentionTarget
 from ..config import PrefixTuningV2Config
-from ..files.check import SAVED, Spec, check_embeddings, check_file, find_embeddings, find_heads, tensors_of
+from ..files.check import check_embeddings, check_file
+from ..files.contents import SAVED_ROOT, TensorSpec, find_embeddings, find_heads, tensors_of
 from ..private import get_write_count
 from .names import LAYER_NAME, PREFIX
 
@@ -92,7 +93,7 @@ def check_adapter_file(
     targets: list[AttentionTarget],
     adapter_name: str,
     config: PrefixTuningV2Config,
-    encoder: dict[str, Spec],
+    encoder: dict[str, TensorSpec],
     has_other_adapters: bool,
 ) -> dict[str, Tensor]:
     """Check `modules_to_save`, and the file of an adapter that is being loaded, before the model is changed.
@@ -118,17 +119,18 @@ def check_adapter_file(
     heads = find_heads(model, config.modules_to_save or (), attention, own, config.task_type)
     if config.source is None:
         return {}
-    needed = {f"{SAVED}{LAYER_NAME}.{PREFIX}{name}": spec for name, spec in encoder.items()}
+    needed = {f"{SAVED_ROOT}{LAYER_NAME}.{PREFIX}{name}": spec for name, spec in encoder.items()}
     for name, head in heads.items():
         parameters = head.state_dict(keep_vars=True)
-        needed |= {f"{SAVED}{name}.{key}": Spec.of(tensor) for key, tensor in parameters.items()}
+        needed |= {f"{SAVED_ROOT}{name}.{key}": TensorSpec.of(tensor) for key, tensor in parameters.items()}
     # PEFT saves the tensors of all methods that have an adapter of this name in one file.
     others = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and m is not layer]
     found = tensors_of(model, adapter_name, others)
-    allowed = {SAVED + name.replace(f".{adapter_name}.", ".", 1): spec for name, spec in found.items()}
-    embeddings, unread = find_embeddings(model, SAVED, heads)
-    path = config.source.weights()
+    allowed = {SAVED_ROOT + name.replace(f".{adapter_name}.", ".", 1): spec for name, spec in found.items()}
+    embeddings, unread = find_embeddings(model, SAVED_ROOT, heads)
+    path = config.source.find_weights()
     written = check_file(path, needed, allowed | unread, model, embeddings)
     if written and has_other_adapters:
         check_embeddings(path, model, heads, "the other adapters of this model")
-    return {name.removeprefix(SAVED).replace(".original_module.", "."): tensor for name, tensor in written.items()}
+    own_names = {name: name.removeprefix(SAVED_ROOT).replace(".original_module.", ".") for name in written}
+    return {own_names[name]: tensor for name, tensor in written.items()}

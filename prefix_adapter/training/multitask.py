@@ -26,7 +26,7 @@ import torch
 from accelerate.utils import DistributedType, set_seed
 from torch import nn
 
-from ..adapters.saved import new_folder
+from ..files.whole import new_folder
 from ..training import checkpoint, outputs
 from .data import DataError
 from .distributed import start_moments, together
