@@ -321,8 +321,9 @@ def _slots_for_peft(source: AnyPath, config: PrefixTuningV2Config, layer: Prefix
     kind = "decoder" if base.config.is_encoder_decoder else slots[0].kind
     if {slot.kind for slot in slots} != {kind}:
         raise ValueError(
-            f"{source} has a prefix in front of {describe_slots(slots)}. PEFT has one in front of self-attention only, "
-            "in an encoder-decoder of the decoder's: train with `target_attention=['decoder']` for an adapter to export."
+            f"{source} has a prefix in front of {describe_slots(slots)}. PEFT has one in front of self-attention "
+            "only, in an encoder-decoder of the decoder's: train with `target_attention=['decoder']` for an adapter "
+            "to export."
         )
     missing = [slot.layer for slot in _slots(layer) if slot.kind == kind and slot not in slots]
     if missing or layer.layers_without_prefix:
@@ -339,8 +340,8 @@ def _slots_for_peft(source: AnyPath, config: PrefixTuningV2Config, layer: Prefix
     if not config.shift_positions and _has_positions(layer):
         raise ValueError(
             f"{source} leaves the positions of the input unchanged (`shift_positions=False`). PEFT lets them start "
-            "after the prefix, so its outputs would differ: train with `shift_positions=True` for an adapter to "
-            "export."
+            "after the prefix, so its outputs would differ: train with `shift_positions=True` for an adapter "
+            "to export."
         )
     return slots
 

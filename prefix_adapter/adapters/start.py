@@ -228,7 +228,7 @@ def _check_exact(layer: PrefixTuningV2Layer, adapter_name: str, text: list[int],
     if window is not None and len(text) + len(input_ids) > window:
         why = f"It has layers that look back {window} tokens: a text leaves that window, a prefix does not."
     elif layer.layers_without_prefix:
-        why = f"Its layers {layer.layers_without} keep no keys and values, so they would not see the text."
+        why = f"Its layers {layer.layers_without_prefix} keep no keys and values, so they would not see the text."
     raise ValueError(
         f"{type(base).__name__} cannot start from this text: after these keys and values its outputs differ by "
         f"{gap:.1%} from those after the text. {why}"

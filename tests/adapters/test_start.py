@@ -10,7 +10,8 @@ import transformers as tr
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
-from prefix_adapter import PeftModel, PrefixTuningV2Config, PrefixTuningV2Layer, init_from, init_from_text
+from prefix_adapter import PeftModel, PrefixTuningV2Config, init_from, init_from_text
+from prefix_adapter.prefix.values import PrefixValues
 
 CAUSAL = "AutoModelForCausalLM"
 TEXT = [7, 40, 11, 93, 8, 62]
@@ -218,13 +219,13 @@ def test_a_window_is_warned_of():
 def test_a_cache_that_is_not_exact_is_found_out(monkeypatch):
     """The outputs are compared: a layer whose keys come out otherwise does not pass."""
     model = wrap(base_of("llama"))
-    piece = PrefixTuningV2Layer._piece
+    part = PrefixValues._get_part
 
     def rolled(*args):
-        keys, values = piece(*args)
+        keys, values = part(*args)
         return keys.roll(1, -1), values
 
-    monkeypatch.setattr(PrefixTuningV2Layer, "_piece", rolled)
+    monkeypatch.setattr(PrefixValues, "_get_part", rolled)
     with pytest.raises(ValueError, match="outputs differ by"):
         init_from_text(model, TEXT)
 

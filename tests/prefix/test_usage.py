@@ -115,23 +115,6 @@ def test_gradients_that_reentrant_checkpointing_would_lose_are_refused():
     model(input_ids=tiny.ids(), labels=tiny.ids()).loss.backward()
 
 
-def test_the_private_names_that_we_read_are_there():
-    """Each has its reason beside it in the code; a release that renames one fails here and not in somebody's run."""
-    model = tiny.model("llama", attn="sdpa").train()
-    assert model.config._attn_implementation == "sdpa"
-    assert model.layers[0].self_attn.config._attn_implementation == "sdpa"
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
-    assert any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
-    model.enable_input_require_grads()
-    assert len(model._require_grads_hooks) == 1
-    weight = torch.nn.Parameter(torch.zeros(2))
-    before = weight._version
-    with torch.no_grad():
-        weight.add_(1)
-    assert weight._version > before
-
-
 @pytest.mark.parametrize("positions", [False, True])
 def test_a_prefix_stands_before_the_first_token_and_not_before_its_padding(positions):
     """Rotary embeddings do not care where a row starts, so left padding needs no `position_ids`; a prefix would."""
