@@ -1,6 +1,6 @@
-"""From virtual tokens to the keys and values of a layer (P-Tuning v2, https://arxiv.org/abs/2110.07602, section 3).
+"""The parameters of one adapter: a table or an MLP that computes keys and values (P-Tuning v2, section 3).
 
-Plain tensors and modules: nothing here knows transformers or PEFT.
+Plain torch modules (Liu et al. 2022, https://arxiv.org/abs/2110.07602): nothing here knows transformers or PEFT.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 
 class PrefixEncoder(NamedTuple):
-    """The modules of an encoder: the embedding alone is a table, all three are an MLP.
+    """The modules of an adapter's prefix. The embedding alone is a table; all three are an MLP.
 
     Attributes:
-        embedding: weight `[n, columns]` of a table, `[n, hidden_size]` of an MLP.
-        hidden: `hidden_size` to `encoder_hidden_size`.
-        output: `encoder_hidden_size` to `columns`.
+        embedding: Weight `[n, columns]` of a table, `[n, hidden_size]` of an MLP.
+        hidden: Linear, `hidden_size` to `encoder_hidden_size`.
+        output: Linear, `encoder_hidden_size` to `columns`.
     """
 
     embedding: nn.Embedding
@@ -27,7 +27,7 @@ class PrefixEncoder(NamedTuple):
 
     @staticmethod
     def shapes(length: int, columns: int, hidden_size: int, width: int | None) -> dict[str, tuple[int, ...]]:
-        """The shapes of its parameters by name, for the arguments of `new`."""
+        """The shapes of the parameters by name, for the arguments of `new`."""
         if width is None:
             return {"embedding.weight": (length, columns)}
         return {
@@ -40,9 +40,16 @@ class PrefixEncoder(NamedTuple):
 
     @classmethod
     def new(cls, length: int, columns: int, std: float, hidden_size: int, width: int | None) -> PrefixEncoder:
-        """A table of `[length, columns]`, or an MLP if it has a `width`.
+        """Create a table, or an MLP if `width` is not `None`.
 
-        Weights are drawn from N(0, std^2) and biases are zero, as the reference implementation starts.
+        Weights are drawn from N(0, std^2) and biases are zero, as in the reference implementation.
+
+        Args:
+            length: Number of virtual tokens.
+            columns: Columns of the table.
+            std: Standard deviation of the weights.
+            hidden_size: Width of an MLP's embedding.
+            width: Width of an MLP's hidden layer.
         """
         if width is None:
             encoder = cls(nn.Embedding(length, columns))
@@ -56,25 +63,25 @@ class PrefixEncoder(NamedTuple):
         return encoder
 
     def parameters(self) -> list[Tensor]:
-        """Its parameters."""
+        """The parameters, in the order of `shapes`."""
         if self.hidden is None or self.output is None:
             return [self.embedding.weight]
         return [p for module in (self.embedding, self.hidden, self.output) for p in module.parameters()]
 
     def encode(self, columns: slice) -> Tensor:
-        """The prefix's given columns, `[n, len(columns)]`: those of the table, or of the MLP's last matrix.
+        """Compute some columns of the prefix, `[n, len(columns)]`.
 
-        The MLP's cost is that of n rows whatever the batch, and a layer pays for its own columns only.
+        An MLP runs on n rows, whatever the batch. Its last matrix is only multiplied for the given columns.
         """
         table = self.embedding.weight
         if self.hidden is None or self.output is None:
             return table[:, columns]
-        # In the parameters' own precision: for n rows there is nothing to save, and a folded table is to be the same.
+        # Without autocast: n rows take little time, and a folded table must have the same values.
         with torch.autocast(table.device.type, enabled=False):
             hidden = torch.tanh(self.hidden(table))
             return F.linear(hidden, self.output.weight[columns], self.output.bias[columns])
 
     @torch.no_grad()
     def fold(self) -> Tensor:
-        """The table `[n, columns]` that the encoder computes, in its parameters' precision."""
+        """The table `[n, columns]` that the encoder computes, in the precision of its parameters."""
         return self.encode(slice(None)).clone()
