@@ -38,9 +38,10 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock, Timeout
 
-from ..training import outputs
+from .files import write_text
 from .loop import TrainingDiverged, TrainingInterrupted
 from .model import adapter_config, load_tokenizer
+from .outputs import CHANGEABLE_KEYS
 from .recipe import Recipe, RecipeError
 from .run import load_splits, train
 from .settings import Search
@@ -421,7 +422,7 @@ def _open(job: _Job, resume: bool, minimize: bool) -> Study:
     except KeyError as error:
         raise RecipeError(f"`study_name`: the storage has no search {settings.study_name!r} to resume.") from error
     for key in now:
-        if before.get(key) != now[key] and key not in outputs.MAY_DIFFER:
+        if before.get(key) != now[key] and key not in CHANGEABLE_KEYS:
             raise RecipeError(
                 f"`{key}`: the search in {job.folder} was begun with {before.get(key)!r}, not {now[key]!r}. Resume it "
                 "with what it was begun with, or start a new one."
@@ -567,7 +568,7 @@ def _leave(job: _Job, study: Study) -> dict[str, Any]:
         seconds = trial.duration.total_seconds() if trial.duration else None
         told = {"trial": trial.number, "state": _state(trial), job.metric: trial.value, "seconds": seconds}
         writer.writerow({**told, **_values(job.space, trial.params), "error": trial.user_attrs.get("error")})
-    outputs.write_text(job.folder / TABLE, table.getvalue())
+    write_text(job.folder / TABLE, table.getvalue())
     if not counts["complete"]:
         raise RecipeError(f"`space`: no trial could be completed ({dict(counts)}); {job.folder / TABLE} says more.")
     best = study.best_trial

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from prefix_adapter.training import Data, Recipe, RecipeError, checkpoint, train
-from prefix_adapter.training.distributed import check
+from prefix_adapter.training.distributed import check_launch
 from prefix_adapter.training.loop import new_accelerator
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "accelerate"
@@ -421,7 +421,7 @@ def test_fsdp_that_cannot_work_is_refused(recipe, monkeypatch, variable, fsdp2, 
         monkeypatch.setenv(variable, "SIZE_BASED_WRAP")
     accelerator = SimpleNamespace(num_processes=1, distributed_type=DistributedType.FSDP, is_fsdp2=fsdp2)
     with pytest.raises(RecipeError, match=message):
-        check(accelerator, recipe)
+        check_launch(accelerator, recipe)
 
 
 def test_batches_must_be_shared_out_evenly(recipe, monkeypatch):
