@@ -179,7 +179,7 @@ def save(
         save_deepspeed_state(model, parts)
     else:  # Like the weights, empty in all processes but the main one if sharded.
         moments = get_optimizer_state_dict(unwrapped, optimizer.optimizer, options=_GATHERED).get("state", {})
-    generators = gather_object([_generators()])
+    generators = gather_object([_get_rng_states()])
     failure: Exception | None = None
     if accelerator.is_main_process:
         try:
@@ -195,8 +195,7 @@ def save(
         except FloatingPointError as error:
             failure = error
         except OSError as error:
-            text = f"{error}. The checkpoint of step {step} was not written; earlier files are unchanged."
-            failure = OSError(text)
+            failure = OSError(f"{error}. The checkpoint of step {step} was not written; earlier files are unchanged.")
     failures = [each for each in gather_object([failure]) if each]
     if failures:
         raise failures[0]
@@ -217,8 +216,8 @@ def _write(
                 flat = {f"{name}/{key}": own[key].contiguous() for name, own in moments.items() for key in own}
                 save_file(flat, scratch / _OPTIMIZER)
             (scratch / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-            files = sorted(path for path in scratch.rglob("*") if path.is_file())
-            sums = [f"{_sum(path)}  {path.relative_to(scratch).as_posix()}\n" for path in files if path.name != _CARD]
+            files = sorted(path for path in scratch.rglob("*") if path.is_file() and path.name != _CARD)
+            sums = [f"{_sha256(path)}  {path.relative_to(scratch).as_posix()}\n" for path in files]
             (scratch / _SUMS).write_text("".join(sums), encoding="utf-8")
             scratch.chmod(0o755)
             for path in scratch.rglob("*"):
@@ -235,7 +234,7 @@ def _write(
         raise
 
 
-def _sum(path: Path) -> str:
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -365,7 +364,7 @@ def check_sums(folder: Path) -> None:
             raise _damaged(path, f"{line[:80]!r} is not a checksum and a file name")
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing.")
-        if _sum(folder / name) != digest:
+        if _sha256(folder / name) != digest:
             raise _damaged(folder / name, f"its checksum differs from the one in {_SUMS}")
 
 
@@ -411,14 +410,14 @@ def load_state(folder: Path, metric: str | None = None) -> dict[str, Any]:
         "loss_sum": lambda value: _is_number(value) and math.isfinite(value),
         "loss_count": _is_count,
         "scheduler": lambda own: isinstance(own, dict) and _is_count(own.get("last_epoch")),
-        "generators": lambda own: isinstance(own, list) and bool(own) and all(map(_is_generators, own)),
+        "generators": lambda own: isinstance(own, list) and bool(own) and all(map(_is_rng_states, own)),
         "scaler": lambda own: own is None or isinstance(own, dict),
     }
     for key, good in checks.items():
         if key not in state:
             raise _damaged(path, f"it has no `{key}`")
         if not good(state[key]):
-            raise _damaged(path, f"its `{key}` cannot be {str(state[key])[:80]}")
+            raise _damaged(path, f"its `{key}` is invalid: {str(state[key])[:80]}")
     counted = state["scheduler"]["last_epoch"]
     if counted > state["step"] or (counted < state["step"] and not skips):
         raise _damaged(path, f"its schedule counts {counted} of {state['step']} steps")
@@ -438,10 +437,10 @@ def _is_metrics(value: Any, metric: str | None) -> bool:
     return numbers and (metric is None or metric in value)
 
 
-def _is_generators(states: Any) -> bool:
+def _is_rng_states(states: Any) -> bool:
     """Whether these are valid states of random number generators."""
     try:
-        read = _decode(states)
+        read = _decode_rng_states(states)
         torch.Generator().set_state(read["cpu"])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
         return False
@@ -480,7 +479,7 @@ def restore(folder: Path, accelerator: Accelerator, model: nn.Module, optimizer:
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     if len(generators) == accelerator.num_processes:
-        _set_generators(_decode(generators[accelerator.process_index]), accelerator)
+        _set_rng_states(_decode_rng_states(generators[accelerator.process_index]), accelerator)
     else:
         accelerator.print(
             f"The checkpoint was written by {len(generators)} processes, and this run has "
@@ -502,21 +501,21 @@ def _restore_weights_and_moments(folder: Path, model: nn.Module, optimizer: torc
     set_optimizer_state_dict(model, optimizer, contents, options=StateDictOptions(full_state_dict=True))
 
 
-def _generators() -> dict[str, str]:
+def _get_rng_states() -> dict[str, str]:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
 
 
-def _decode(states: dict[str, str]) -> dict[str, Tensor]:
+def _decode_rng_states(states: dict[str, str]) -> dict[str, Tensor]:
     return {
         name: torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)
         for name, text in states.items()
     }
 
 
-def _set_generators(states: dict[str, Tensor], accelerator: Accelerator) -> None:
+def _set_rng_states(states: dict[str, Tensor], accelerator: Accelerator) -> None:
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])

@@ -1,4 +1,4 @@
-"""Several processes: launch checks, errors on one process, and what Accelerate needs for FSDP and DeepSpeed."""
+"""Runs on several processes: launch checks, errors of one process, and settings for FSDP and DeepSpeed."""
 
 from __future__ import annotations
 

@@ -151,8 +151,8 @@ class Loop:
         """The model without Accelerate's wrapper."""
         return self.accelerator.unwrap_model(self.model)
 
-    def resume(self) -> bool:
-        """Load the last intact checkpoint; return `False` if there are no checkpoints.
+    def resume(self) -> None:
+        """Load the last intact checkpoint, if there are checkpoints.
 
         The schedule follows this run's recipe: if the recipe has more steps than the recipe of the checkpoint, the
         learning rates from here on are those of a run of the new length.
@@ -164,7 +164,7 @@ class Loop:
         metric = self.objective.metric
         step = checkpoint.find_intact(self.checkpoints, self.accelerator, self.unwrapped_model(), metric)
         if step is None:
-            return False
+            return
         if step > self.steps:
             raise RecipeError(
                 f"`num_train_epochs`, `max_steps`: the run in {self.recipe.output_dir} has been trained for {step} "
@@ -178,7 +178,6 @@ class Loop:
         self._set_schedule(state["scheduler"]["last_epoch"])
         self._remove_old_checkpoints()
         self.accelerator.print(f"Resuming after step {self.step} of {self.steps}.{self._how_to_train_longer()}")
-        return True
 
     def _set_schedule(self, count: int) -> None:
         """Set the schedule, and the learning rates, to the state after `count` of its steps."""

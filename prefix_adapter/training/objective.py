@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class TrainingObjective(Protocol):
-    """What `Loop` needs to train a model: `TaskObjective` for one task, `JointObjective` for several."""
+    """The interface of `Loop` to the tasks: `TaskObjective` for one task, `JointObjective` for several."""
 
     metric: str
     """The metric that chooses the best checkpoint."""
@@ -52,7 +52,7 @@ class TrainingObjective(Protocol):
         """
 
     def loss(self, model: Any, features: list[int]) -> Tensor:
-        """The model's mean loss on features, which are given by index."""
+        """The model's mean loss on the features with these indices."""
 
     def evaluate(self, model: Any) -> dict[str, float]:
         """The metrics on the validation rows, `loss` among them; `model` has no wrapper of Accelerate's."""

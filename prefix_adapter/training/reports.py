@@ -175,8 +175,8 @@ Step {best_step} of {steps} has the best {metric} on the validation rows.
 
 ![Curves](curve.png)
 
-{origin} To predict new rows, run
-`prefix-adapter predict <this repository or folder> rows.jsonl answers.jsonl`.
+{origin}
+To predict new rows, run `prefix-adapter predict <this repository or folder> rows.jsonl answers.jsonl`.
 
 Versions: {versions}.
 """

@@ -105,7 +105,6 @@ class TrainingRun:
 
     def check_accelerator(self, accelerator: Accelerator) -> None:
         """Raise `RecipeError` if the run does not work with this accelerator."""
-        return
 
     def check_recipe(self, *ignored: str) -> None:
         """Check that the recipe in the output folder is this run's recipe, except for the `ignored` keys.

@@ -364,7 +364,7 @@ def test_a_checkpoint_of_deepspeeds_goes_on_under_deepspeed(tmp_path):
     (tmp_path / "deepspeed").mkdir()
     state = {"best_step": None, "best_metrics": None, "evaluations_since_best": 0, "loss_sum": 0.0, "loss_count": 0}
     state |= {"step": 3, "scheduler": {"last_epoch": 3}, "scaler": None}
-    state["generators"] = [checkpoint._generators()] * 2
+    state["generators"] = [checkpoint._get_rng_states()] * 2
     (tmp_path / "state.json").write_text(json.dumps(state))
     with pytest.raises(RecipeError, match="written under DeepSpeed by 2 processes"):
         checkpoint.restore(tmp_path, Accelerator(), None, None)
