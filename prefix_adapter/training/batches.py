@@ -36,6 +36,10 @@ class Batches:
             self._epoch = (epoch, self._make(epoch))
         return self._epoch[1][place]
 
+    def task_steps(self, steps: int) -> list[int]:
+        """The number of steps of each task among the first `steps` steps; here there is one task."""
+        return [steps]
+
     def _make(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + 7919 * epoch)
         order = torch.randperm(self.size, generator=generator).tolist()
@@ -73,18 +77,21 @@ class JointBatches:
         self._counts: Counter[int] = Counter()
         self._places: list[int] = []
 
-    def drawn_tasks(self, steps: int) -> list[int]:
-        """The task of each of the first `steps` steps, by its position in `batches`."""
+    def _draw(self, steps: int) -> None:
         while len(self._drawn) < steps:
             task = int(torch.multinomial(self._weights, 1, generator=self._generator))
             self._drawn.append(task)
             self._places.append(self._counts[task])
             self._counts[task] += 1
-        return self._drawn[:steps]
+
+    def task_steps(self, steps: int) -> list[int]:
+        """The number of steps of each task among the first `steps` steps."""
+        self._draw(steps)
+        return [self._drawn[:steps].count(task) for task in range(len(self.batches))]
 
     def __getitem__(self, step: int) -> list[int]:
         """The indices of the features of a step, all of one task."""
-        self.drawn_tasks(step + 1)
+        self._draw(step + 1)
         task = self._drawn[step]
         return [self._offsets[task] + i for i in self.batches[task][self._places[step]]]
 

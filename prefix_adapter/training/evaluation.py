@@ -160,10 +160,3 @@ def evaluate(
     total = sum(each[1] for each in sums)
     loss = sum(each[0] for each in sums) / max(total, 1)
     return {"loss": loss, **task.loss_metrics(loss), **task.metrics(answers, rows[task.target])}, answers
-
-
-def is_better(task: Task, name: str, value: float, best: float | None) -> bool:
-    """Whether the value of metric `name` is better than the best so far; `None` if there is none yet."""
-    if best is None:
-        return True
-    return value < best if name in task.lower_is_better else value > best

@@ -274,7 +274,7 @@ class Loop:
         self._loss_sum, self._loss_count = self._loss_sum + loss, self._loss_count + 1
         if self._loss_count >= self.recipe.logging_steps:
             mean = self._loss_sum / self._loss_count
-            self._write(self._pending_step, "train", {"loss": mean, **self._pending_rates})
+            self.write("train", {"loss": mean, **self._pending_rates}, self._pending_step)
             self._loss_sum, self._loss_count = 0.0, 0
         return stop > 0
 
@@ -291,7 +291,9 @@ class Loop:
         groups = self.optimizer.optimizer.param_groups
         return {f"learning_rate/{group['name']}": group["lr"] for group in groups}
 
-    def _write(self, step: int, split: str, values: dict[str, float]) -> None:
+    def write(self, split: str, values: dict[str, float], step: int | None = None) -> None:
+        """Record values of a step, by default of the current one."""
+        step = self.step if step is None else step
         self.log.write(step, step / self.batches.steps_per_epoch, split, values)
 
     def _evaluate(self) -> bool:
@@ -299,14 +301,20 @@ class Loop:
         metrics = self.objective.evaluate(self.unwrapped_model())
         if not math.isfinite(metrics["loss"]):
             raise self._diverged(f"the loss of the validation rows became {metrics['loss']}")
-        self._write(self.step, "validation", metrics)
-        if self.objective.is_better(metrics, self.state["best_metrics"]):
+        self.write("validation", metrics)
+        if self._is_better(metrics, self.state["best_metrics"]):
             self.state |= {"best_step": self.step, "best_metrics": metrics, "evaluations_since_best": 0}
         else:
             self.state["evaluations_since_best"] += 1
         if self.on_evaluation and self.accelerator.is_main_process:
             self.on_evaluation(self.step, metrics)
         return self._patience_is_over()
+
+    def _is_better(self, metrics: dict[str, float], best: dict[str, float] | None) -> bool:
+        if best is None:
+            return True
+        new, old = metrics[self.objective.metric], best[self.objective.metric]
+        return new < old if self.objective.lower_is_better else new > old
 
     def _patience_is_over(self) -> bool:
         patience = self.recipe.early_stopping_patience

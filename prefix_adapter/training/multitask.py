@@ -30,7 +30,7 @@ from .distributed import initialize_optimizer_state
 from .files import write_text
 from .model import learning_rates, trained_parameters
 from .recipe import Recipe, RecipeError, read_values, write_values
-from .run import TrainingRun, select_metrics, write_adapter
+from .run import TrainingRun, select_metrics, trained_size, write_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
-    from .loop import EvaluationCallback
+    from .loop import EvaluationCallback, Loop
     from .objective import TaskObjective
 
 TASK_KEYS = ("task", "data", "task_kwargs", "max_length", "labels", "head_learning_rate", "metric_for_best_model")
@@ -245,7 +245,7 @@ class JointObjective:
         accelerator: the accelerator.
     """
 
-    metric = "score"
+    metric, lower_is_better = "score", False
 
     def __init__(self, recipe: JointRecipe, objectives: dict[str, TaskObjective], accelerator: Accelerator) -> None:
         self.recipe, self.objectives, self.accelerator = recipe, objectives, accelerator
@@ -286,24 +286,10 @@ class JointObjective:
         losses, scores, metrics = [], [], {}
         for (name, objective), own in zip(self.objectives.items(), model.models, strict=True):
             found = objective.evaluate(own)
-            lower_is_better = objective.metric in objective.task.lower_is_better
             losses.append(found["loss"])
-            scores.append(-found[objective.metric] if lower_is_better else found[objective.metric])
+            scores.append(-found[objective.metric] if objective.lower_is_better else found[objective.metric])
             metrics.update({f"{name}/{key}": value for key, value in found.items()})
         return {"loss": sum(losses) / len(losses), self.metric: sum(scores) / len(scores), **metrics}
-
-    def is_better(self, metrics: dict[str, float], best: dict[str, float] | None) -> bool:
-        """See `TrainingObjective.is_better`."""
-        return best is None or metrics[self.metric] > best[self.metric]
-
-    def task_models(self, model: SharedPrefix) -> list[Any]:
-        """See `TrainingObjective.task_models`."""
-        return list(model.models)
-
-    def task_epochs(self, steps: int) -> list[float]:
-        """See `TrainingObjective.task_epochs`."""
-        drawn = self.batches.drawn_tasks(steps)
-        return [drawn.count(task) / own.batches.steps_per_epoch for task, own in enumerate(self._in_order)]
 
 
 def train_together(
@@ -387,20 +373,24 @@ class JointRun(TrainingRun):
         """See `TrainingRun.metric_prefix`."""
         return f"{name}/"
 
-    def join_models(self, models: dict[str, Any]) -> SharedPrefix:
-        """See `TrainingRun.join_models`."""
-        return SharedPrefix(models)
+    def join(
+        self, models: dict[str, Any], objectives: dict[str, TaskObjective], accelerator: Accelerator
+    ) -> tuple[SharedPrefix, JointObjective]:
+        """See `TrainingRun.join`."""
+        return SharedPrefix(models), JointObjective(self.recipe, objectives, accelerator)
 
-    def join_objectives(self, objectives: dict[str, TaskObjective], accelerator: Accelerator) -> JointObjective:
-        """See `TrainingRun.join_objectives`."""
-        return JointObjective(self.recipe, objectives, accelerator)
-
-    def join_results(self, tasks: dict[str, dict[str, Any]], run: dict[str, Any]) -> dict[str, Any]:
+    def join_results(self, tasks: dict[str, dict[str, Any]], shared: dict[str, Any], loop: Loop) -> dict[str, Any]:
         """See `TrainingRun.join_results`."""
         for name, own in tasks.items():
             own["together"] = [other for other in tasks if other != name]
-        validation = {key: value for key, value in run["validation"].items() if "/" not in key}
-        return {**run, "validation": validation, "tasks": tasks}
+        return {
+            "metric": loop.objective.metric,
+            "validation": {key: value for key, value in loop.state["best_metrics"].items() if "/" not in key},
+            "epochs": loop.step / loop.batches.steps_per_epoch,
+            "trained_parameters": trained_size(loop.unwrapped_model()),
+            **shared,
+            "tasks": tasks,
+        }
 
     def write_outputs(
         self, models: dict[str, Any], results: dict[str, Any], log: reports.MetricsLog, accelerator: Accelerator

@@ -9,7 +9,7 @@ import torch
 from .batches import Batches
 from .data import DataError, rows_of
 from .distributed import prepare_for_training
-from .evaluation import evaluate, is_better, make_features
+from .evaluation import evaluate, make_features
 from .recipe import RecipeError
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ class TrainingObjective(Protocol):
 
     metric: str
     """The metric that chooses the best checkpoint."""
+    lower_is_better: bool
+    """Whether a lower value of `metric` is better."""
     items: list[int]
     """For each feature, the number of items (rows, words, tokens) over which its loss is the mean."""
 
@@ -57,15 +59,6 @@ class TrainingObjective(Protocol):
     def evaluate(self, model: Any) -> dict[str, float]:
         """The metrics on the validation rows, `loss` among them; `model` has no wrapper of Accelerate's."""
 
-    def is_better(self, metrics: dict[str, float], best: dict[str, float] | None) -> bool:
-        """Whether metrics are better than the best so far."""
-
-    def task_models(self, model: Any) -> list[Any]:
-        """The model of each task; `model` has no wrapper of Accelerate's."""
-
-    def task_epochs(self, steps: int) -> list[float]:
-        """For each task, the passes over its training rows in the first `steps` steps."""
-
 
 class TaskObjective:
     """The training objective of one task.
@@ -87,14 +80,15 @@ class TaskObjective:
         items = [task.num_items(labels) for labels in features["labels"]]
         if not all(items):  # For instance a truncated completion. The mean of no losses is not a number.
             kept = [i for i, count in enumerate(items) if count]
-            accelerator.print(f"{len(items) - len(kept)} features have no labels and are left out.")
+            accelerator.print(f"{len(items) - len(kept)} features do not contribute to the loss and are left out.")
             features, items = features.select(kept), [items[i] for i in kept]
         if not items:
-            raise DataError("No training row has labels: `max_length` may be too small.")
+            raise DataError("No training row contributes to the loss: `max_length` may be too small.")
         self.features, self.items = features, items
         lengths = [len(ids) for ids in features["input_ids"]] if recipe.group_by_length else None
         self.batches = Batches(len(items), recipe.batch_size, recipe.seed, lengths)
         self.metric = recipe.metric_for_best_model or task.default_metric
+        self.lower_is_better = self.metric in task.lower_is_better
 
     def prepare(self, model: Any) -> tuple[Any, Any, torch.optim.Optimizer]:
         """See `TrainingObjective.prepare` and `distributed.prepare_for_training`."""
@@ -125,15 +119,3 @@ class TaskObjective:
 
     def _metrics(self, model: Any, rows: Dataset) -> dict[str, float]:
         return evaluate(self.task, model, rows, self.recipe.eval_batch_size, self.accelerator)[0]
-
-    def is_better(self, metrics: dict[str, float], best: dict[str, float] | None) -> bool:
-        """See `TrainingObjective.is_better`."""
-        return is_better(self.task, self.metric, metrics[self.metric], None if best is None else best[self.metric])
-
-    def task_models(self, model: Any) -> list[Any]:
-        """See `TrainingObjective.task_models`."""
-        return [model]
-
-    def task_epochs(self, steps: int) -> list[float]:
-        """See `TrainingObjective.task_epochs`."""
-        return [steps / self.batches.steps_per_epoch]

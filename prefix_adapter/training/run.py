@@ -132,18 +132,21 @@ class TrainingRun:
         """The prefix of a task's metrics among the metrics of the run."""
         return ""
 
-    def join_models(self, models: dict[str, Any]) -> nn.Module:
-        """The model to train, made of the model of each task."""
-        (model,) = models.values()
-        return model
+    def join(
+        self, models: dict[str, Any], objectives: dict[str, TaskObjective], accelerator: Accelerator
+    ) -> tuple[nn.Module, TrainingObjective]:
+        """The model to train and its objective, made of the model and the objective of each task."""
+        (model,), (objective,) = models.values(), objectives.values()
+        return model, objective
 
-    def join_objectives(self, objectives: dict[str, TaskObjective], accelerator: Accelerator) -> TrainingObjective:
-        """The objective to train on, made of the objective of each task."""
-        (objective,) = objectives.values()
-        return objective
+    def join_results(self, tasks: dict[str, dict[str, Any]], shared: dict[str, Any], loop: Loop) -> dict[str, Any]:
+        """The contents of `results.json`.
 
-    def join_results(self, tasks: dict[str, dict[str, Any]], run: dict[str, Any]) -> dict[str, Any]:
-        """The contents of `results.json`, made of the results of each task and those of the whole run."""
+        Args:
+            tasks: the results of each task.
+            shared: the results that are the same for all tasks.
+            loop: the finished training loop.
+        """
         (results,) = tasks.values()
         return results
 
@@ -177,25 +180,19 @@ class TrainingRun:
         started = time.perf_counter()
         with propagate_errors(accelerator):
             self._check_output_dir(resume, overwrite)
-            tasks, rows = self._load_tasks()
-            models = self._load_models(tasks)
-            model = self.join_models(models)
+            models, objectives = self._load_tasks(accelerator)
+            model, objective = self.join(models, objectives, accelerator)
             if not (resume and checkpoint.saved_steps(self.checkpoints)):
-                first = next(iter(tasks))
-                initialize_prefix(self.settings, tasks[first], models[first])
+                first = next(iter(self.recipes))
+                initialize_prefix(self.settings, objectives[first].task, models[first])
         # Counted now, before Accelerate shards the model.
-        sizes, total_size = {name: _trained_size(each) for name, each in models.items()}, _trained_size(model)
-        objectives = {}
-        for name, task in tasks.items():
-            with self.task_in_errors(name):
-                objectives[name] = TaskObjective(self.recipes[name], task, rows[name], accelerator)
-        objective = self.join_objectives(objectives, accelerator)
+        sizes = {name: trained_size(each) for name, each in models.items()}
         log = reports.MetricsLog(self.settings, accelerator, self.recipe.to_dict())
         loop = Loop(self.settings, objective, model, accelerator, self.checkpoints, log, self.command, on_evaluation)
         objective.dry_run(loop.unwrapped_model())
         if resume:
             outputs.check_shared(self.folder, accelerator)
-            self.check_recipe()  # With the labels that the rows have now.
+            self.check_recipe()  # Now with the labels and settings inferred from the rows.
             loop.resume()
         self._prepare_output_dir(accelerator, resume)
         log.start(loop.step)
@@ -203,22 +200,15 @@ class TrainingRun:
 
         best = checkpoint.step_folder(self.checkpoints, loop.state["best_step"])
         checkpoint.load_weights(loop.unwrapped_model(), best)
-        models = dict(zip(tasks, objective.task_models(loop.unwrapped_model()), strict=True))
-        results = self._collect_results(loop, objectives, models, sizes, total_size)
+        results = self._collect_results(loop, models, objectives, sizes)
         results["seconds"] = round(time.perf_counter() - started, 1)
         self.write_outputs(models, results, log, accelerator)
         return results
 
     def _collect_results(
-        self,
-        loop: Loop,
-        objectives: dict[str, TaskObjective],
-        models: dict[str, Any],
-        sizes: dict[str, int],
-        total_size: int,
+        self, loop: Loop, models: dict[str, Any], objectives: dict[str, TaskObjective], sizes: dict[str, int]
     ) -> dict[str, Any]:
-        """The contents of `results.json` but for the time, with the metrics of the test rows."""
-        metrics, epochs = loop.state["best_metrics"], loop.step / loop.batches.steps_per_epoch
+        """The contents of `results.json`, without the time; evaluates the models on the test rows."""
         shared = {
             "best_step": loop.state["best_step"],
             "steps": loop.step,
@@ -227,12 +217,12 @@ class TrainingRun:
             "versions": reports.versions(),
         }
         tasks: dict[str, dict[str, Any]] = {}
-        for (name, own), own_epochs in zip(objectives.items(), loop.objective.task_epochs(loop.step), strict=True):
+        for (name, own), steps in zip(objectives.items(), loop.batches.task_steps(loop.step), strict=True):
             prefix = self.metric_prefix(name)
-            tasks[name] = results = {
-                "validation": select_metrics(metrics, prefix),
+            tasks[name] = {
+                "validation": select_metrics(loop.state["best_metrics"], prefix),
                 "metric": own.metric,
-                "epochs": own_epochs,
+                "epochs": steps / own.batches.steps_per_epoch,
                 "trained_parameters": sizes[name],
                 "learning_rates": list(learning_rates(own.recipe)),
                 "max_length": own.task.max_length,
@@ -240,17 +230,9 @@ class TrainingRun:
                 **shared,
             }
             if "test" in own.rows:
-                results["test"] = own.evaluate(models[name], "test")
-                test_metrics = {f"{prefix}{key}": value for key, value in results["test"].items()}
-                loop.log.write(loop.step, epochs, "test", test_metrics)
-        run = {
-            "metric": loop.objective.metric,
-            "validation": metrics,
-            "epochs": epochs,
-            "trained_parameters": total_size,
-            **shared,
-        }
-        return self.join_results(tasks, run)
+                tasks[name]["test"] = test = own.evaluate(models[name], "test")
+                loop.write("test", {f"{prefix}{key}": value for key, value in test.items()})
+        return self.join_results(tasks, shared, loop)
 
     def _check_output_dir(self, resume: bool, overwrite: bool) -> None:
         """Check that the output folder may be used; nothing is changed.
@@ -265,25 +247,25 @@ class TrainingRun:
             earlier = self.earlier_task_folders() if overwrite else ()
             outputs.check_new_output_dir(self.folder, overwrite, earlier)
 
-    def _load_tasks(self) -> tuple[dict[str, Task], dict[str, dict[str, Dataset]]]:
-        """The tasks, with their labels, and their rows by split."""
-        tasks, rows = {}, {}
+    def _load_tasks(self, accelerator: Accelerator) -> tuple[dict[str, Any], dict[str, TaskObjective]]:
+        """Load the model and the rows of each task.
+
+        Returns:
+            The models with their adapters, and the objectives, by the tasks' names.
+        """
+        tasks, rows, models, objectives = {}, {}, {}, {}
         for name, recipe in self.recipes.items():
             with self.task_in_errors(name):
                 # Each task has its own tokenizer, because tasks change tokenizer settings.
                 tasks[name] = TASK_CLASSES[recipe.task](recipe, load_tokenizer(recipe))
                 adapter_config(recipe, tasks[name])  # Invalid settings are an error before the rows are loaded.
                 rows[name] = load_splits(recipe, tasks[name])
-        return tasks, rows
-
-    def _load_models(self, tasks: dict[str, Task]) -> dict[str, Any]:
-        """The model of each task, with its adapter."""
         set_seed(self.settings.seed)  # Every process draws the same initial weights.
-        models = {}
         for name, recipe in self.recipes.items():
             with self.task_in_errors(name):
                 models[name] = wrap(recipe, tasks[name], *load_base(recipe, tasks[name]))
-        return models
+                objectives[name] = TaskObjective(recipe, tasks[name], rows[name], accelerator)
+        return models, objectives
 
     def _prepare_output_dir(self, accelerator: Accelerator, resume: bool) -> None:
         """Clear the output folder unless the run is resumed, and write the recipe.
@@ -299,7 +281,8 @@ class TrainingRun:
         outputs.check_shared(self.folder, accelerator)
 
 
-def _trained_size(model: nn.Module) -> int:
+def trained_size(model: nn.Module) -> int:
+    """The number of trained parameters of a model."""
     return sum(parameter.numel() for parameter in trained_parameters(model).values())
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from prefix_adapter.training import RecipeError, checkpoint, train
 from prefix_adapter.training.distributed import initialize_optimizer_state
+from prefix_adapter.training.loop import Loop
 from prefix_adapter.training.model import load_base, load_tokenizer, wrap
 from prefix_adapter.training.tasks import TASK_CLASSES
 
@@ -25,9 +26,7 @@ FILES = ("adapter_model.safetensors", "adapter_config.json", "optimizer.safetens
 
 def scripted(monkeypatch):
     """Have the second step be the best, so that there are two checkpoints in the end: of steps 2 and 4."""
-    from prefix_adapter.training.objective import TaskObjective
-
-    monkeypatch.setattr(TaskObjective, "is_better", lambda self, metrics, best: best is None)
+    monkeypatch.setattr(Loop, "_is_better", lambda self, metrics, best: best is None)
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def test_a_head_of_another_size_makes_room_for_a_new_one(kind, topics, tmp_path,
     """The saved base has a head for three labels, and the rows have two."""
     base = save_base(tmp_path / "base", kind, "AutoModelForSequenceClassification")
     train(recipe(base, topics, tmp_path / "out", num_train_epochs=1))
-    assert f"{base} has a head with 3 outputs. The task needs 2: so a new head replaces it." in capsys.readouterr().err
+    assert f"{base} has a head with 3 outputs. The task needs 2, so a new head replaces it." in capsys.readouterr().err
     recorded = json.loads((tmp_path / "out" / "results.json").read_text())["validation"]
     for seed in (1, 2):
         torch.manual_seed(seed)

@@ -293,8 +293,8 @@ def test_the_draws():
     # And a step is the same when it is asked for first.
     again = JointBatches([Batches(30, 4, 0), Batches(7, 4, 0), Batches(300, 4, 0)], 1.0, seed=5)
     assert again[3999] == steps[3999] and again[10] == steps[10]
-    alike = JointBatches([Batches(30, 4, 0), Batches(300, 4, 0)], 0.0, seed=5).drawn_tasks(2000)
-    assert alike.count(0) / 2000 == pytest.approx(0.5, abs=0.05)
+    alike = JointBatches([Batches(30, 4, 0), Batches(300, 4, 0)], 0.0, seed=5).task_steps(2000)
+    assert alike[0] / 2000 == pytest.approx(0.5, abs=0.05)
 
 
 def test_where_less_is_more_the_score_goes_up_as_the_metric_goes_down(values, tmp_path):
