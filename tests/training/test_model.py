@@ -132,7 +132,7 @@ def test_tags_and_questions_with_a_head_of_another_size(tmp_path):
 
 def test_another_size_of_the_backbone_is_refused(tiny_bert, topics, tmp_path):
     with pytest.raises(
-        RecipeError, match=r"`model`: .*intermediate.dense.bias is \(48,\) in the .*and \(56,\) by its conf"
+        RecipeError, match=r"`model`: .*intermediate.dense.bias is \(48,\) in the .*and \(56,\) in its conf"
     ):
         train(recipe(tiny_bert, topics, tmp_path / "out", model_kwargs={"intermediate_size": 56}))
     made = recipe(tiny_bert, topics, tmp_path / "out", task="causal-lm", model_kwargs={"vocab_size": 120})
