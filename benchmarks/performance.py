@@ -1,13 +1,14 @@
-"""How fast, and in how much memory: P-Tuning v2 beside other methods, and beside the least that it could cost.
+"""Measure time and memory of P-Tuning v2, of other methods, and of the lowest possible cost of a prefix.
 
     python benchmarks/performance.py --output runs/performance.json
     python benchmarks/performance.py --output runs/performance.json --report docs/performance.md
 
-On a GPU `bash benchmarks/gpu.sh` measures what matters there, with these functions. Here a GPU is `--device cuda`, and
-`--precision tf32` or `bf16`, and where flash attention is installed `--attention flash_attention_2`. Each section can
-be run by itself (`--sections`, `--shapes`); what is in the output already is replaced. Arms take turns step by step in
-one process, in an order drawn anew each time, so that whatever else the machine does meets all of them; peak memory is
-measured in a process for each arm. On a CPU one thread is used.
+On a GPU use `bash benchmarks/gpu.sh`, which selects the measurements that matter there and uses these functions. To
+run this script on a GPU, pass `--device cuda` and `--precision tf32` or `bf16`, and `--attention flash_attention_2` if
+flash attention is installed. Sections can be run separately (`--sections`, `--shapes`); their earlier results in the
+output file are replaced. The arms take turns step by step in one process, in a new random order each time, so that
+other load on the machine affects all of them alike. Peak memory is measured in a separate process for each arm. On a
+CPU one thread is used.
 """
 
 import argparse
@@ -25,12 +26,12 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
-# The C library gives large blocks back to the system and pays for each of their pages again: noise in every step.
+# By default the C library returns large blocks to the system, and each step pays for their pages again: noise.
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**32))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**33))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if __name__ == "__main__" and "PERFORMANCE_STARTED" not in os.environ:
-    # The C library reads them once, at the start.
+    # The C library reads these variables only when the process starts.
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "PERFORMANCE_STARTED": "1"})
 
 import peft
@@ -41,7 +42,8 @@ from peft import PeftModel
 from torch.profiler import ProfilerActivity, profile
 from transformers.cache_utils import DynamicCache, StaticCache
 
-# The rows of the seed's table: virtual tokens and the MLP's width, None for a table. 200 without an MLP is ours.
+# The rows of the KLUE-NLI table (docs/recipes.md): virtual tokens and width of the MLP, `None` for a table. The row of
+# 200 tokens without an MLP is added here.
 ROWS = [(20, None), (100, None), (200, None), (20, 512), (100, 512), (200, 512), (200, 768)]
 CONTEXTS = (64, 1024, 4096)
 GROWTH = {
@@ -54,33 +56,33 @@ GROWTH = {
 
 
 class Bench:
-    """A device, a precision, and how to time on it."""
+    """A device, a precision, and the functions that measure time on it."""
 
     def __init__(self, args):
         self.args, self.device = args, torch.device(args.device)
         self.cuda = self.device.type == "cuda"
-        # For tokens behind a static cache: on a GPU what `generate` chooses, which is CUDA graphs.
+        # For tokens with a static cache. On a GPU this is the mode that `generate` chooses: CUDA graphs.
         self.compile = {"mode": "reduce-overhead"} if self.cuda else {}
         self.order = random.Random(0)
         torch.set_num_threads(1)
         torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
 
     def autocast(self):
-        """What a step runs under."""
+        """Return the autocast context of a step."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.args.precision == "bf16" else nullcontext()
 
     def build(self, arm, config, *args, **kwargs):
-        """An arm's model, made on the device: to draw the weights of a large one on the CPU takes seconds."""
+        """Build an arm's model on the device, as drawing the weights of a large model on the CPU takes seconds."""
         with self.device:
             return build(arm, config, *args, **kwargs, attention=self.args.attention).to(self.device)
 
     def run(self, model, **inputs):
-        """A forward without gradients."""
+        """Run a forward pass without gradients."""
         with torch.inference_mode(), self.autocast():
             model(**inputs)
 
     def seconds(self, step):
-        """Of one call."""
+        """Return the seconds of one call of `step`."""
         if self.cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
@@ -90,7 +92,11 @@ class Bench:
         return time.perf_counter() - started
 
     def compare(self, steps, rounds=None, warmup=None, **about):
-        """Each step in turn, round by round: the seconds of each, the n-th of all arms in the same round."""
+        """Time each arm's step once per round.
+
+        Returns:
+            A result for each arm, with the seconds of all rounds. The n-th times of all arms are from the same round.
+        """
         times = {arm: [] for arm in steps}
         rounds = rounds or self.args.rounds
         warmup = self.args.warmup if warmup is None else warmup
@@ -106,7 +112,7 @@ class Bench:
 
 
 def batch_of(config, device, batch=32, tokens=128):
-    """Random input, all of one length, with labels."""
+    """Return random inputs of one length, with labels."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 5000, (batch, tokens), generator=generator).to(device)
     labels = ids if config.model_type == "llama" else torch.arange(batch, device=device) % 3
@@ -114,9 +120,9 @@ def batch_of(config, device, batch=32, tokens=128):
 
 
 def training_step(bench, model, batch):
-    """A step of training: forward, loss, backward, AdamW."""
+    """Return a function that runs a training step: forward, loss, backward, AdamW."""
     model.train()
-    # A frozen decoder has no head of the task's, and so nothing to train.
+    # A frozen decoder has no task head, and therefore nothing to train.
     trained = [p for p in model.parameters() if p.requires_grad] or [torch.zeros(1)]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
 
@@ -131,17 +137,17 @@ def training_step(bench, model, batch):
 
 
 def rows_of(shape):
-    """The rows of the table for a shape: all of the seed's for an encoder."""
+    """Return the rows of the table for a shape; an encoder uses all rows of the KLUE-NLI table."""
     return ROWS if shape != "llama" else [(20, None), (20, 512)]
 
 
 def arms_of(bench, shape):
-    """Those asked for; the reference is written for BERTs."""
+    """Return the requested arms; the reference works for BERT only."""
     return [arm for arm in bench.args.arms if shape != "llama" or arm != "reference"]
 
 
 def train(bench):
-    """A training step of every arm, for every row of the seed's table."""
+    """Time a training step of every arm, for every row of the table."""
     for shape in bench.args.shapes:
         for n, width in rows_of(shape):
             steps = {arm: step_of(bench, arm, shape, n, width) for arm in arms_of(bench, shape)}
@@ -149,19 +155,19 @@ def train(bench):
 
 
 def step_of(bench, arm, shape, n, width):
-    """The training step of an arm, for a row of the table."""
+    """Return the training step of an arm, for a row of the table."""
     config = config_of(shape)
     return training_step(bench, bench.build(arm, config, n, width), batch_of(config, bench.device, bench.args.batch))
 
 
 def compare_steps(bench, steps, shape, n, width):
-    """The results of a row of the table."""
+    """Return the results of a row of the table."""
     about = {"section": "train", "shape": shape, "n": n, "width": width, "batch": bench.args.batch}
     return bench.compare(steps, **about)
 
 
 def memory(bench):
-    """Peak memory of a training step, each arm in a process of its own."""
+    """Measure the peak memory of a training step, each arm in a separate process."""
     ways = (False, True) if len(bench.args.arms) == len(ARMS) else (False,)
     for shape in bench.args.shapes:
         settings = {"section": "memory", "shape": shape, "batch": bench.args.batch}
@@ -177,8 +183,8 @@ def memory(bench):
 
 
 def peak_of(bench, spec):
-    """The peak of a training step, on a CPU measured in a process of its own."""
-    if bench.cuda:  # whose allocator counts exactly what this process holds
+    """Measure the peak memory of a training step; on a CPU, in a separate process."""
+    if bench.cuda:  # its allocator counts the memory of this process exactly
         result = {**spec, **measure_peak(bench, spec)}
         print(json.dumps(result), flush=True)
         return result
@@ -192,7 +198,7 @@ def peak_of(bench, spec):
 
 
 def measure_peak(bench, spec):
-    """The peak of tensors in the second step, above what is there before it, and that, in bytes."""
+    """Return the peak memory of the second step above the memory in use before it, and that memory, in bytes."""
     held = held_now(bench)
     config = config_of(spec["shape"])
     config.num_hidden_layers = spec.get("depth") or config.num_hidden_layers
@@ -216,20 +222,20 @@ def measure_peak(bench, spec):
 
 
 def held_now(bench):
-    """The bytes of what was on a GPU before an arm is built there."""
+    """Return the bytes in use on a GPU before an arm is built."""
     if not bench.cuda:
         return 0
     gc.collect()
-    # The first product allocates the library's own workspace.
+    # The first matrix product allocates the workspace of the library.
     torch.ones(8, 8, device=bench.device) @ torch.ones(8, 8, device=bench.device)
     return torch.cuda.memory_allocated()
 
 
 def allocated():
-    """The bytes of all tensors."""
+    """Return the bytes of all tensors."""
     sizes = {}
     for each in gc.get_objects():
-        # What a compiler traced with has no memory, and says so by an error.
+        # Fake tensors of the compiler have no memory and raise an error.
         with suppress(RuntimeError):
             if isinstance(each, torch.Tensor):
                 sizes[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
@@ -237,7 +243,7 @@ def allocated():
 
 
 def most_alive(profiled):
-    """The most bytes of tensors that were alive at a time, above the start, as the profiler saw them come and go."""
+    """Return the peak of allocated bytes above the start, from the profiler's record of allocations."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(path))
@@ -250,7 +256,7 @@ def most_alive(profiled):
 
 
 def infer(bench):
-    """A forward of an encoder with a prefix of 20, and without one."""
+    """Time a forward pass of an encoder with a prefix of 20 tokens, and without a prefix."""
     for shape in (shape for shape in bench.args.shapes if shape != "llama"):
         config = config_of(shape)
         batch = batch_of(config, bench.device, bench.args.batch)
@@ -263,17 +269,16 @@ def infer(bench):
 
 
 def decode(bench):
-    """Tokens of a decoder one by one behind a context; the base model has the n tokens more in its cache."""
+    """Time single tokens of a decoder after a context. The base model has n more tokens in its cache."""
     yield from tokens_of(bench, config_of("llama"), CONTEXTS, ("dynamic", "static", "compiled"))
 
 
 def tokens_of(bench, config, contexts, kinds):
-    """The first token and those that follow, for each context and kind of cache.
+    """Time the first token and the following tokens, for each context and kind of cache.
 
-    As in `generate`: positions are handed over, and PEFT's wrapper hands over to the model inside once and not for
-    each token. `compiled` is a static cache behind `torch.compile`, for which the prompt is run as it is. In bf16 the
-    weights are, and not just the arithmetic: under autocast Llama's values have another dtype than its keys, which no
-    static cache of transformers takes.
+    As in `generate`, positions are passed in, and PEFT's wrapper is called once instead of once per token. `compiled`
+    is a static cache with `torch.compile`; the prompt itself runs uncompiled. With bf16 the weights are bf16 too:
+    under autocast Llama's values have another dtype than its keys, and no static cache of transformers accepts that.
     """
     n = 20
     dtype = torch.bfloat16 if bench.args.precision == "bf16" else torch.float32
@@ -285,7 +290,7 @@ def tokens_of(bench, config, contexts, kinds):
     wrapped = {arm: frozen(arm) for arm in ("ours", "peft", "lora")}
     models |= {arm: wrapped[arm].base_model.model for arm in ("ours", "lora")}
     models["peft"] = wrapped["peft"].base_model
-    # One memory for the weights of all: where they lie is worth a few hundredths.
+    # All models share the memory of their weights, because its location changes times by a few hundredths.
     weights = dict(models["base"].named_parameters())
     for model in models.values():
         for name, parameter in model.named_parameters():
@@ -297,7 +302,7 @@ def tokens_of(bench, config, contexts, kinds):
     rounds = 8 * bench.args.rounds
 
     def prompt(arm, context, kind):
-        """The cache behind the context, and the position that follows."""
+        """Return the cache with the context, and the next position."""
         own = context + n if arm == "base" else context
         if arm == "peft":
             cache = wrapped[arm].get_prompt(batch_size=1)
@@ -317,11 +322,11 @@ def tokens_of(bench, config, contexts, kinds):
     for context in contexts:
         about = {"shape": "llama", "n": n, "context": context}
         firsts = {arm: partial(prompt, arm, context, "dynamic") for arm in models}
-        # A short prompt is quick, and differs by little.
+        # A short prompt is fast and the differences are small, so it needs more rounds.
         often = bench.args.rounds * max(1, 1024 // context)
         yield from bench.compare(firsts, often, section="first token", **about)
         for kind in kinds:
-            # What PEFT's prefix tuning is given as a cache holds the prefix, and is no static one.
+            # PEFT's prefix tuning puts the prefix into a dynamic cache; it cannot use a static one.
             arms = [arm for arm in models if kind == "dynamic" or arm != "peft"]
             used = dict(models)
             if kind == "compiled":
@@ -332,7 +337,7 @@ def tokens_of(bench, config, contexts, kinds):
 
 
 def host(bench):
-    """Steps and tokens of a decoder so narrow that what takes time is Python and the start of operations."""
+    """Time steps and tokens of a very narrow decoder, whose time is spent in Python and in launching operations."""
     config = config_of("llama")
     config.hidden_size, config.intermediate_size, config.head_dim = 96, 128, 8
     batch = batch_of(config, bench.device, 1, 32)
@@ -345,7 +350,7 @@ def host(bench):
 
 
 def load(bench):
-    """Loading an adapter of bert-base onto a base model in memory, and switching between two that are loaded."""
+    """Time loading an adapter of BERT-base onto a base model in memory, and switching between two loaded adapters."""
     config = config_of("multilingual")
     config.vocab_size = 30522
     with tempfile.TemporaryDirectory() as folder:
@@ -374,11 +379,11 @@ def load(bench):
 
 
 def growth(bench):
-    """Time and memory of a training step as one thing grows."""
+    """Measure time and memory of a training step while one size grows."""
     for name, values in GROWTH.items():
         for value in values:
             config = config_of("minilm")
-            # One layer after another is given a prefix from the last, so that fewer of them are gone back through.
+            # `prefixed` counts layers from the last: with fewer of them the backward pass visits fewer layers.
             settings = {"n": 20, "batch": 8, "tokens": 128, "prefixed": None, "depth": config.num_hidden_layers}
             settings[name] = value
             config.num_hidden_layers = settings["depth"]
@@ -393,7 +398,7 @@ def growth(bench):
             yield from (peak_of(bench, {**about, "section": "growth of memory", "arm": arm}) for arm in arms)
 
 
-# Operations that move no data.
+# Operations that do not touch data.
 _VIEWS = (
     "view",
     "reshape",
@@ -411,7 +416,7 @@ _VIEWS += ("detach", "alias", "as_strided", "split", "unflatten", "unbind", "to"
 
 
 def operations(bench):
-    """How many operations on data a training step, and a token in decoding, are made of: launches, on a GPU."""
+    """Count the tensor operations of a training step and of a decoded token; on a GPU these are launches."""
     results = []
 
     def count(about, step):
@@ -419,7 +424,7 @@ def operations(bench):
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             step()
         events = [e for e in profiled.events() if e.name.startswith("aten::")]
-        # Only those at the end of a chain of calls do something.
+        # Only the innermost operations do work.
         found = [e for e in events if not any(child.name.startswith("aten::") for child in e.cpu_children)]
         names = [e.name.removeprefix("aten::").rstrip("_") for e in found]
         number = sum(name not in _VIEWS and not name.startswith("empty") for name in names)
@@ -465,7 +470,7 @@ SECTIONS = {
 
 
 def git_commit():
-    """The commit, and whether there is more; `unknown` in a copy without git."""
+    """Return the commit, with `-dirty` if files have changed, or `unknown` in a copy without git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         found = subprocess.run(command, capture_output=True, encoding="utf-8", check=False).stdout.strip()
@@ -475,7 +480,7 @@ def git_commit():
 
 
 def processor():
-    """What the processor calls itself."""
+    """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -483,7 +488,7 @@ def processor():
 
 
 def save(path, known, found):
-    """Write all results to `path`, with those of the same kind replaced by what was found; return them."""
+    """Write all results to `path`, after replacing known results of the same setting by new ones; return them."""
 
     def about(each):
         return [each.get(key) for key in ("section", "shape", "batch", "machine", "precision")]
@@ -498,7 +503,7 @@ def save(path, known, found):
 
 
 def made_by(bench):
-    """What every result says of how it was made."""
+    """Return the machine, precision, versions and commit, which are added to every result."""
     args = bench.args
     return {
         "machine": torch.cuda.get_device_name() if bench.cuda else f"{processor()}, one thread",
@@ -509,10 +514,10 @@ def made_by(bench):
 
 
 def options():
-    """The options of the command."""
+    """Return the parser of the command's options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, required=True, help="JSON with all figures; added to")
-    parser.add_argument("--report", type=Path, help="write the tables to this page, and measure nothing")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file with all figures; new figures are added")
+    parser.add_argument("--report", type=Path, help="write the tables to this page instead of measuring")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument(
@@ -520,20 +525,20 @@ def options():
         nargs="+",
         choices=ARMS,
         default=list(ARMS),
-        help="of training steps; if picked, without checkpointing",
+        help="arms of training steps; a selection skips the measurements with gradient checkpointing",
     )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32")
-    parser.add_argument("--attention", default="sdpa", help="transformers' attn_implementation, of all but the floor")
+    parser.add_argument("--attention", default="sdpa", help="attn_implementation of all arms except the floor")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     return parser
 
 
 def main():
-    """The command."""
+    """Run the command."""
     args = options().parse_args()
     if args.memory_of:
         print(json.dumps(measure_peak(Bench(args), json.loads(args.memory_of))))

@@ -1,8 +1,8 @@
-"""The figures of performance.py as a page, and those of a run of gpu.sh as a part of it.
+"""Write the results of performance.py as a page, and insert the results of gpu.sh into it.
 
 python benchmarks/report.py OUT docs/performance.md benchmarks/performance_notes.md
 
-puts the tables of the run in OUT into these pages, between their two comments, in place of what is there.
+This replaces the text between the two comments of these pages by the tables of the run in OUT.
 """
 
 import json
@@ -12,7 +12,7 @@ from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
-WORDS = {
+TITLES = {
     "full": "full fine-tuning",
     "lora": "LoRA r=8",
     "peft": "PEFT PREFIX_TUNING",
@@ -22,10 +22,11 @@ WORDS = {
     "floor": "floor",
     "floor_third": "floor, last third",
     "frozen": "frozen backbone",
-    "base": "base, n tokens more",
+    "base": "base, n more tokens",
 }
-# The seed's table: time of an epoch and memory over full fine-tuning's, by virtual tokens and the MLP's width.
-SEED = {
+# Published results of kobongsoo/BERT on KLUE-NLI (docs/recipes.md): time of an epoch and memory over those of full
+# fine-tuning, by virtual tokens and width of the MLP.
+KLUE_NLI = {
     (20, None): (50 / 110, 5374 / 8194),
     (20, 512): (60 / 110, 5507 / 8194),
     (100, None): (73 / 110, 6411 / 8194),
@@ -33,42 +34,53 @@ SEED = {
     (200, 512): (93 / 110, 7691 / 8194),
     (200, 768): (95 / 110, 7791 / 8194),
 }
-SEED_SHAPE = ("multilingual", 32)
+KLUE_NLI_SHAPE = ("multilingual", 32)
 HEAD = """# Performance
 
 <!-- Written by benchmarks/performance.py; the text is in benchmarks/report.py and benchmarks/performance_notes.md. -->
 
-Ratios of times are medians of the ratios round by round: all arms take their turn in each round, in one process, in an
-order drawn anew (± is half the distance of the quartiles). Memory is that of a process for each arm. Made by
+This page shows what a prefix costs in time and memory, compared with other methods and with the lowest possible cost,
+how that cost is kept low, and which targets are missed.
+
+All methods take turns in each round, in one process and in a new random order. A ratio of times is the median of the
+ratios of the rounds (± is half of the interquartile range). Memory is measured in a separate process for each method.
+The figures were made by
 
 ```bash
 python benchmarks/performance.py --output runs/performance.json
 python benchmarks/performance.py --output runs/performance.json --report docs/performance.md
 ```
 
-*floor* is the same frozen backbone with bare leaf tensors of keys and values in front of attention, no encoder and no
-hook: the least that a prefix can cost. *reference* is P-Tuning v2 as in the paper, with the MLP run for every row of
-the batch. *frozen backbone* has no prefix, and gradients go through it to its embeddings. Input is random, all of one
-length, 128 tokens in training; dropout on the prefix is off. *n* is the number of virtual tokens, *MLP* the width of
-its hidden layer. minilm: all-MiniLM-L6-v2, 22.7 million parameters. multilingual: the configuration of
-bert-base-multilingual-cased, 178 million. llama: a decoder of 88 million with grouped queries.
+- *floor*: the same frozen backbone with plain trainable tensors of keys and values in front of attention, without
+  encoder or hook. It is the lowest possible cost of a prefix.
+- *reference*: P-Tuning v2 as in the paper, with the MLP run for every row of the batch.
+- *frozen backbone*: no prefix; gradients flow through the backbone to its embeddings.
+- *last third*: a prefix only in the last third of the layers.
+- *A over B*: the ratio of A to B.
+- *n*: the number of virtual tokens. *MLP*: the width of its hidden layer.
+- *minilm*: all-MiniLM-L6-v2, 22.7 million parameters. *multilingual*: the configuration of
+  bert-base-multilingual-cased, 178 million. *llama*: a decoder of 88 million with grouped queries.
+- *the KLUE-NLI table*: published time and memory of
+  [kobongsoo/BERT](https://github.com/kobongsoo/BERT/tree/master/p-tuning), see [recipes](recipes.md#klue-nli).
+
+The input is random. All rows have one length, 128 tokens in training. Dropout on the prefix is off.
 """
 
 
 def page(results, notes=""):
-    """The page for all results."""
+    """Return the page for all results."""
     return "\n".join([HEAD, notes, *_machines(results)])
 
 
 def _machines(results):
-    """The tables of each machine and precision."""
+    """Return the tables of each machine and precision."""
     parts = []
     for (machine, precision), group in _by(results, "machine", "precision"):
         own = list(group)
         versions = ", ".join(f"{name} {number}" for name, number in own[0]["versions"].items())
         commits = ", ".join(sorted({each["commit"] for each in own}))
         parts.append(f"## {machine}, {precision}\n\n{versions}; commit {commits}.\n")
-        parts += [_targets(own), _beside_the_seed(own)]
+        parts += [_targets(own), _klue_nli(own)]
         for section, write in SECTIONS.items():
             found = [each for each in own if each["section"] == section]
             if found:
@@ -80,7 +92,7 @@ GPU_START, GPU_END = "<!-- The figures of gpu.sh: -->", "<!-- The end of the fig
 
 
 def gpu_figures(out):
-    """What the run of gpu.sh in a folder found, as a part of the page."""
+    """Return the results of a run of gpu.sh as a part of the page; `out` is the run's folder."""
     run = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
     machine, lines, notes = run["machine"], [], []
     for section in run["sections"]:
@@ -99,8 +111,8 @@ def gpu_figures(out):
     versions = ", ".join(f"{name} {number}" for name, number in machine.get("versions", {}).items())
     cut = " The time was up before the end." if any(line[4] != "0" for line in lines) else ""
     parts = [
-        f"## Right numbers on {machine.get('device', 'an unknown machine')}\n",
-        f"{versions}; {run['seconds']:.0f} seconds.{cut} The error is the largest, relative to the largest element.\n",
+        f"## Correctness on {machine.get('device', 'an unknown machine')}\n",
+        f"{versions}; {run['seconds']:.0f} seconds.{cut} Errors are the largest, relative to the largest element.\n",
         _table(["section", "passed", "failed", "skipped", "not run", "error"], lines),
     ]
     for status in ("failed", "skipped"):
@@ -115,7 +127,7 @@ def gpu_figures(out):
 
 
 def insert(page, figures):
-    """A page with these figures between its two comments."""
+    """Return the page with these figures between its two comments."""
     before, start, rest = page.partition(GPU_START)
     _, end, after = rest.partition(GPU_END)
     if not start or not end:
@@ -136,9 +148,10 @@ def _table(columns, rows):
 
 
 def _settings(results, names):
-    """The results of each setting, by arm, in the order in which they were taken.
+    """Return the results of each setting by arm, in the order of measurement.
 
-    What does not depend on the prefix is measured once for a shape, and is behind the others of all its settings.
+    Results that do not depend on the prefix are measured once per shape. They are appended to all settings of the
+    shape.
     """
     order = {}
     for each in results:
@@ -153,9 +166,9 @@ def _settings(results, names):
 
 
 def ratio(one, other, whole=False):
-    """The median of the ratios round by round, and half the distance of their quartiles.
+    """Return the median of the ratios of the rounds, and half of their interquartile range.
 
-    Of memory just the ratio: of what a step adds, or of the whole with what is there before it.
+    For memory, return the ratio and 0. With `whole=True` it includes the memory that was in use before the step.
     """
     if "peak" in one:
         bytes_of = [each["peak"] + (each["before"] if whole else 0) for each in (one, other)]
@@ -165,14 +178,14 @@ def ratio(one, other, whole=False):
     return statistics.median(pairs), (high - low) / 2
 
 
-def _in_words(value):
+def _formatted(value):
     middle, spread = value
     return f"{middle:.3f}" + (f" ± {spread:.3f}" if spread else "")
 
 
 def _ratios(results, base, title, text, names=("shape", "batch", "n", "width")):
     lines, found = [], _settings(results, names)
-    arms = [arm for arm in WORDS if arm != base and any(arm in each for each in found.values())]
+    arms = [arm for arm in TITLES if arm != base and any(arm in each for each in found.values())]
     for setting, each in found.items():
         if "peak" in each[base]:
             first = f"{each[base]['peak'] / 2**20:.0f} MiB"
@@ -180,18 +193,18 @@ def _ratios(results, base, title, text, names=("shape", "batch", "n", "width")):
             middle = 1e3 * statistics.median(each[base]["seconds"])
             first = f"{middle:.0f} ms" if middle > 1000 else f"{middle:.4g} ms"
         about = [str(value if value is not None else "-") for value in setting]
-        lines.append([*about, first, *(_in_words(ratio(each[a], each[base])) if a in each else "-" for a in arms)])
-    columns = [*("MLP" if name == "width" else name for name in names), WORDS[base], *(WORDS[arm] for arm in arms)]
+        lines.append([*about, first, *(_formatted(ratio(each[a], each[base])) if a in each else "-" for a in arms)])
+    columns = [*("MLP" if name == "width" else name for name in names), TITLES[base], *(TITLES[arm] for arm in arms)]
     return f"### {title}\n\n{text}\n\n" + _table(columns, lines)
 
 
 def _train(results):
-    return _ratios(results, "floor", "A training step", "Time over the floor's.")
+    return _ratios(results, "floor", "A training step", "Time, relative to the floor's.")
 
 
 def _memory(results):
     plain = [each for each in results if not each.get("checkpointing")]
-    text = "Peak of the tensors of a step, over that of the same frozen backbone with its head alone in training."
+    text = "Peak memory of a step's tensors, relative to the same frozen backbone of which only the head is trained."
     page = _ratios(plain, "frozen", "Memory of a training step", text)
     saved = []
     for each in results:
@@ -200,79 +213,78 @@ def _memory(results):
             before = next(p for p in plain if all(p.get(name) == each.get(name) for name in names))
             size = "-" if each.get("any_n") else f"{each['n']}, {each['width'] or '-'}"
             saved.append(
-                [each["shape"], str(each["batch"]), WORDS[each["arm"]], size, f"{each['peak'] / before['peak']:.3f}"]
+                [each["shape"], str(each["batch"]), TITLES[each["arm"]], size, f"{each['peak'] / before['peak']:.3f}"]
             )
     if saved:
-        page += "\nWith gradient checkpointing, over the same without it:\n\n"
+        page += "\nWith gradient checkpointing, relative to the same without it:\n\n"
         page += _table(["shape", "batch", "method", "n, MLP", "memory"], saved)
     return page
 
 
-def _beside_the_seed(results):
-    """The seed's table again: time and memory over full fine-tuning's, in its own shape."""
+def _klue_nli(results):
+    """Return the comparison with the KLUE-NLI table: time and memory over full fine-tuning's, in its shape."""
     found = {"train": {}, "memory": {}}
     for section, rows in found.items():
         own = [each for each in results if each["section"] == section and not each.get("checkpointing")]
         for (shape, batch, n, width), arms in _settings(own, ("shape", "batch", "n", "width")).items():
-            if (shape, batch) == SEED_SHAPE and (n, width) in SEED:
+            if (shape, batch) == KLUE_NLI_SHAPE and (n, width) in KLUE_NLI:
                 rows[n, width] = arms
     if not any(found.values()):
         return ""
     lines = []
-    for (n, width), limits in SEED.items():
+    for (n, width), limits in KLUE_NLI.items():
         line = [str(n), str(width or "-")]
         for limit, rows in zip(limits, found.values(), strict=True):
             arms = rows.get((n, width), {})
             ratios = {
                 arm: ratio(each, arms["full"], whole=True) for arm, each in arms.items() if arm in ("ours", "floor")
             }
-            line += [f"{limit:.3f}", *(_in_words(ratios[arm]) if arm in ratios else "-" for arm in ("ours", "floor"))]
+            line += [f"{limit:.3f}", *(_formatted(ratios[arm]) if arm in ratios else "-" for arm in ("ours", "floor"))]
         lines.append(line)
     text = (
-        "Over full fine-tuning, in the shape of the seed's experiment (batch 32, 128 tokens). Its figures are of "
-        "epochs on a GPU; memory here is all of it, with weights and the optimizer's state."
+        "Ratios over full fine-tuning, in the shape of that experiment (batch 32, 128 tokens). Its figures are for "
+        "epochs on a GPU. Memory here is the total, with weights and the optimizer's state."
     )
-    columns = ["n", "MLP", *(f"{what}, {whose}" for what in ("time", "memory") for whose in ("seed", "ours", "floor"))]
-    return f"### Beside the seed's table\n\n{text}\n\n" + _table(columns, lines)
+    sources = ("published", "ours", "floor")
+    columns = ["n", "MLP", *(f"{what}, {source}" for what in ("time", "memory") for source in sources)]
+    return f"### Compared with the KLUE-NLI table\n\n{text}\n\n" + _table(columns, lines)
 
 
 def _infer(results):
-    return _ratios(results, "floor", "A forward of an encoder", "Time over the floor's.", ("shape", "batch", "n"))
+    text = "Time, relative to the floor's."
+    return _ratios(results, "floor", "A forward of an encoder", text, ("shape", "batch", "n"))
 
 
 def _decode(results):
-    text = "Time of a token over that of the base model with n tokens more in its cache."
+    text = "Time of a token, relative to the base model with n more tokens in its cache."
     return _ratios(results, "base", "A token of a decoder", text, ("n", "context", "cache"))
 
 
 def _first(results):
-    text = "Time until the context is in the cache, over that of the base model with n tokens more."
+    text = "Time until the context is in the cache, relative to the base model with n more tokens."
     return _ratios(results, "base", "The first token", text, ("n", "context"))
 
 
 def _host(results):
     text = (
-        "A decoder of the same depth, and 96 wide: what takes time is Python and the start of operations, as on a GPU "
-        "that waits for them. Time over that of LoRA r=8."
+        "A decoder of the same depth and a width of 96: most of the time is spent in Python and in launching "
+        "operations, as when a GPU waits for the host. Time, relative to LoRA r=8."
     )
     return _ratios(results, "lora", "Host time", text, ("what", "n"))
 
 
 def _load(results):
-    text = "Loading an adapter of bert-base onto a base model in memory, over the time for one of LoRA r=8."
+    text = "Time to load an adapter of BERT-base onto a base model in memory, relative to LoRA r=8."
     return _ratios(results, "lora", "Loading", text, ("n",))
 
 
 def _switch(results):
-    return _ratios(results, "lora", "Switching", "`set_adapter`, over that of LoRA r=8.", ("n",))
-
-
-_GROWS = ("n", "batch", "tokens", "prefixed", "depth")
+    return _ratios(results, "lora", "Switching", "Time of `set_adapter`, relative to LoRA r=8.", ("n",))
 
 
 def _growth(results):
-    text = "Time of a training step over the floor's, as one thing grows: virtual tokens, batch, input, depth."
-    text += " (*prefixed*, the number of layers with a prefix, is in the plot.)"
+    text = "Time of a training step, relative to the floor's, as one size grows: virtual tokens, batch, input, depth."
+    text += " The plot also has *prefixed*, the number of layers with a prefix."
     text += "\n\n![Time and memory of a training step](performance-growth.png)"
     beside = [each for each in results if each["grows"] != "prefixed"]
     return _ratios(beside, "floor", "Growth", text, ("grows", "n", "batch", "tokens", "depth"))
@@ -280,19 +292,19 @@ def _growth(results):
 
 def _operations(results):
     text = (
-        "Operations on data, which are launches on a GPU: forward and backward of all-MiniLM, a token of the decoder."
+        "Number of tensor operations (launches on a GPU): forward and backward of all-MiniLM, a token of the decoder."
     )
     rows = _settings(results, ("what", "n", "width"))
-    arms = [arm for arm in WORDS if any(arm in each for each in rows.values())]
+    arms = [arm for arm in TITLES if any(arm in each for each in rows.values())]
     lines = [
         [what, str(n), str(width or "-"), *(str(each[arm]["operations"]) if arm in each else "-" for arm in arms)]
         for (what, n, width), each in rows.items()
     ]
-    return f"### Operations\n\n{text}\n\n" + _table(["", "n", "MLP", *(WORDS[arm] for arm in arms)], lines)
+    return f"### Operations\n\n{text}\n\n" + _table(["", "n", "MLP", *(TITLES[arm] for arm in arms)], lines)
 
 
 def _targets(results):
-    """What was aimed at, and what came out."""
+    """Return the table of targets and measured values."""
     lines = []
 
     def add(what, aim, found):
@@ -300,10 +312,10 @@ def _targets(results):
             worst = max(found, key=lambda each: each[1][0] / each[2])
             reached = all(value[0] <= limit for _, value, limit in found)
             where = f" ({worst[0]})" if len(found) > 1 else ""
-            lines.append([what, aim, f"{_in_words(worst[1])}{where}", "yes" if reached else "**no**"])
+            lines.append([what, aim, f"{_formatted(worst[1])}{where}", "yes" if reached else "**no**"])
 
-    def over(section, one, other, limit, where=lambda each: True, words=lambda each: each["shape"], whole=False):
-        """The ratios of two arms in the settings of a section, with their limit."""
+    def over(section, one, other, limit, where=lambda each: True, label=lambda each: each["shape"], whole=False):
+        """Return the ratios of two arms in the settings of a section, each with its limit."""
         names = ("shape", "batch", "n", "width", "context", "cache")
         own = [e for e in results if e["section"] == section and not e.get("checkpointing")]
         found = []
@@ -311,7 +323,7 @@ def _targets(results):
             first = next(iter(arms.values()))
             if where(first) and one in arms and other in arms:
                 limit_here = limit(first) if callable(limit) else limit
-                found.append((words(first), ratio(arms[one], arms[other], whole), limit_here))
+                found.append((label(first), ratio(arms[one], arms[other], whole), limit_here))
         return found
 
     def size(each):
@@ -329,39 +341,39 @@ def _targets(results):
     add("step over PEFT's, n 20, MLP 512", "0.90", over("train", "ours", "peft", 0.90, mlp(20)))
     add("the same, n 200", "0.75", over("train", "ours", "peft", 0.75, mlp(200)))
 
-    def in_the_seed(each):
-        return (each["shape"], each["batch"]) == SEED_SHAPE and (each["n"], each["width"]) in SEED
+    def in_klue_nli(each):
+        return (each["shape"], each["batch"]) == KLUE_NLI_SHAPE and (each["n"], each["width"]) in KLUE_NLI
 
-    for section, place, words in (("train", 0, "step"), ("memory", 1, "memory")):
-        for name, arm in ((f"{words} over full fine-tuning's", "ours"), ("the floor's, for comparison", "floor")):
-            limit = _seed_limit(place)
-            add(name, "the seed's ratio", over(section, arm, "full", limit, in_the_seed, size, whole=True))
-    add("step of the last third over full fine-tuning's", "0.50", over("train", "third", "full", 0.50, words=size))
-    add("the floor's, for comparison", "0.50", over("train", "floor_third", "full", 0.50, words=size))
+    for section, index, title in (("train", 0, "step"), ("memory", 1, "memory")):
+        for name, arm in ((f"{title} over full fine-tuning's", "ours"), ("the floor's, for comparison", "floor")):
+            limit = _klue_nli_limit(index)
+            add(name, "KLUE-NLI's ratio", over(section, arm, "full", limit, in_klue_nli, size, whole=True))
+    add("step of the last third over full fine-tuning's", "0.50", over("train", "third", "full", 0.50, label=size))
+    add("the floor's, for comparison", "0.50", over("train", "floor_third", "full", 0.50, label=size))
     add("memory over the frozen backbone's, table, n 20", "1.05", over("memory", "ours", "frozen", 1.05, table(20)))
-    add("memory over PEFT's", "1", over("memory", "ours", "peft", 1, words=size))
-    add("memory over the reference's", "1", over("memory", "ours", "reference", 1, words=size))
+    add("memory over PEFT's", "1", over("memory", "ours", "peft", 1, label=size))
+    add("memory over the reference's", "1", over("memory", "ours", "reference", 1, label=size))
     add("forward over the floor's", "1.05", over("infer", "ours", "floor", 1.05))
 
     def place(each):
         return f"{each['context']} tokens, {each.get('cache', 'first')}"
 
-    add("a token over the base model's", "1.031", over("decode", "ours", "base", 1 / 0.97, words=place))
-    add("first token over PEFT's", "1", over("first token", "ours", "peft", 1, words=place))
-    add("loading over LoRA's", "0.50", over("load", "ours", "lora", 0.50, words=str))
-    add("switching over LoRA's", "0.10", over("switch", "ours", "lora", 0.10, words=str))
+    add("a token over the base model's", "1.031", over("decode", "ours", "base", 1 / 0.97, label=place))
+    add("first token over PEFT's", "1", over("first token", "ours", "peft", 1, label=place))
+    add("loading over LoRA's", "0.50", over("load", "ours", "lora", 0.50, label=str))
+    add("switching over LoRA's", "0.10", over("switch", "ours", "lora", 0.10, label=str))
     if not lines:
         return ""
-    text = "### What was aimed at\n\nThe worst of the settings, with its place, and whether all are within.\n\n"
+    text = "### Targets\n\nThe measured value is the worst of all settings; the setting stands in brackets.\n\n"
     return text + _table(["", "at most", "measured", "reached"], lines)
 
 
-def _seed_limit(place):
-    return lambda each: SEED[each["n"], each["width"]][place]
+def _klue_nli_limit(index):
+    return lambda each: KLUE_NLI[each["n"], each["width"]][index]
 
 
 def plot(results, path):
-    """Seconds and bytes of a training step over each thing that grows."""
+    """Plot seconds and bytes of a training step over each growing size."""
     import matplotlib.pyplot as plt
 
     sections = {"growth": "milliseconds", "growth of memory": "MiB"}
@@ -375,8 +387,8 @@ def plot(results, path):
             own = [each for each in grown if each["section"] == section and each["grows"] == name]
             for (arm, machine, precision), group in _by(own, "arm", "machine", "precision"):
                 points = sorted((each[name], _height(each)) for each in group)
-                look = {"marker": "o", "color": f"C{list(WORDS).index(arm)}"}  # of an arm the same in all plots
-                axis.plot(*zip(*points, strict=True), **look, label=f"{WORDS[arm]}, {machine}, {precision}")
+                look = {"marker": "o", "color": f"C{list(TITLES).index(arm)}"}  # the same color of an arm in all plots
+                axis.plot(*zip(*points, strict=True), **look, label=f"{TITLES[arm]}, {machine}, {precision}")
             axis.set(xlabel=name, ylabel=unit, ylim=(0, None))
     axes[0][0].legend(fontsize=5)
     figure.savefig(path, dpi=120)

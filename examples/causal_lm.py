@@ -1,17 +1,18 @@
-"""Teach a causal language model a way of telling stories, and compare it with and without the prefix.
+"""Train a prefix for a causal language model on stories of one style, and compare the model with and without it.
 
     pip install "prefix-adapter[train]"
     python examples/causal_lm.py --model HuggingFaceTB/SmolLM2-135M --learning-rate 1e-2 --epochs 5
 
-The 26 stories of data/stories/train.jsonl are told alike: they begin under the blue hill and end with the moon. The
-prefix learns that, the model stays as it is. Printed are the perplexity of six other stories, in how many of them the
-moon says good night when the model goes on (greedily) after their first sentence, and one of these continuations. The
-six also choose the best step, so they flatter the prefix a little.
+The 26 stories of data/stories/train.jsonl have one style: they begin under the blue hill and end with the moon. The
+prefix learns this style; the model stays frozen. The script prints the perplexity of six other stories. It also lets
+the model continue their first sentences (greedily), and prints in how many continuations the moon says good night, and
+one continuation. The six stories also select the best step, so the figures are slightly in favour of the prefix.
 
---model is a name on the Hub or a folder, of a model that knows English stories. The other defaults are for
-stories260K, a Llama of 260 thousand parameters trained on TinyStories: with it this takes half a minute of one CPU
-core (OMP_NUM_THREADS=1), and the perplexity fell from 13.2 to 3.3. It has never seen the token that ends its stories
-here, and babbles on after the moon. A larger model wants a lower rate and fewer epochs; those above are a guess.
+--model is a name on the Hub or a folder; the model should know English stories. The other defaults are for
+stories260K, a Llama of 260 thousand parameters trained on TinyStories. With it the script takes half a minute on one
+CPU core (OMP_NUM_THREADS=1), and the perplexity fell from 13.2 to 3.3. That model does not know the end-of-sequence
+token used here, so it does not stop after the moon. A larger model needs a lower rate and fewer epochs; those above
+are a guess.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""The same adapter in transformers' own `Trainer`, for those who have a script with it already.
+"""Train the adapter with transformers' own `Trainer`.
 
     pip install "prefix-adapter[train]"
     python examples/hf_trainer.py --train train.jsonl --validation dev.jsonl --model bert-base-cased
 
-A row is `{"text": ..., "label": ...}`. Nothing here is of our training loop: `get_peft_model` puts the prefix on,
-`Trainer` trains it, and its checkpoints hold the prefix and the head alone. A prefix needs a rate several hundred
-times that of full fine-tuning, and so does its head.
+A row is `{"text": ..., "label": ...}`. This script does not use `prefix_adapter.training`: `get_peft_model` adds the
+prefix, and `Trainer` trains it. The checkpoints contain only the prefix and the head. Both need a learning rate
+several hundred times that of full fine-tuning.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from transformers import (
 from prefix_adapter import PrefixTuningV2Config, get_peft_model
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--train", required=True, help="rows to learn from")
-parser.add_argument("--validation", required=True, help="rows to choose the best epoch by")
+parser.add_argument("--train", required=True, help="training rows")
+parser.add_argument("--validation", required=True, help="rows for selecting the best epoch")
 parser.add_argument("--model", default="bert-base-cased", help="the base model")
 parser.add_argument("--output", default="runs/hf-trainer", help="folder for the adapter and checkpoints")
 parser.add_argument("--epochs", type=float, default=10)
-parser.add_argument("--max-rows", type=int, help="use so many rows of each file, for a quick try")
+parser.add_argument("--max-rows", type=int, help="use only this many rows of each file, for a quick try")
 args = parser.parse_args()
 
 data = load_dataset("json", data_files={"train": args.train, "validation": args.validation})

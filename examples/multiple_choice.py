@@ -1,19 +1,18 @@
-"""Teach a pretrained encoder to choose between alternatives, as in COPA.
+"""Train a pretrained encoder to choose between alternatives, as in COPA.
 
     pip install "prefix-adapter[train]"
     python examples/multiple_choice.py --train train.jsonl --validation val.jsonl --output runs/copa
 
-The files have a row a line (.jsonl, or .jsonl.gz), with any number of columns `choice1`, `choice2`, ...:
+The files have one row per line (.jsonl, or .jsonl.gz), with any number of columns `choice1`, `choice2`, ...:
 
     {"premise": "The man turned on the faucet.", "choice1": "The toilet filled.", "choice2": "Water flowed.",
      "question": "effect", "label": 1}
 
-`label` is the number of the right choice, counted from 0. The encoder reads the premise with each choice in turn,
-which stands behind the question. The head gives each a score. For endings in one column, as in HellaSwag, say
-`columns={"text": "ctx", "choices": "endings"}` below. In the end the adapter is in `--output`, with its card, curve,
-metrics and recipe.
+`label` is the index of the right choice, counted from 0. For each choice the encoder reads the premise, the question
+and the choice, and the head computes a score. For endings in one column, as in HellaSwag, use `columns={"text": "ctx",
+"choices": "endings"}` below. The adapter is saved in `--output`, with its card, curve, metrics and recipe.
 
-Choosing well takes knowledge of the world, which a frozen encoder has or has not: small ones stay near chance on COPA.
+COPA needs knowledge of the world, which a frozen encoder cannot learn: small encoders stay near chance.
 """
 
 import argparse
@@ -23,11 +22,11 @@ from prefix_adapter.training import Data, Recipe, train
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--train", required=True, help="rows to learn from")
-    parser.add_argument("--validation", required=True, help="rows that the best checkpoint is chosen on")
+    parser.add_argument("--train", required=True, help="training rows")
+    parser.add_argument("--validation", required=True, help="rows for selecting the best checkpoint")
     parser.add_argument("--model", default="FacebookAI/roberta-large", help="a name on the Hub, or a folder")
     parser.add_argument("--output", default="runs/multiple-choice", help="a new folder")
-    parser.add_argument("--max-rows", type=int, help="learn from so many rows, and choose by so many")
+    parser.add_argument("--max-rows", type=int, help="use only this many training and validation rows")
     parser.add_argument("--epochs", type=float, default=10)
     args = parser.parse_args()
 

@@ -1,10 +1,10 @@
-"""Named entities: teach a frozen encoder to tag them, and tag a sentence with what was saved.
+"""Train a frozen encoder to tag named entities, and tag a sentence with the saved adapter.
 
     pip install "prefix-adapter[train]"
     python examples/ner.py --train train.jsonl --validation dev.jsonl --model bert-base-cased
 
-A row is `{"tokens": ["Ravi", "flew", "to", "Lima"], "tags": ["B-person", "O", "O", "B-location"]}`. Entities are
-scored as wholes (precision, recall and F1 of seqeval), sentences longer than the model's input are read in windows.
+A row is `{"tokens": ["Ravi", "flew", "to", "Lima"], "tags": ["B-person", "O", "O", "B-location"]}`. Whole
+entities are scored (precision, recall and F1 of seqeval). Sentences longer than the model's input are read in windows.
 The same from the command line:
 
     prefix-adapter train --config token-classification --model bert-base-cased --data.train train.jsonl \\
@@ -20,13 +20,13 @@ import torch
 from prefix_adapter.training import Data, Recipe, answer_rows, load_trained, train
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--train", required=True, help="rows to learn from")
-parser.add_argument("--validation", help="rows to choose the best step by; a tenth of the others if it is not given")
-parser.add_argument("--test", help="rows to measure the result on, once")
+parser.add_argument("--train", required=True, help="training rows")
+parser.add_argument("--validation", help="rows for selecting the best step (default: a tenth of the training rows)")
+parser.add_argument("--test", help="rows for the final evaluation")
 parser.add_argument("--model", default="bert-base-cased", help="the base model")
 parser.add_argument("--output", default="runs/ner", help="folder for the adapter")
 parser.add_argument("--epochs", type=float, default=10)
-parser.add_argument("--max-rows", type=int, help="use so many rows of each file, for a quick try")
+parser.add_argument("--max-rows", type=int, help="use only this many rows of each file, for a quick try")
 args = parser.parse_args()
 
 recipe = Recipe(

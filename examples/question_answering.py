@@ -1,19 +1,19 @@
-"""Teach a pretrained encoder to answer questions with a passage of a text.
+"""Train a pretrained encoder to answer questions with a span of a text.
 
     pip install "prefix-adapter[train]"
     python examples/question_answering.py --data squad.jsonl --output runs/qa
 
-`--data` is a file in SQuAD's format, a question a line (.jsonl, or .jsonl.gz):
+`--data` is a file in SQuAD's format, with one question per line (.jsonl, or .jsonl.gz):
 
     {"question": "How many?", "context": "There are 308.", "answers": {"text": ["308"], "answer_start": [10]}}
 
-Empty lists of answers stand for "the text does not say". Many questions share a context, so the rows are split by
-context: a model that has read a text while it learnt would be measured too high on it. What is left in `--output`:
+Empty lists of answers mean that the text has no answer. Many questions share a context, so the rows are split by
+context: scores on a text from the training rows would be too high. The files in `--output`:
 
-    train.jsonl, validation.jsonl    the rows to learn from, and those that the best checkpoint is chosen on
+    train.jsonl, validation.jsonl    the training rows, and the rows for selecting the best checkpoint
     adapter/                         the adapter with its card, curve, metrics and recipe
 
-With `accelerate launch examples/question_answering.py ...` several GPUs share the work.
+`accelerate launch examples/question_answering.py ...` uses several GPUs.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from prefix_adapter.training.data import read_file
 
 
 def split_by_context(path: str, files: dict[str, str]) -> None:
-    """Write the questions on nine of ten contexts to `files["train"]`, the others to `files["validation"]`."""
+    """Write the questions of nine in ten contexts to `files["train"]`, the others to `files["validation"]`."""
     rows = read_file(path)
     contexts = sorted(set(rows["context"]))
     held_out = set(random.Random(0).sample(contexts, max(1, len(contexts) // 10)))
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="questions in SQuAD's format")
     parser.add_argument("--model", default="google-bert/bert-base-uncased", help="a name on the Hub, or a folder")
     parser.add_argument("--output", type=Path, default=Path("runs/question-answering"), help="a new folder")
-    parser.add_argument("--max-rows", type=int, help="learn from so many questions, and choose by so many")
+    parser.add_argument("--max-rows", type=int, help="use only this many training and validation questions")
     parser.add_argument("--epochs", type=float, default=5)
     args = parser.parse_args()
 

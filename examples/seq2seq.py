@@ -1,14 +1,15 @@
-"""Turn a translation around with a prefix: "three one four" becomes "4 1 3".
+"""Train a prefix for an encoder-decoder that reverses its output: "three one four" becomes "4 1 3".
 
     pip install "prefix-adapter[train]"
     OMP_NUM_THREADS=1 python examples/seq2seq.py
 
-No pretrained T5 is needed: without --model the script makes a tiny one with random weights, and first trains all of it
-to write digits in the order in which they are read ("3 1 4"). That only shows the mechanics, offline and in about a
-minute of one CPU core. Then the model is frozen, and a prefix for its encoder, its decoder and its cross-attention
-learns to write them backwards. With the adapter the model does the one, without it still the other.
+The script needs no pretrained T5. Without --model it creates a tiny one with random weights, and first trains the
+whole model to write digits in the order of the input ("3 1 4"). This only shows the mechanics, offline and in about a
+minute on one CPU core. Then the model is frozen, and a prefix for its encoder, decoder and cross-attention is trained
+to write the digits backwards. With the adapter the model writes backwards, without it still forwards.
 
---model takes a T5 or another encoder-decoder, a name on the Hub or a folder, and gives it the prefix at once.
+--model is a T5 or another encoder-decoder, by its name on the Hub or its folder. The script then trains only the
+prefix.
 """
 
 import argparse
@@ -26,15 +27,15 @@ from prefix_adapter.training import Data, Recipe, answer_rows, load_trained, tra
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", help="a pretrained encoder-decoder; a tiny one is made if it is not given")
-parser.add_argument("--output", type=Path, default=Path("runs/digits"), help="folder for all that is made")
-parser.add_argument("--learning-rate", type=float, default=0.05, help="of the prefix")
+parser.add_argument("--model", help="a pretrained encoder-decoder (default: a tiny one is created)")
+parser.add_argument("--output", type=Path, default=Path("runs/digits"), help="folder for all results")
+parser.add_argument("--learning-rate", type=float, default=0.05, help="learning rate of the prefix")
 parser.add_argument("--max-steps", type=int, default=1000, help="optimizer steps of each training")
 args = parser.parse_args()
 
 
 def write_rows(path, count, seed, backwards):
-    """One to four digits, in words and in figures. Few of the short ones are new in the second file."""
+    """Write rows of one to four digits, in words and in figures. The two files share most of the short rows."""
     draw = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
@@ -46,7 +47,7 @@ def write_rows(path, count, seed, backwards):
 
 
 def teach(model, name, backwards, **settings):
-    """Train on rows that are made for it; returns the metrics of others."""
+    """Train on generated rows; return the metrics on other rows."""
     data = Data(
         train=write_rows(args.output / f"{name}-train.jsonl", 2000, 1, backwards),
         validation=write_rows(args.output / f"{name}-validation.jsonl", 100, 2, backwards),
@@ -57,7 +58,7 @@ def teach(model, name, backwards, **settings):
 
 
 def make_model(folder):
-    """A tiny T5 that writes digits in their order."""
+    """Create and train a tiny T5 that writes digits in the order of the input."""
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS, *map(str, range(10))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,4 +1,11 @@
-"""P-Tuning v2 for Hugging Face PEFT: importing this package makes `PREFIX_TUNING_V2` a PEFT method like LoRA."""
+"""P-Tuning v2 (deep prefix tuning; Liu et al. 2022, arXiv:2110.07602) as a PEFT method.
+
+Importing this package registers the method `PREFIX_TUNING_V2` with PEFT.
+
+Example:
+    >>> from prefix_adapter import PrefixTuningV2Config, get_peft_model
+    >>> model = get_peft_model(base_model, PrefixTuningV2Config(num_virtual_tokens=20, task_type="SEQ_CLS"))
+"""
 
 # ruff: noqa: F403, F405
 
@@ -40,19 +47,19 @@ __all__ = [
 ]
 
 
-def _is_the_command() -> bool:
-    """Whether this process is the command `prefix-adapter`, or `python -m prefix_adapter`.
+def _runs_command_line() -> bool:
+    """Whether this process runs `prefix-adapter` or `python -m prefix_adapter`.
 
-    The command imports peft and torch when it needs them, so that its help and its messages about mistakes do not wait
-    for them. A command that is not recognised here works as well, and starts more slowly.
+    The command line imports peft and torch only when a command needs them, so that its help and its error messages
+    appear at once. A process that is not recognised here imports them at the start and works the same.
     """
-    started = sys.orig_argv
-    if sys.argv[:1] == ["-m"]:  # while Python looks for the module that it was told to run
-        return "-m" in started and started[started.index("-m") + 1 :][:1] == [__name__]
-    return len(started) > 1 and Path(started[1]).name in ("prefix-adapter", "prefix-adapter.exe")
+    arguments = sys.orig_argv
+    if sys.argv[:1] == ["-m"]:  # Python sets this while it imports the package of the module that `-m` names
+        return "-m" in arguments and arguments[arguments.index("-m") + 1 :][:1] == [__name__]
+    return len(arguments) > 1 and Path(arguments[1]).name in ("prefix-adapter", "prefix-adapter.exe")
 
 
-if TYPE_CHECKING or not _is_the_command():
+if TYPE_CHECKING or not _runs_command_line():
     from .api import *
 else:
 

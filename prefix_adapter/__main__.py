@@ -1,4 +1,4 @@
-"""`python -m prefix_adapter`, for `accelerate launch -m prefix_adapter train ...`."""
+"""The command line as a module: `python -m prefix_adapter` and `accelerate launch -m prefix_adapter train ...`."""
 
 from .cli import main
 

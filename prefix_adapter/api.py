@@ -1,4 +1,4 @@
-"""The names that the package exports. Importing this module makes `PREFIX_TUNING_V2` a PEFT method."""
+"""The public names of the package. Importing this module registers `PREFIX_TUNING_V2` with PEFT."""
 
 # ruff: noqa: F401
 
@@ -23,18 +23,20 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
-from .adapters.exchange import export_peft, import_peft, import_ptuning_v2
+from .adapters.exchange import export_peft, import_peft
 from .adapters.hub import push_to_hub
 from .adapters.pool import AdapterPool, LoadedAdapter
+from .adapters.ptuning_v2 import import_ptuning_v2
 from .adapters.saved import fold
 from .adapters.start import init_from, init_from_text
-from .backbone.find import UnsupportedBackboneError
+from .backbone.unsupported import UnsupportedBackboneError
 from .config import PrefixTuningV2Config, PrefixTuningV2Type
 from .model import PrefixTuningV2Model
-from .prefix.layer import PREFIX, PrefixTuningV2Layer
+from .prefix.layer import PrefixTuningV2Layer
+from .prefix.names import PREFIX
 from .prefix.usage import PrefixNotUsedError
 
-# What `peft.utils.register_peft_method` does, which refuses names that are not in PEFT's closed enum.
+# The steps of `peft.utils.register_peft_method`, which rejects names that are not members of PEFT's `PeftType`.
 _entries: list[tuple[dict[Any, Any], Any]] = [
     (PEFT_TYPE_TO_CONFIG_MAPPING, PrefixTuningV2Config),
     (PEFT_TYPE_TO_TUNER_MAPPING, PrefixTuningV2Model),

@@ -1,6 +1,6 @@
-"""The command `prefix-adapter`, from a data set to a published adapter.
+"""The command `prefix-adapter`: train, evaluate, use and publish adapters.
 
-Nothing that imports torch is imported before the arguments are known to be right.
+Each command imports torch only when it runs, so that `--help` and errors in the arguments appear at once.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
 DEBUG = "PREFIX_ADAPTER_DEBUG"
-"""The environment variable that does what `--debug` does."""
-TRAIN = """Train an adapter.
+"""The environment variable with the same effect as `--debug`."""
+_TRAIN_HELP = """Train an adapter.
 
-A recipe says what and how: a YAML file, or the name of one that comes with the package; options on the command line
-override it. Several GPUs or machines: accelerate launch -m prefix_adapter train ...
+All settings come from a recipe: a YAML file, or the name of a recipe of the package (listed below). Options override
+the recipe. To train on several GPUs or machines: accelerate launch -m prefix_adapter train ...
 
   prefix-adapter train --config token-classification --model bert-base-cased \\
       --data.train train.jsonl --data.validation dev.jsonl --output_dir runs/pos --adapter.num_virtual_tokens 40
   prefix-adapter train --resume runs/pos
 
-The output folder then has the adapter, its model card, metrics.jsonl, curve.png and the exact recipe.
+The output folder gets the adapter, its model card, metrics.jsonl, curve.png and the complete recipe.
 """
-TOGETHER = """Train one prefix for several tasks, each with a head of its own, and leave an adapter for each.
+_TRAIN_TOGETHER_HELP = """Train one prefix for several tasks. Each task has its own head, and gets its own adapter.
 
-The recipe is a YAML file with the keys that the tasks share, and under `tasks` those that each has for itself:
+The recipe is a YAML file. Keys at the top level apply to all tasks; keys under `tasks` apply to one task:
 
   model: bert-base-cased
   output_dir: runs/shared
@@ -44,42 +44,44 @@ The recipe is a YAML file with the keys that the tasks share, and under `tasks` 
   prefix-adapter train-together --resume runs/shared
   prefix-adapter evaluate runs/shared/ner
 """
-SEARCH = """Look for the best settings of a recipe with Optuna; ends with the best recipe as YAML.
+_SEARCH_HELP = """Search for the best settings of a recipe with Optuna. The best recipe is saved as best.yaml.
 
-By default table or MLP, learning rate, length and dropout of the prefix are varied. What is set by an option of the
-command line stays as set; what the file of --config says about these keys is where their default would be.
+By default the search varies the learning rate, the length and the dropout of the prefix, and whether the prefix is a
+table or comes from an MLP. A value set by a command-line option is kept; a value from the --config file is varied.
 
   prefix-adapter search --config token-classification --model bert-base-cased --data.train train.jsonl \\
       --output_dir runs/search --search.n_trials 30
 """
-IMPORT = """Make an adapter of a checkpoint of THUDM/P-tuning-v2, or of a PREFIX_TUNING adapter of PEFT's.
+_IMPORT_HELP = """Convert a checkpoint of THUDM/P-tuning-v2, or a PREFIX_TUNING adapter of PEFT, with its task head.
 
   prefix-adapter import checkpoint/pytorch_model.bin ner --model bert-base-cased --task_type TOKEN_CLS
   prefix-adapter import peft-adapter ner
 
-Both with their task heads. The base model is loaded in float32. An adapter of PEFT's is tried out on it beside the new
-one, and a checkpoint's backbone compared with it; what cannot be carried over is refused, with the reason.
+The base model is loaded in float32. A PEFT adapter is converted only if both adapters give the same outputs, a
+checkpoint only if its backbone is that of the base model. If something cannot be converted, the error gives the reason
+and nothing is written.
 """
-EXPORT = """Make a PREFIX_TUNING adapter of PEFT's of a saved adapter, with its task head.
+_EXPORT_HELP = """Convert a saved adapter, with its task head, to a PREFIX_TUNING adapter of PEFT.
 
   prefix-adapter export ner peft-adapter
 
-PEFT has one prefix for every layer of a model or decoder, and always moves the positions of the input behind it: an
-adapter to export is trained with `shift_positions: true`. An MLP is folded. The base model is loaded in float32, and
-both adapters are tried out on it; what PEFT cannot express is refused, with the reason.
+PEFT has one prefix for all layers of a model or decoder, and always shifts the positions of the input behind the
+prefix. So the adapter must be trained with `shift_positions: true`. An MLP is folded into a table. The base model is
+loaded in float32, and both adapters must give the same outputs. If PEFT cannot express the adapter, the error gives
+the reason and nothing is written.
 """
-EVALUATE = """Measure a trained adapter on rows with solutions.
+_EVALUATE_HELP = """Evaluate a trained adapter on rows with labels.
 
-  prefix-adapter evaluate runs/ner                  the run's own test rows, or its validation rows
+  prefix-adapter evaluate runs/ner                  on the test rows of the run, or else on its validation rows
   prefix-adapter evaluate runs/ner other.jsonl
 
-The result says which rows were measured. From the recipe in the adapter's folder only harmless settings are taken;
---config names a recipe that you trust.
+The output names the split, the file and the number of rows. The recipe in the adapter's folder is untrusted: only
+harmless settings are read from it. Use --config to name a recipe that you trust.
 """
-PREDICT = """Answer the rows of a JSONL file of any size; the answers are added to the rows.
+_PREDICT_HELP = """Predict the rows of a JSONL file of any size. Each row is written with its prediction added.
 
-From the recipe in the adapter's folder only harmless settings are taken; --config names a
-recipe that you trust.
+The recipe in the adapter's folder is untrusted: only harmless settings are read from it. Use --config to name a recipe
+that you trust.
 """
 
 
@@ -89,18 +91,18 @@ recipe that you trust.
 def _train(options: Any) -> None:
     from .training.recipe import recipe_from
 
-    recipe = recipe_from(options)  # mistakes in it are told before torch is imported
+    recipe = recipe_from(options)  # before the import of torch, so that errors in the recipe appear at once
     from .training.run import train
 
     results = train(recipe, resume=options.resume is not None, overwrite=options.overwrite)
-    if _first():
-        _show({split: results[split] for split in ("validation", "test") if split in results})
+    if _is_first_process():
+        _print_json({split: results[split] for split in ("validation", "test") if split in results})
         print(f"The adapter is in {recipe.output_dir}.")
 
 
 def _train_together(options: Any) -> None:
     if (options.config is None) == (options.resume is None) or (options.resume and options.output_dir):
-        raise ValueError("give either --config, a recipe, and perhaps --output_dir, or --resume, the folder of a run.")
+        raise ValueError("give either --config RECIPE (with or without --output_dir), or --resume FOLDER.")
     from .training.multitask import load_joint_recipe, train_together
 
     trust = {"trust_remote_code": options.trust_remote_code}
@@ -110,12 +112,12 @@ def _train_together(options: Any) -> None:
     else:
         path = Path(options.resume, "recipe.yaml")
         if not path.is_file():
-            raise ValueError(f"--resume: there is no run in {options.resume!r} (it has no recipe.yaml).")
+            raise ValueError(f"--resume: there is no run in {options.resume!r} (no recipe.yaml).")
         recipe = load_joint_recipe(path, output_dir=options.resume, **trust)
     results = train_together(recipe, resume=options.resume is not None, overwrite=options.overwrite)
-    if _first():
+    if _is_first_process():
         splits = ("validation", "test")
-        _show({name: {key: own[key] for key in splits if key in own} for name, own in results["tasks"].items()})
+        _print_json({name: {key: own[key] for key in splits if key in own} for name, own in results["tasks"].items()})
         print(f"The adapters are in {recipe.output_dir}.")
 
 
@@ -124,19 +126,20 @@ def _search(options: Any) -> None:
     from .training.settings import Search
 
     recipe, settings = recipe_from(options), Search(**vars(options.search))
-    settings.fixed += [key for key in _keys_set(options) if key not in settings.fixed]
+    settings.fixed += [key for key in _recipe_keys_set(options) if key not in settings.fixed]
     from .training.search import search
 
-    _show(search(recipe, settings, resume=options.resume))
+    _print_json(search(recipe, settings, resume=options.resume))
 
 
-def _keys_set(options: Any) -> list[str]:
-    """The keys of the recipe that the command line sets."""
+def _recipe_keys_set(options: Any) -> list[str]:
+    """The keys of the recipe that the command line sets, with dots for nested keys."""
     keys: list[str] = []
     for argument in options.arguments:
         name = argument[2:].partition("=")[0] if argument.startswith("--") else ""
         value = options.get(name) if name else None
-        if name.partition(".")[0] in options and name.partition(".")[0] not in ("config", "resume", "search", "debug"):
+        group = name.partition(".")[0]
+        if group in options and group not in ("config", "resume", "search", "debug"):
             keys += [f"{name}.{each}" for each in value] if isinstance(value, dict) else [name]
     return keys
 
@@ -145,18 +148,10 @@ def _evaluate(options: Any) -> None:
     from .training.inference import evaluate_adapter
 
     metrics = evaluate_adapter(
-        options.adapter,
-        options.data,
-        model=options.model,
-        revision=options.revision,
-        batch_size=options.batch_size,
-        predictions=options.predictions,
-        overwrite=options.overwrite,
-        config=options.config,
-        trust_remote_code=options.trust_remote_code,
+        options.adapter, options.data, predictions=options.predictions, **_inference_options(options)
     )
-    if _first():
-        _show({"split": metrics.split, "source": metrics.source, "rows": metrics.rows, **metrics})
+    if _is_first_process():
+        _print_json({"split": metrics.split, "source": metrics.source, "rows": metrics.rows, **metrics})
 
 
 def _predict(options: Any) -> None:
@@ -166,35 +161,36 @@ def _predict(options: Any) -> None:
         options.adapter,
         options.source,
         options.target,
-        model=options.model,
-        revision=options.revision,
-        batch_size=options.batch_size,
         chunk_size=options.chunk_size,
         device=options.device,
-        overwrite=options.overwrite,
-        config=options.config,
-        trust_remote_code=options.trust_remote_code,
+        **_inference_options(options),
     )
     print(f"{count} rows answered.", file=sys.stderr)
 
 
-def _info(options: Any) -> None:
-    from . import api  # noqa: F401 (PEFT reads configurations of the methods that it knows)
-    from .adapters.info import describe
+def _inference_options(options: Any) -> dict[str, Any]:
+    """The options that `evaluate` and `predict` share, as keyword arguments."""
+    names = ("model", "revision", "batch_size", "overwrite", "config", "trust_remote_code")
+    return {name: getattr(options, name) for name in names}
 
-    found = describe(options.adapter, options.revision)
+
+def _info(options: Any) -> None:
+    from . import api  # noqa: F401 (registers PREFIX_TUNING_V2, so that PEFT can read its configuration)
+    from .adapters.saved import describe_adapter
+
+    found = describe_adapter(options.adapter, options.revision)
     if options.json:
-        _show(found)
+        _print_json(found)
         return
     for name in ("peft_type", "base_model", "task_type"):
-        print(f"{name:20}{_plain(found[name])}")
+        print(f"{name:20}{_printable(found[name])}")
     for name, value in found["settings"].items():
-        print(f"{_plain(name):20}{_plain(value)}")
+        print(f"{_printable(name):20}{_printable(value)}")
     for part, count in found["parameters"].items():
         print(f"{part + ' parameters':20}{count:,}")
     print(f"{'file':20}{found['bytes']:,} bytes")
     for name, tensor in found["tensors"].items():
-        print(f"    {'x'.join(map(str, tensor['shape'])):16}{tensor['dtype']:8}{_plain(name)}")
+        print(f"    {'x'.join(map(str, tensor['shape'])):16}{tensor['dtype']:8}{_printable(name)}")
 
 
 def _fold(options: Any) -> None:
@@ -204,13 +200,14 @@ def _fold(options: Any) -> None:
 
 
 def _import(options: Any) -> None:
-    from .adapters.exchange import import_peft, import_ptuning_v2
+    from .adapters.exchange import import_peft
+    from .adapters.ptuning_v2 import import_ptuning_v2
 
     source = Path(options.source)
     if source.is_file() or (source.is_dir() and not (source / "adapter_config.json").is_file()):
         target = import_ptuning_v2(source, options.target, options.model, options.task_type)
     elif options.task_type:
-        raise ValueError("--task_type is for checkpoints of P-tuning-v2: an adapter of PEFT's says its own.")
+        raise ValueError("--task_type is only for checkpoints of P-tuning-v2. A PEFT adapter has its own task type.")
     else:
         target = import_peft(options.source, options.target, options.model)
     print(f"Imported into {target}.")
@@ -230,29 +227,32 @@ def _push(options: Any) -> None:
     print(commit.commit_url)
 
 
-def _first() -> bool:
-    """Whether this is the process that speaks, of those that a launcher started."""
+def _is_first_process() -> bool:
+    """Whether this process prints: the first of those that a launcher started, or the only one."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def _show(values: Any) -> None:
-    print(_plain(json.dumps(values, indent=2, ensure_ascii=False)))
+def _print_json(values: Any) -> None:
+    print(_printable(json.dumps(values, indent=2, ensure_ascii=False)))
 
 
-def _plain(value: Any) -> str:
-    """A value as text in which nothing controls a terminal: what somebody else wrote may hold any character."""
+def _printable(value: Any) -> str:
+    """A value as text without terminal control characters: adapter files may come from untrusted sources.
+
+    The escapes are those of JSON, so that printed JSON stays valid.
+    """
     return "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in str(value))
 
 
-# ---- Their arguments
+# ---- The arguments of the commands
 
 
 def _train_arguments(parser: Any) -> None:
     from .training.recipe import add_recipe_arguments
 
     add_recipe_arguments(parser)
-    parser.add_argument("--resume", metavar="FOLDER", help="Resume the run in this folder; its own recipe is used.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace the run that is in the output folder.")
+    parser.add_argument("--resume", metavar="FOLDER", help="Resume the run in this folder, with the recipe in it.")
+    _overwrite_argument(parser, "the run in the output folder")
 
 
 def _search_arguments(parser: Any) -> None:
@@ -264,91 +264,117 @@ def _search_arguments(parser: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="Resume the search in the output folder.")
 
 
-def _together_arguments(parser: Any) -> None:
+def _train_together_arguments(parser: Any) -> None:
     parser.add_argument("--config", metavar="FILE", help="A recipe (YAML).")
-    parser.add_argument("--output_dir", metavar="FOLDER", help="The output folder, if it is not the recipe's.")
-    parser.add_argument("--resume", metavar="FOLDER", help="Resume the run in this folder, by its own recipe.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace the run that is in the output folder.")
+    parser.add_argument("--output_dir", metavar="FOLDER", help="Output folder; overrides the recipe.")
+    parser.add_argument("--resume", metavar="FOLDER", help="Resume the run in this folder, with the recipe in it.")
+    _overwrite_argument(parser, "the run in the output folder")
     _trust_argument(parser)
 
 
 def _evaluate_arguments(parser: Any) -> None:
-    _adapter_arguments(parser)
+    _inference_arguments(parser)
     parser.add_argument(
-        "data", nargs="?", help="A file, or test, validation or train: the rows that the run used as such."
+        "data",
+        nargs="?",
+        help="File with labelled rows, or test, validation or train for the rows of that split in the run. Default: "
+        "test if the run has test rows, else validation.",
     )
-    parser.add_argument("--predictions", metavar="FILE", help="A JSONL file for the rows with their answers.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace the file of predictions if it exists.")
+    parser.add_argument(
+        "--predictions", metavar="FILE", help="Write the rows with their predictions to this JSONL file."
+    )
+    _overwrite_argument(parser, "the file of predictions")
 
 
 def _predict_arguments(parser: Any) -> None:
-    _adapter_arguments(parser)
-    parser.add_argument("source", help="A file with a JSON object in each line; - for standard input.")
-    parser.add_argument("target", help="A file for the rows with `prediction` added; - for standard output.")
+    _inference_arguments(parser)
+    parser.add_argument("source", help="File with one JSON object per line; - for standard input.")
+    parser.add_argument("target", help="File for the rows with `prediction` added; - for standard output.")
     parser.add_argument(
-        "--chunk_size", type=_count, default=1000, metavar="ROWS", help="Rows in memory at a time; %(default)s."
-    )
-    parser.add_argument("--device", help="Where to compute; a GPU if there is one.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace the target if it exists.")
-
-
-def _adapter_arguments(parser: Any) -> None:
-    parser.add_argument("adapter", help="The folder that `train` left, or the adapter's name on the Hub.")
-    parser.add_argument("--model", help="The base model, if it is not where the recipe says.")
-    parser.add_argument("--revision", help="The adapter's revision on the Hub.")
-    parser.add_argument(
-        "--batch_size", type=_count, metavar="ROWS", help="Rows of a forward pass; by default the recipe's."
+        "--chunk_size",
+        type=_positive_int,
+        default=1000,
+        metavar="ROWS",
+        help="Number of rows held in memory at a time (default: %(default)s).",
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="A recipe that you trust, in place of the one in the adapter's folder."
+        "--device", help="Device to compute on, such as cuda:1 or cpu (default: a GPU if there is one)."
+    )
+    _overwrite_argument(parser, "the target")
+
+
+def _inference_arguments(parser: Any) -> None:
+    parser.add_argument("adapter", help="Folder that `train` wrote, or an adapter on the Hub (user/name).")
+    parser.add_argument("--model", help="Base model: a folder or a name on the Hub; overrides the recipe.")
+    parser.add_argument("--revision", help="Revision of the adapter on the Hub: a branch, tag or commit.")
+    parser.add_argument(
+        "--batch_size", type=_positive_int, metavar="ROWS", help="Rows per forward pass; overrides the recipe."
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="A recipe that you trust; replaces the recipe in the adapter's folder."
     )
     _trust_argument(parser)
+
+
+def _overwrite_argument(parser: Any, replaced: str) -> None:
+    parser.add_argument("--overwrite", action="store_true", help=f"Replace {replaced} if it exists.")
 
 
 def _trust_argument(parser: Any) -> None:
     parser.add_argument(
         "--trust_remote_code",
         action="store_true",
-        help="Run the Python code that the base model's repository contains. No file can set this.",
+        help="Run Python code from the base model's repository. Only this option can allow it, never a file.",
     )
 
 
 def _info_arguments(parser: Any) -> None:
-    parser.add_argument("adapter", help="A folder, or a name on the Hub.")
-    parser.add_argument("--revision", help="The revision on the Hub.")
+    parser.add_argument("adapter", help="Folder of an adapter, or an adapter on the Hub (user/name).")
+    parser.add_argument("--revision", help="Revision of the adapter on the Hub: a branch, tag or commit.")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
 
 
 def _fold_arguments(parser: Any) -> None:
-    parser.add_argument("source", help="A folder, or a name on the Hub.")
-    parser.add_argument("target", help="A folder that does not exist yet.")
+    parser.add_argument("source", help="Folder of an adapter, or an adapter on the Hub (user/name).")
+    _new_folder_argument(parser)
 
 
 def _import_arguments(parser: Any) -> None:
-    parser.add_argument("source", help="A run's folder or checkpoint file; an adapter's folder or name on the Hub.")
-    parser.add_argument("target", help="A folder that does not exist yet.")
-    parser.add_argument("--model", help="The base model, if it is not where the source says.")
+    parser.add_argument(
+        "source",
+        help="Folder or checkpoint file of a P-tuning-v2 run; or a PEFT adapter: a folder, or user/name on the Hub.",
+    )
+    _new_folder_argument(parser)
+    parser.add_argument("--model", help="Base model: a folder or a name on the Hub; overrides the source.")
     parser.add_argument(
         "--task_type",
         choices=["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "MULTIPLE_CHOICE", "FEATURE_EXTRACTION"],
-        help="What a checkpoint was trained for, if its config.json does not say; FEATURE_EXTRACTION takes the prefix "
-        "alone, without the head.",
+        help="Task of a P-tuning-v2 checkpoint, if its config.json does not name it. FEATURE_EXTRACTION imports the "
+        "prefix without the head.",
     )
 
 
 def _export_arguments(parser: Any) -> None:
     _fold_arguments(parser)
-    parser.add_argument("--model", help="The base model, if it is not where the adapter says.")
+    parser.add_argument("--model", help="Base model: a folder or a name on the Hub; overrides the adapter.")
+
+
+def _new_folder_argument(parser: Any) -> None:
+    parser.add_argument("target", help="Folder to create; it must not exist yet.")
 
 
 def _push_arguments(parser: Any) -> None:
-    parser.add_argument("folder", help="The folder that `train` left, or any saved adapter's.")
-    parser.add_argument("repo_id", help="user/name; it is created if it does not exist.")
+    parser.add_argument("folder", help="Folder that `train` wrote, or the folder of any saved adapter.")
+    parser.add_argument("repo_id", help="Repository (user/name); created if it does not exist.")
     parser.add_argument("--private", action="store_true", help="Make a new repository private.")
-    parser.add_argument("--commit_message", default="Upload prefix adapter")
+    parser.add_argument(
+        "--commit_message",
+        default="Upload prefix adapter",
+        help="Message of the commit (default: %(default)s).",
+    )
 
 
-def _count(text: str) -> int:
+def _positive_int(text: str) -> int:
     number = int(text)
     if number < 1:
         raise ValueError
@@ -358,85 +384,82 @@ def _count(text: str) -> int:
 class _Command(NamedTuple):
     summary: str
     run: Callable[[Any], None]
-    arguments: Callable[[Any], None]
+    add_arguments: Callable[[Any], None]
     description: str
     has_recipe: bool = False
     """Whether every key of a recipe is an option."""
 
 
 COMMANDS = {
-    "train": _Command("train an adapter", _train, _train_arguments, TRAIN, True),
-    "train-together": _Command("train one prefix for several tasks", _train_together, _together_arguments, TOGETHER),
-    "search": _Command("look for the best settings", _search, _search_arguments, SEARCH, True),
-    "evaluate": _Command("measure a trained adapter", _evaluate, _evaluate_arguments, EVALUATE),
-    "predict": _Command("answer rows", _predict, _predict_arguments, PREDICT),
+    "train": _Command("train an adapter", _train, _train_arguments, _TRAIN_HELP, has_recipe=True),
+    "train-together": _Command(
+        "train one prefix for several tasks", _train_together, _train_together_arguments, _TRAIN_TOGETHER_HELP
+    ),
+    "search": _Command(
+        "search for the best settings with Optuna", _search, _search_arguments, _SEARCH_HELP, has_recipe=True
+    ),
+    "evaluate": _Command("evaluate a trained adapter", _evaluate, _evaluate_arguments, _EVALUATE_HELP),
+    "predict": _Command("predict the rows of a file", _predict, _predict_arguments, _PREDICT_HELP),
     "info": _Command(
-        "what an adapter file holds", _info, _info_arguments, "Say what a saved adapter holds; no model is loaded."
+        "show what an adapter contains",
+        _info,
+        _info_arguments,
+        "Show the settings, parameter counts and tensors of a saved adapter. No model is loaded.",
     ),
     "fold": _Command(
-        "make an adapter small",
+        "replace the MLP of an adapter by a table",
         _fold,
         _fold_arguments,
-        "Turn the MLP of a saved adapter into the table that it computes: the same outputs, a small file.",
+        "Replace the MLP of a saved adapter by the table that it computes: the same outputs from a smaller file.",
     ),
-    "import": _Command("take over an adapter of P-tuning-v2's or PEFT's", _import, _import_arguments, IMPORT),
-    "export": _Command("make an adapter for PEFT alone", _export, _export_arguments, EXPORT),
+    "import": _Command("convert an adapter of P-tuning-v2 or PEFT", _import, _import_arguments, _IMPORT_HELP),
+    "export": _Command("convert an adapter to PEFT's PREFIX_TUNING", _export, _export_arguments, _EXPORT_HELP),
     "push": _Command(
-        "publish an adapter",
+        "upload an adapter to the Hub",
         _push,
         _push_arguments,
-        "Upload an adapter's folder to the Hub, checkpoints and logs left out.",
+        "Upload the folder of an adapter to the Hub, without checkpoints and logs.",
     ),
 }
 
 
-# ---- Reading them
+# ---- Parsing
 
 
 def _overview() -> str:
-    return "\n".join(
-        (
-            "usage: prefix-adapter COMMAND ...",
-            "",
-            "P-Tuning v2 adapters: train, measure, use, publish.",
-            "",
-            *(f"  {name:16}{command.summary}" for name, command in COMMANDS.items()),
-            "",
-            "prefix-adapter COMMAND --help says what a command needs; prefix-adapter --version which version this is.",
-        )
-    )
+    commands = "\n".join(f"  {name:16}{command.summary}" for name, command in COMMANDS.items())
+    return f"""usage: prefix-adapter COMMAND ...
+
+Train, evaluate, use and publish P-Tuning v2 adapters.
+
+{commands}
+
+Run `prefix-adapter COMMAND --help` for the arguments of a command, `prefix-adapter --version` for the version."""
 
 
 def _parser(name: str) -> Any:
-    """The parser of a command: argparse's, or jsonargparse's where every key of a recipe is an option."""
+    """The parser of a command: argparse's, or jsonargparse's for commands with an option for every recipe key."""
     command = COMMANDS[name]
-    settings: dict[str, Any] = {
-        "prog": f"prefix-adapter {name}",
-        "description": command.description,
-        "allow_abbrev": False,
-    }
+    parser_class: Any = argparse.ArgumentParser
+    formatter: Any = argparse.RawDescriptionHelpFormatter
+    epilog = None
     if command.has_recipe:
         try:
             from jsonargparse import ArgumentParser, DefaultHelpFormatter
         except ImportError as error:
             raise SystemExit('The command needs more packages: pip install "prefix-adapter[train]"') from error
-
-        class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-            """jsonargparse's, with the line breaks of descriptions left as they are."""
-
-        class Parser(ArgumentParser):
-            error = _error
-
-        parser: Any = Parser(**settings, formatter_class=Formatter, epilog=_epilog())
-    else:
-
-        class PlainParser(argparse.ArgumentParser):
-            error = _error
-
-        parser = PlainParser(**settings, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command.arguments(parser)
+        parser_class, epilog = ArgumentParser, _epilog()
+        formatter = type("Formatter", (formatter, DefaultHelpFormatter), {})  # keeps the line breaks of descriptions
+    parser = type("Parser", (parser_class,), {"error": _error})(
+        prog=f"prefix-adapter {name}",
+        description=command.description,
+        epilog=epilog,
+        formatter_class=formatter,
+        allow_abbrev=False,
+    )
+    command.add_arguments(parser)
     parser.add_argument(
-        "--debug", action="store_true", help=f"Show where in the program an error comes from; as {DEBUG}=1 does."
+        "--debug", action="store_true", help=f"Show the traceback of an error, as {DEBUG}=1 in the environment does."
     )
     return parser
 
@@ -449,40 +472,43 @@ def _epilog() -> str:
         f"\n  {task}" + "".join(f"\n    {name} ({default}): {text}" for name, (default, text) in own.items())
         for task, own in TASK_SETTINGS.items()
     )
-    return f"task_kwargs, with their defaults:{settings}\n\nrecipes:\n  " + "\n  ".join(recipe_names())
+    return f"Keys of task_kwargs, with their defaults:{settings}\n\nRecipes of the package:\n  " + "\n  ".join(
+        recipe_names()
+    )
 
 
 def _error(parser: Any, message: str, ex: Exception | None = None) -> NoReturn:
-    """End with two lines: what is wrong with the arguments, and where help is."""
-    print(f"{parser.prog}: {_plain(_in_our_words(parser, message))}\nTry `{parser.prog} --help`.", file=sys.stderr)
+    """Print what is wrong with the arguments and how to get help, in two lines; exit with code 2."""
+    print(f"{parser.prog}: {_printable(_rephrase(parser, message))}\nTry `{parser.prog} --help`.", file=sys.stderr)
     raise SystemExit(2)
 
 
-def _in_our_words(parser: Any, message: str) -> str:
-    """What a parser says about an argument: the option, what was given, what is wanted."""
+_PARSER_MESSAGES = (
+    (r"argument (\S+): expected one argument", "{0} needs a value."),
+    (r"argument (\S+): invalid _positive_int value: (.*)", "{0} must be a whole number of at least 1, got {1}."),
+    (r"argument (\S+): invalid choice: (\S+) \(choose from (.*)\)", "{0} must be one of {2}, got {1}."),
+    (r"argument (\S+: .*)", "{0}"),
+    (r"(?:the following arguments are required: |.*required.*?[:\"] ?)(.*)", "there must be a value for {0}."),
+)
+"""Patterns of the messages of argparse and jsonargparse, and what `_rephrase` makes of them."""
+
+
+def _rephrase(parser: Any, message: str) -> str:
+    """Rewrite an error message of argparse or jsonargparse so that it names the option, the value and the fix."""
     if found := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
         options = [each for each in found[1].split() if each.startswith("-")]
         if not options:
             return f"unexpected argument {found[1].split()[0]!r}."
         name = options[0].partition("=")[0]
-        known = [option for action in parser._actions for option in action.option_strings]
+        known = re.findall(r"(?<![\w-])--[A-Za-z][\w.-]*", parser.format_help())
         return f"there is no option {name}.{_did_you_mean(name, known)}"
-    if found := re.match(r"argument (\S+): expected one argument", message):
-        return f"{found[1]} needs a value."
-    if found := re.match(r"argument (\S+): invalid _count value: (.*)", message):
-        return f"{found[1]} must be a whole number of at least 1, got {found[2]}."
-    if found := re.match(r"argument (\S+): invalid choice: (\S+) \(choose from (.*)\)", message):
-        return f"{found[1]} must be one of {found[3]}, got {found[2]}."
-    if found := re.match(r"argument (\S+: .*)", message, re.DOTALL):
-        return found[1]
     if found := re.match(r'Parser key "([\w.]+)":', message):
-        wanted, given = (
-            _wanted(found[1]),
-            re.search(r"(?:Got value:|Given value:|Unable to load config) (.*)", message),
-        )
-        return f"--{found[1]} must be {wanted}" + (f", got {given[1].strip()}." if given else ".")
-    if found := re.match(r"(?:the following arguments are required: |.*required.*?[:\"] ?)(.*)", message, re.DOTALL):
-        return f"there must be a value for {found[1]}."
+        key = found[1]
+        value = re.search(r"(?:Got value:|Given value:|Unable to load config) (.*)", message)
+        return f"--{key} must be {_expected_value(key)}" + (f", got {value[1].strip()}." if value else ".")
+    for pattern, text in _PARSER_MESSAGES:
+        if found := re.match(pattern, message, re.DOTALL):
+            return text.format(*found.groups())
     return message
 
 
@@ -491,21 +517,21 @@ def _did_you_mean(name: str, known: list[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def _wanted(key: str) -> str:
-    """What a key of a recipe or of a search can be, in words."""
+def _expected_value(key: str) -> str:
+    """Describe the values that a key of a recipe or a search can have."""
     from .training.recipe import Data, Recipe
     from .training.settings import Search
 
     group, _, name = key.rpartition(".")
     hints = get_type_hints({"data": Data, "search": Search}.get(group, Recipe))
-    return _words(hints[name]) if name in hints else "of another type"
+    return _describe_type(hints[name]) if name in hints else "of another type"
 
 
-def _words(hint: Any) -> str:
+def _describe_type(hint: Any) -> str:
     if get_origin(hint) is Union:
         parts = [each for each in get_args(hint) if each is not type(None)]
         null = " or null" if len(parts) < len(get_args(hint)) else ""
-        return " or ".join(map(_words, parts)) + null
+        return " or ".join(map(_describe_type, parts)) + null
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
     names = {
@@ -519,15 +545,15 @@ def _words(hint: Any) -> str:
     return names.get(get_origin(hint) or hint, "a mapping")
 
 
-def _with_recipe(arguments: list[str]) -> list[str]:
-    """`train --resume FOLDER` reads the recipe that is in FOLDER."""
+def _with_recipe_of_run(arguments: list[str]) -> list[str]:
+    """Add the recipe and the output folder of a run to `train --resume FOLDER`."""
     result: list[str] = []
     for place, argument in enumerate(arguments):
         name, _, folder = argument.partition("=")
         if name == "--resume":
             folder = folder or next(iter(arguments[place + 1 :]), "")
             if not folder:
-                return arguments  # the parser says what is missing
+                return arguments  # the parser reports the missing value
             recipe = os.path.join(folder, "recipe.yaml")
             if not os.path.isfile(recipe):
                 raise SystemExit(f"prefix-adapter train: --resume: there is no run in {folder!r} (no recipe.yaml).")
@@ -536,8 +562,8 @@ def _with_recipe(arguments: list[str]) -> list[str]:
     return result
 
 
-def _command_of(arguments: list[str]) -> str:
-    """The command that is called; help and the version end the process here."""
+def _command_name(arguments: list[str]) -> str:
+    """The name of the command. For `--help`, `--version` and unknown commands, print an answer and exit."""
     name = arguments[0] if arguments else ""
     if name in ("-h", "--help", "help"):
         print(_overview())
@@ -548,40 +574,50 @@ def _command_of(arguments: list[str]) -> str:
         print(__version__)
         raise SystemExit(0)
     if name not in COMMANDS:
-        if not name:
-            print(_overview(), file=sys.stderr)
-        else:
-            print(
-                f"prefix-adapter: there is no command {name!r}.{_did_you_mean(name, list(COMMANDS))}\n"
-                f"There are {', '.join(COMMANDS)}.",
-                file=sys.stderr,
-            )
+        hint = _did_you_mean(name, list(COMMANDS))
+        text = f"prefix-adapter: there is no command {name!r}.{hint}\nThe commands are {', '.join(COMMANDS)}."
+        print(text if name else _overview(), file=sys.stderr)
         raise SystemExit(2)
     return name
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; errors that a user can mend end in one message and exit code 1."""
+    """Run a command.
+
+    Args:
+        arguments: The command and its arguments; by default those of the process (`sys.argv[1:]`).
+
+    Raises:
+        SystemExit: With code 2 and two lines for wrong arguments; with code 1 and the error's message for errors that
+            the user can fix (arguments, files, rows, network, memory); with 128 plus the signal's number when a
+            signal stopped the command.
+
+    Other errors, and with `--debug` all errors, keep their traceback.
+
+    Example:
+        >>> main(["info", "runs/ner"])
+    """
     given = sys.argv[1:] if arguments is None else list(arguments)
-    name, rest = _command_of(given), given[1:]
-    options = _parser(name).parse_args(_with_recipe(rest) if name == "train" else rest)
+    name, rest = _command_name(given), given[1:]
+    options = _parser(name).parse_args(_with_recipe_of_run(rest) if name == "train" else rest)
     options.arguments = rest
     debug = options.debug or os.environ.get(DEBUG, "") not in ("", "0")
     try:
         COMMANDS[name].run(options)
     except Exception as error:
-        if debug or not _is_expected(error):
+        if debug or not _is_user_error(error):
             raise
-        _end(name, error)
+        _exit_with_message(name, error)
     except KeyboardInterrupt as error:
-        if _first():
+        if _is_first_process():
             print(f"prefix-adapter {name}: {error or 'Stopped.'}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
 
 
-def _is_expected(error: Exception) -> bool:
-    """Whether an error is one that a user can mend: of the arguments, files, rows, the network, or memory."""
-    # RecipeError, DataError and UnsupportedBackboneError are ValueErrors.
+def _is_user_error(error: Exception) -> bool:
+    """Whether the user can fix an error: one of arguments, files, rows, the network or memory."""
+    # RecipeError, DataError and UnsupportedBackboneError are ValueErrors. The other classes are compared by name,
+    # because their modules import torch.
     known = (ValueError, OSError, ImportError, MemoryError)
     names = ("TrainingDiverged", "TrainingInterrupted", "PrefixNotUsedError", "OutOfMemoryError", "SafetensorError")
     return (
@@ -591,18 +627,13 @@ def _is_expected(error: Exception) -> bool:
     )
 
 
-def _end(name: str, error: Exception) -> NoReturn:
-    """End the process with an error's message and no traceback."""
-    code = 1
+def _exit_with_message(name: str, error: Exception) -> NoReturn:
+    """End the process with the message of an error and no traceback."""
     if type(error).__name__ == "TrainingInterrupted":
-        text, code = str(error), 128 + (getattr(error, "signal_number", None) or 0)
-    else:
-        text = f"prefix-adapter {name}: {error}"
-    if code == 1:
-        raise SystemExit(_plain(text) if _first() else 1) from error
-    if _first():
-        print(_plain(text), file=sys.stderr)
-    raise SystemExit(code) from None
+        if _is_first_process():
+            print(_printable(error), file=sys.stderr)
+        raise SystemExit(128 + (getattr(error, "signal_number", None) or 0)) from None
+    raise SystemExit(_printable(f"prefix-adapter {name}: {error}") if _is_first_process() else 1) from error
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""What a user may say about a P-Tuning v2 prefix, checked when it is said."""
+"""The settings of a P-Tuning v2 prefix. Every field is checked when a config is made."""
 
 from __future__ import annotations
 
 import enum
-import functools
 import math
 import os
 import tempfile
@@ -18,26 +17,27 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from .backbone.attention import KINDS
 from .files.card import replace_pickle, write_model_card
-from .files.source import Source, read_json
+from .files.source import AdapterSource, read_json
 from .messages import shorten
+from .private import running_config_read
 
 
 class PrefixTuningV2Type(str, enum.Enum):  # noqa: UP042 (printed and compared as PEFT's own types are)
-    """The PEFT type of this package.
+    """The PEFT type of this package, `PREFIX_TUNING_V2`.
 
-    `peft.PeftType` is closed, but the dictionaries in `peft.mapping` are keyed by string-valued enums, so a string
-    enum of our own is a key like any other.
+    `peft.PeftType` takes no new members. The dictionaries in `peft.mapping` have string enums as keys, so a string
+    enum of our own works there too.
     """
 
     PREFIX_TUNING_V2 = "PREFIX_TUNING_V2"
 
 
-# The sizes of a prefix are multiplied as 64-bit integers.
-_LARGEST = 2**31 - 1
+# Products of two sizes must fit into 64-bit integers.
+_LARGEST_INT = 2**31 - 1
 
 
 def _check_int(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _LARGEST:
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _LARGEST_INT:
         raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {shorten(value)}.")
 
 
@@ -54,7 +54,7 @@ def _check_bool(name: str, value: Any) -> None:
 def _check_text(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, (str, os.PathLike)):
         raise ValueError(f"`{name}` must be a string, got {shorten(value)}.")
-    # PEFT and transformers print these, and a terminal takes control characters for commands.
+    # PEFT and transformers print these texts, and a terminal executes control characters.
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in str(value)):
         raise ValueError(f"`{name}` must not have control characters, got {shorten(str(value))}.")
 
@@ -63,10 +63,10 @@ def _check_text(name: str, value: Any) -> None:
 class PrefixTuningV2Config(PeftConfig):
     """Configuration of a P-Tuning v2 prefix (Liu et al. 2022, https://arxiv.org/abs/2110.07602, section 3.2).
 
-    Every attention layer of the frozen backbone is given `num_virtual_tokens` learned keys and values in front of its
+    Every attention layer of the frozen backbone gets `num_virtual_tokens` trained keys and values in front of its
     own. They come from a plain table, `Embedding(n, columns)`, or, with `prefix_projection`, from the reference's
     two-layer MLP, `Embedding(n, hidden) - Linear(hidden, encoder_hidden_size) - Tanh -
-    Linear(encoder_hidden_size, columns)`, where `columns` is the sum over the layers of the key and the value size
+    Linear(encoder_hidden_size, columns)`. `columns` is the sum over the layers of the key and the value size
     (layers x 2 x hidden for BERT). The columns are in the order of the reference: layer by layer, the key before the
     value, heads, head size.
 
@@ -78,30 +78,40 @@ class PrefixTuningV2Config(PeftConfig):
         encoder_hidden_size (`int`, *optional*):
             Width of the MLP's hidden layer; the backbone's hidden size if `None`. Only with `prefix_projection`.
         prefix_dropout (`float`, defaults to 0.1):
-            Probability with which an element of a prefix key or value is dropped in training, drawn for each row of
-            the batch as in the reference implementation. In [0, 1).
+            Probability in [0, 1) that an element of a prefix key or value is dropped in training. It is drawn for
+            each row of the batch, as in the reference implementation.
         init_std (`float`, defaults to 0.02):
             Standard deviation of the normal distribution from which the table, or the MLP's embedding and weights, are
-            drawn (the reference's `initializer_range`). Above 0, as an MLP of zeros never gets a gradient, and at
-            most 1000.
+            drawn (the reference's `initializer_range`). Above 0, because an MLP of zeros never gets a gradient, and
+            at most 1000.
         layers_to_transform (`int` or `list[int]`, *optional*):
             Indices of the layers that get a prefix, all if `None`. In an encoder-decoder an index means that layer of
             the encoder and of the decoder.
         target_attention (`list[str]`, *optional*):
-            Which attention gets a prefix: `"encoder"` self-attention, `"decoder"` self-attention, `"cross"` attention
-            (Li and Liang 2021, https://arxiv.org/abs/2101.00190, section 4, gives all three one each). `None` means
-            every kind that the model has.
+            The kinds of attention that get a prefix: `"encoder"` self-attention, `"decoder"` self-attention, `"cross"`
+            attention; every kind that the model has if `None` (as in Li and Liang 2021,
+            https://arxiv.org/abs/2101.00190, section 4).
         shift_positions (`bool`, defaults to `False`):
             Whether the positions of the input start at n instead of 0, as in the reference and in PEFT's prefix
-            tuning. The default leaves the backbone's own positions, so that all of its input length stays usable.
+            tuning. The default keeps the backbone's own positions, so that its full input length stays usable.
         modules_to_save (`list[str]`, *optional*):
             Modules besides the prefix that are trained and saved, a task head for instance.
         prefix_layout (`str`, *optional*):
-            Layers, heads and head sizes that the prefix was made for. Written when an adapter is saved, and compared
-            when it is loaded onto a model: 6 layers of 768 have as many columns as 12 of 384.
+            Layers, heads and head sizes that the prefix was made for. It is written when an adapter is saved, and
+            compared with the model when the adapter is loaded: 6 layers of 768 have as many columns as 12 of 384.
+
+    Attributes:
+        source (`AdapterSource`, *optional*): The place the config was read from, until an adapter is made with it.
 
     Raises:
-        ValueError: if a field has a value that it cannot have; the message names the field.
+        ValueError: If a field has an invalid value; the message names the field, and the adapter if the config is
+            read from one.
+
+    Example:
+        ```python
+        config = PrefixTuningV2Config(task_type="SEQ_CLS", num_virtual_tokens=20)
+        model = get_peft_model(AutoModelForSequenceClassification.from_pretrained("bert-base-cased"), config)
+        ```
     """
 
     num_virtual_tokens: int = field(default=20, metadata={"help": "Prefix length, in virtual tokens."})
@@ -115,25 +125,34 @@ class PrefixTuningV2Config(PeftConfig):
         default=None, metadata={"help": "Indices of the layers that get a prefix, all by default."}
     )
     target_attention: Optional[list[Literal["encoder", "decoder", "cross"]]] = field(
-        default=None, metadata={"help": "Which attention gets a prefix: encoder, decoder, cross; all by default."}
+        default=None,
+        metadata={"help": "Kinds of attention that get a prefix: encoder, decoder, cross; all by default."},
     )
     shift_positions: bool = field(
-        default=False, metadata={"help": "Whether the input's positions start behind the prefix."}
+        default=False, metadata={"help": "Whether the positions of the input start after the prefix."}
     )
     modules_to_save: Optional[list[str]] = field(
         default=None, metadata={"help": "Modules besides the prefix that are trained and saved."}
     )
     prefix_layout: Optional[str] = field(
-        default=None, metadata={"help": "The layers that the prefix was made for; written when it is saved."}
+        default=None, metadata={"help": "The layers that the prefix was made for; written when an adapter is saved."}
     )
 
     def __post_init__(self) -> None:
+        self._layouts: set[str] = set()
+        reading = running_config_read()
+        self.source = reading and AdapterSource.of(*reading)
+        try:
+            self._check_fields()
+        except ValueError as error:
+            if self.source is None:
+                raise
+            raise self.source.damaged_config(error) from error
+
+    def _check_fields(self) -> None:
         if not isinstance(self.task_type, (str, type(None))):
             raise ValueError(f"Invalid task type: {shorten(self.task_type)}.")
         super().__post_init__()
-        self._layouts: set[str] = set()
-        # Where an adapter that is to be loaded with this config is.
-        self.source: Source | None = None
         self.peft_type = PrefixTuningV2Type.PREFIX_TUNING_V2
         _check_int("num_virtual_tokens", self.num_virtual_tokens, 1)
         _check_bool("prefix_projection", self.prefix_projection)
@@ -142,8 +161,8 @@ class PrefixTuningV2Config(PeftConfig):
             _check_int("encoder_hidden_size", self.encoder_hidden_size, 1)
             if not self.prefix_projection:
                 raise ValueError(
-                    "`encoder_hidden_size` is the width of the MLP and needs `prefix_projection=True`, without which "
-                    "it would have no effect."
+                    "`encoder_hidden_size` is the width of the MLP, and there is no MLP: set `prefix_projection=True` "
+                    "too."
                 )
         _check_number("prefix_dropout", self.prefix_dropout)
         if not 0 <= self.prefix_dropout < 1:
@@ -157,14 +176,19 @@ class PrefixTuningV2Config(PeftConfig):
         _check_bool("inference_mode", self.inference_mode)
         for name in ("prefix_layout", "base_model_name_or_path", "revision", "peft_version"):
             _check_text(name, getattr(self, name))
-        auto: Any = self.auto_mapping
-        parts = [auto.get(name) for name in ("base_model_class", "parent_library")] if isinstance(auto, dict) else [0]
-        if auto is not None and not all(isinstance(part, str) for part in parts):
+        self._check_auto_mapping()
+
+    def _check_auto_mapping(self) -> None:
+        mapping = self.auto_mapping
+        if mapping is None:
+            return
+        keys = ("base_model_class", "parent_library")
+        if not isinstance(mapping, dict) or not all(isinstance(mapping.get(key), str) for key in keys):
             raise ValueError(
-                f"`auto_mapping` must have the strings `base_model_class` and `parent_library`, got {shorten(auto)}."
+                f"`auto_mapping` must have strings at `base_model_class` and `parent_library`, got {shorten(mapping)}."
             )
-        for part in parts if auto is not None else ():
-            _check_text("auto_mapping", part)
+        for key in keys:
+            _check_text("auto_mapping", mapping[key])
 
     def _check_layers(self) -> None:
         if self.layers_to_transform is None:
@@ -192,11 +216,15 @@ class PrefixTuningV2Config(PeftConfig):
             raise ValueError(f"`{name}` must be a non-empty list out of {list(allowed)}, got {shorten(value)}.")
         setattr(self, name, [item for item in allowed if item in value] if allowed else list(value))
 
-    def wraps(self, model_name: str, layout: str) -> None:
-        """Compare `prefix_layout` with that of a model that is to be wrapped, and remember that for saving.
+    def check_layout(self, model_name: str, layout: str) -> None:
+        """Compare `prefix_layout` with the layout of a model, and remember the latter for saving.
+
+        Args:
+            model_name: The class of the model, for the message.
+            layout: Its layers, heads and head sizes, as `describe` writes them.
 
         Raises:
-            ValueError: if the adapter was made for another layout.
+            ValueError: If the adapter was made for another layout.
         """
         if self.prefix_layout not in (None, layout):
             raise ValueError(
@@ -206,86 +234,83 @@ class PrefixTuningV2Config(PeftConfig):
         self._layouts.add(layout)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, with the layout of the model that was wrapped (if one object served several: none)."""
+        """The fields, with the layout of the model with the adapter (`None` if several models share the config)."""
         layout = next(iter(self._layouts)) if len(self._layouts) == 1 else None
         return {**super().to_dict(), "prefix_layout": self.prefix_layout or layout}
 
     @classmethod
-    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
-        """The fields in a config's file.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """Read the config of a saved adapter.
+
+        Args:
+            pretrained_model_name_or_path: The adapter's folder, or its name on the Hub.
+            subfolder: A folder within it.
+            **kwargs: Arguments of `huggingface_hub.hf_hub_download` (`revision`, `token`, ...).
+
+        Returns:
+            The config. As in PEFT, it is of the class that belongs to the `peft_type` in the file.
 
         Raises:
-            ValueError: if the file is damaged; the message names it.
+            ValueError: If there is no config, or it is damaged; the message names it.
+            TypeError: If the file has no `peft_type`, as for PEFT's own methods.
+        """
+        source = AdapterSource.of(pretrained_model_name_or_path, subfolder, kwargs)
+        try:
+            config = super().from_pretrained(source.name, subfolder=subfolder, **kwargs)
+        except (KeyError, TypeError, ValueError) as error:
+            is_named = source.name in str(error) or str(source) in str(error)
+            if is_named or (isinstance(error, TypeError) and "missing required keys" in str(error)):
+                raise
+            raise source.damaged_config(error) from error
+        if isinstance(config, PrefixTuningV2Config):
+            config.source = source
+        return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """Read the fields in a config file.
+
+        Raises:
+            ValueError: If the file is damaged; the message names it.
         """
         return read_json(Path(path_json_file))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # `get_peft_model` sets the name of the base model: then this is to be a new adapter, wherever it was read.
+        # `get_peft_model` sets the name of the base model. It makes a new adapter, also with a config that was read.
         if name == "base_model_name_or_path":
             super().__setattr__("source", None)
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The arguments that it was read with may have a token among them.
+        # The Hub options in `source` may contain a token.
         return {**vars(self), "source": None}
 
     @property
     def target_modules(self) -> str:
-        """PEFT's injection loop looks for modules to replace; a prefix replaces none and hooks those that it finds."""
+        """The modules that PEFT's injection loop replaces: none, because a prefix uses hooks."""
         return DUMMY_TARGET_MODULES
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and into the model card beside it how to load the adapter.
+        """Write `adapter_config.json`, and explain in the model card beside it how to load the adapter.
+
+        Args:
+            save_directory: The folder; created if it does not exist.
+            **kwargs: Arguments of `PeftConfig.save_pretrained`.
 
         Raises:
-            OSError: if they cannot be written; the files that were there are as they were.
+            ValueError: If `save_directory` is a file.
+            OSError: If a file cannot be written; existing files are then unchanged.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file. Choose a folder to save the adapter in.")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         if "auto_mapping_dict" in kwargs:
-            # `PeftModel.save_pretrained` says so; it has written the weights, and writes the config last.
+            # Only `PeftModel.save_pretrained` passes this argument. It writes the weights before the config.
             replace_pickle(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as scratch:
             super().save_pretrained(scratch, **kwargs)
             os.replace(Path(scratch, CONFIG_NAME), folder / CONFIG_NAME)
-        write_model_card(folder, self)
-
-
-def _follow(read: Any) -> Any:
-    """`PeftConfig.from_pretrained`, which remembers in a config of ours where it was read.
-
-    It makes one without asking our class. transformers' `load_adapter` takes it from there, and changes the model
-    before it reads the weights: there is no later moment to look at them.
-    """
-
-    @functools.wraps(read)
-    def from_pretrained(
-        cls: Any, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
-    ) -> Any:
-        source = Source.of(pretrained_model_name_or_path, subfolder, kwargs)
-        try:
-            config = read(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except (KeyError, TypeError, ValueError) as error:
-            # A file without a type that is read as one of ours is a TypeError of PEFT's, as for its own methods.
-            without_type = isinstance(error, TypeError) and "missing required keys" in str(error)
-            ours = issubclass(cls, PrefixTuningV2Config) or _is_ours(source)
-            if without_type or not ours or source.name in str(error):
-                raise
-            raise ValueError(f"The config of {source} is damaged: {shorten(str(error), 500)}") from error
-        if isinstance(config, PrefixTuningV2Config):
-            config.source = source
-        return config
-
-    return classmethod(from_pretrained)
-
-
-def _is_ours(source: Source) -> bool:
-    try:
-        return read_json(source.config()).get("peft_type") == PrefixTuningV2Type.PREFIX_TUNING_V2
-    except (OSError, ValueError):
-        return False
-
-
-PeftConfig.from_pretrained = _follow(PeftConfig.from_pretrained.__func__)  # type: ignore[method-assign,attr-defined]
+        write_model_card(folder, self.num_virtual_tokens, self.task_type, self.base_model_name_or_path)

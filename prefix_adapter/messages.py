@@ -1,4 +1,4 @@
-"""Somebody else's texts and values in error messages: short, and safe for a terminal."""
+"""Untrusted texts and values in error messages: short, and safe to print in a terminal."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
-# Limits for the text of a value that is deeply nested or huge.
+# Bounds the text of values that are nested deeply or very large.
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 4, 300, 300, 60
 _REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 40
 
 
 def shorten(text: Any, length: int = 200) -> str:
-    """A text or a value of somebody else's, for a message: short, and without control characters."""
+    """Cut an untrusted text, or the `repr` of an untrusted value, to `length` and escape its control characters."""
     text = text if isinstance(text, str) else _REPR.repr(text)
     return escape(text if len(text) <= length else f"{text[:length]}...")
 
 
 def escape(text: str) -> str:
-    """A text of somebody else's for a terminal, which takes some characters for commands."""
+    """Escape the characters of an untrusted text that a terminal would execute as commands."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def join_names(names: Iterable[str]) -> str:
-    """The first four names in alphabetical order, and how many more there are."""
+    """Join the first four names in alphabetical order, and say how many more there are."""
     ordered = sorted(names)
     more = f" and {len(ordered) - 4} more" if len(ordered) > 4 else ""
-    return ", ".join(shorten(name) for name in ordered[:4]) + more
+    return ", ".join(shorten(name, 100) for name in ordered[:4]) + more

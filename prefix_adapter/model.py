@@ -1,4 +1,4 @@
-"""P-Tuning v2 as PEFT sees it: a tuner like LoRA, that `get_peft_model` and `PeftModel` work with as they are."""
+"""P-Tuning v2 as a PEFT tuner, like LoRA: `get_peft_model` and `PeftModel` work with it unchanged."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from peft.functional import set_adapter
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .backbone.find import UnsupportedBackboneError
+from .backbone.unsupported import UnsupportedBackboneError
 from .config import PrefixTuningV2Config
-from .files.check import check_tensors, find_embeddings, tensors_of
-from .prefix.batch import Row, check_names
-from .prefix.layer import LAYER_NAME, NAME_TAKEN, PREFIX, PrefixTuningV2Layer, in_place
-from .prefix.rollback import drop_adapter, drop_unfinished
+from .files.check import check_tensors
+from .files.contents import find_embeddings, tensors_of
+from .prefix.batch import check_name_count
+from .prefix.heads import adopt_heads, check_one_head, find_heads
+from .prefix.layer import NAME_TAKEN, PrefixTuningV2Layer
+from .prefix.names import LAYER_NAME, PREFIX
+from .private import compile_in_place, is_offloaded, undo_compile_in_place
 
-# Heads that PEFT names itself, after it has wrapped a model for the task.
-_LATE_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+# The task heads that PEFT adds to `modules_to_save` after it has created the tuner.
+_PEFT_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 class PrefixTuningV2Model(BaseTuner):
-    """Puts learned keys and values in front of every attention layer of a frozen transformers model.
+    """Learned keys and values in front of every attention layer of a frozen transformers model.
 
-    P-Tuning v2 (Liu et al. 2022, https://arxiv.org/abs/2110.07602). PEFT makes it, by way of `peft.get_peft_model` or
-    `PeftModel.from_pretrained`.
+    P-Tuning v2 (Liu et al. 2022, https://arxiv.org/abs/2110.07602). `peft.get_peft_model` and
+    `PeftModel.from_pretrained` create it.
 
     Args:
         model (`PreTrainedModel`): The frozen backbone, with or without a task head.
@@ -39,33 +40,39 @@ class PrefixTuningV2Model(BaseTuner):
         low_cpu_mem_usage (`bool`, *optional*): Create the parameters on the meta device, to be loaded later.
 
     Raises:
-        UnsupportedBackboneError: if the backbone's attention cannot be given `past_key_values`.
-        ValueError: if the configuration does not fit the backbone.
+        UnsupportedBackboneError: If the backbone's attention cannot receive `past_key_values`.
+        ValueError: If the configuration does not fit the backbone.
+
+    Example:
+        ```python
+        model = get_peft_model(AutoModel.from_pretrained(name), PrefixTuningV2Config(num_virtual_tokens=20))
+        model.base_model  # the PrefixTuningV2Model
+        ```
     """
 
     prefix = PREFIX
     tuner_layer_cls = PrefixTuningV2Layer
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
-        # Before PEFT takes the configs that it finds in the model for those of adapters beside this one.
-        outer, model = model, in_place(model)
+        outer, model = model, compile_in_place(model)
         try:
-            _drop_unfinished(model)
+            # First of all: PEFT reads the configs of other adapters from the model, and a failed load leaves one.
+            _drop_failed_loads(model)
             if isinstance(peft_config, dict):
                 _prepare_task(model, peft_config[adapter_name])
-            theirs = getattr(model, "peft_config", None)
-            # `inject_adapter_in_model` passes no dictionary, and keeps both.
-            if isinstance(peft_config, dict) and _is_taken(theirs, adapter_name):
+            other_configs = getattr(model, "peft_config", None)
+            # `inject_adapter_in_model` passes no dictionary, and keeps both configs.
+            if isinstance(peft_config, dict) and _is_taken(other_configs, adapter_name):
                 if not isinstance(model, PeftModel):
                     raise ValueError(NAME_TAKEN.format(adapter_name))
-                # PEFT would have both tuners share one dictionary, and lose the other's configuration.
+                # Otherwise PEFT lets both tuners share one dictionary, and loses the other adapter's config.
                 vars(self)["peft_config"] = {}
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-            if self.peft_config is not theirs and theirs is not None:
-                model.peft_config = theirs
+            if self.peft_config is not other_configs and other_configs is not None:
+                model.peft_config = other_configs
         except BaseException:
             if outer is not model:
-                model._compiled_call_impl = None
+                undo_compile_in_place(model)
             raise
 
     @property
@@ -81,48 +88,58 @@ class PrefixTuningV2Model(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Add an adapter to `model`; PEFT calls this for the first and for every further one."""
+        """Add an adapter to `model`. PEFT calls this for the first adapter and for every further one.
+
+        If this fails, the model is as it was before.
+
+        Raises:
+            UnsupportedBackboneError: If the backbone cannot take a prefix.
+            ValueError: If the configuration, or the file that is being loaded, does not fit the backbone.
+        """
         config: Any = self.peft_config[adapter_name]
         first, layer, known = True, None, False
         try:
-            _drop_unfinished(model)
+            _drop_failed_loads(model)
             first = not hasattr(model, LAYER_NAME)
             layer = _new_layer(model) if first else getattr(model, LAYER_NAME)
             known = adapter_name in layer.adapter_names
-            _check_heads(model, layer, adapter_name, config)
+            check_one_head(model, layer, adapter_name, config.modules_to_save or ())
             layer.update_layer(adapter_name, config, low_cpu_mem_usage)
             layer.configs = self.peft_config
             if first:
                 if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-                    # PEFT freezes a base in which it finds no tuner layer yet, and will find this one.
+                    # PEFT freezes a base model only if it finds no tuner layer in it, and it will find this one.
                     model.requires_grad_(False)
                 model.add_module(LAYER_NAME, layer)
-                _warn_of_gaps(model, layer)
-            # Those of other methods, before PEFT adds or activates one.
+                _warn_of_layers_without_prefix(model, layer)
+            # Heads of other methods, before PEFT adds or activates one.
             adopt_heads(model, layer)
-            # PEFT's own loop replaces no module of this method, and does the housekeeping.
+            # PEFT's loop finds no module to replace. It does the rest: dtypes, active adapters, frozen parameters.
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             adopt_heads(model, layer)
         except BaseException:
             if layer is not None and not known:
-                drop_adapter(layer, adapter_name)
-            # PEFT has noted the adapter before it was made.
+                layer.drop_adapter(adapter_name)
+            # PEFT adds the config before it adds the adapter.
             self.peft_config.pop(adapter_name, None)
             raise
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's, which looks for a method's layers in all of the model: this one has one, and the heads."""
-        # Another method may have added heads since.
+        """Set the active adapter or adapters, as PEFT does.
+
+        PEFT's own method searches all modules of the model. Here only the one prefix layer and the heads matter.
+        """
+        # Another method may have added heads since the last switch.
         adopt_heads(self.model, self.prefix_layer)
-        for module in [*_heads(self.model), self.prefix_layer]:
+        for module in [*find_heads(self.model), self.prefix_layer]:
             set_adapter(module, adapter_name, inference_mode, layer_cls=self.tuner_layer_cls)
         self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's.
+        """Delete an adapter, as PEFT does.
 
         Raises:
-            RuntimeError: if a call that is still running has the adapter. Nothing is changed then.
+            RuntimeError: If a call that is still running uses the adapter. Nothing is changed then.
         """
         self.prefix_layer.check_unused(adapter_name)
         super().delete_adapter(adapter_name)
@@ -131,9 +148,13 @@ class PrefixTuningV2Model(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """PEFT asks for this when it saves an adapter."""
+        """The tensors of an adapter that PEFT saves.
+
+        Raises:
+            ValueError: If loading the adapter failed.
+        """
         for module in model.modules():
-            if isinstance(module, PrefixTuningV2Layer) and adapter_name in module.find_unfinished():
+            if isinstance(module, PrefixTuningV2Layer) and adapter_name in module.get_pending():
                 raise ValueError(
                     f"Adapter {adapter_name!r} cannot be saved: loading it failed, so its weights are random. Load it "
                     f"again, or delete it with `model.delete_adapter({adapter_name!r})`."
@@ -144,12 +165,16 @@ class PrefixTuningV2Model(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT asks for this when it has read an adapter's weights: the last look at them before they are copied."""
+        """Check the tensors that PEFT has read, before it copies them into the model.
+
+        Raises:
+            ValueError: If they do not fit.
+        """
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         ours, others = [], []
         for module in model.modules():
             if isinstance(module, PrefixTuningV2Layer) and isinstance(model, PeftModel):
-                module.load_ends_later(adapter_name)
+                module.set_load_ends_later(adapter_name)
             if isinstance(module, (PrefixTuningV2Layer, ModulesToSaveWrapper)):
                 ours.append(module)
             elif isinstance(module, BaseTunerLayer):
@@ -160,27 +185,30 @@ class PrefixTuningV2Model(BaseTuner):
         return renamed
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """As PEFT's, which calls it after it has made an adapter, and again as the last step of loading one."""
+        """Cast an adapter's dtype. PEFT does this after it has created an adapter, and at the end of loading one."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        self.prefix_layer.finish(adapter_name)
+        self.prefix_layer.end_load(adapter_name)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT puts heads back with it, and expects a layer with a weight; RoBERTa's has several.
+        # PEFT puts task heads back with this method. Its own expects a head with one weight; RoBERTa's has several.
         setattr(parent, child_name, new_module)
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("A prefix replaces no modules.")
 
     def fold_adapter(self, adapter_name: str = "default") -> None:
-        """Replace an adapter's MLP by the table that it computes: the same outputs, a few hundred KB when saved.
+        """Replace an adapter's MLP by the table that the MLP computes. Outputs stay the same, the file becomes small.
 
-        It can still be trained, as a table. To fold an adapter that is already saved see `prefix_adapter.fold`.
+        The table can still be trained. To fold a saved adapter, see `prefix_adapter.fold`.
+
+        Args:
+            adapter_name (`str`, defaults to `"default"`): The adapter.
 
         Raises:
-            ValueError: if there is no such adapter, or it has no MLP.
+            ValueError: If there is no such adapter, or it has no MLP.
         """
         if adapter_name not in self.prefix_layer.adapters:
             raise ValueError(
@@ -193,7 +221,7 @@ class PrefixTuningV2Model(BaseTuner):
         config.prefix_projection, config.encoder_hidden_size = False, None
 
     def unmerge_adapter(self) -> None:
-        """Do nothing, as PEFT's methods do for layers that are not merged: a prefix never is."""
+        """Do nothing: a prefix is never merged."""
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
@@ -213,7 +241,7 @@ class PrefixTuningV2Model(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT enters this around a forward: `adapter_names` gives every row of the batch an adapter of its own."""
+        """PEFT enters this context around a forward. `adapter_names` names an adapter for each row of the batch."""
         layer, names, count = self.prefix_layer, kwargs.get("adapter_names"), False
         if names is not None:
             names, count = self._check_adapter_names(names, args, kwargs)
@@ -238,8 +266,8 @@ class PrefixTuningV2Model(BaseTuner):
         for name in ("input_ids", "inputs", "inputs_embeds"):
             given = kwargs.get(name) if given is None else given
         if given is not None:
-            check_names(len(names), given.shape[0], replica=self.model is not self.prefix_layer.model)
-        # Some of PEFT's models pass no inputs here: then the count is checked where the model is called.
+            check_name_count(len(names), given.shape[0], replica=self.model is not self.prefix_layer.model)
+        # Some of PEFT's models pass no inputs here. Then the rows are counted when the model is called.
         return list(names), given is None
 
 
@@ -247,10 +275,9 @@ def _new_layer(model: nn.Module) -> PrefixTuningV2Layer:
     try:
         return PrefixTuningV2Layer(model)
     except UnsupportedBackboneError as error:
-        offloaded = any(hasattr(module, "_hf_hook") for module in model.modules()) or hasattr(model, "hf_device_map")
-        if not offloaded or not any(parameter.is_meta for parameter in model.parameters()):
+        if not is_offloaded(model) or not any(parameter.is_meta for parameter in model.parameters()):
             raise
-        # It is no matter of the backbone: PEFT removes the hooks that read the weights before it loads an adapter.
+        # The backbone is not the cause: PEFT removes the hooks that read weights before it loads an adapter.
         raise ValueError(
             f"Weights of {type(model).__name__} are offloaded to the disk, and nothing reads them while an adapter is "
             "put in: `PeftModel.from_pretrained` cannot be used with such a base model. Load the base model anew, "
@@ -260,152 +287,43 @@ def _new_layer(model: nn.Module) -> PrefixTuningV2Layer:
         ) from error
 
 
-def _drop_unfinished(model: nn.Module) -> None:
+def _drop_failed_loads(model: nn.Module) -> None:
     layer = getattr(model, LAYER_NAME, None)
     if layer is not None:
-        drop_unfinished(layer)
+        layer.drop_failed_loads()
 
 
 def _is_taken(configs: Any, adapter_name: str) -> bool:
-    """Whether an adapter of another method has the name."""
+    """Whether one of the configs is that of another method's adapter with the name."""
     config = configs.get(adapter_name) if isinstance(configs, dict) else None
     return config is not None and not isinstance(config, PrefixTuningV2Config)
 
 
 def _prepare_task(model: nn.Module, config: Any) -> None:
-    """Meet what PEFT's models for a task would stumble over when the adapter is in the model already."""
+    """Prepare a config for PEFT's model of its task, before the adapter is in the model.
+
+    Raises:
+        ValueError: If the model cannot do the task.
+    """
     if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
         raise ValueError(
             f"`task_type={config.task_type!s}` is for models that generate text, and {type(model).__name__} does not. "
             "Load one with its language-modelling head, or use the `task_type` of this one."
         )
-    if config.source and config.task_type in _LATE_HEADS:
-        config.modules_to_save = [*(config.modules_to_save or ()), *_LATE_HEADS[config.task_type]]
+    if config.source and config.task_type in _PEFT_HEADS:
+        config.modules_to_save = [*(config.modules_to_save or ()), *_PEFT_HEADS[config.task_type]]
 
 
-def _heads(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that PEFT keeps for each adapter."""
-    found: list[nn.Module] = []
-    pending = [model]
-    # Not `modules()`: it remembers and names them all, and most of a switch would be that. The list grows underway.
-    for module in pending:
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            found.append(module)
-        elif module._modules:
-            pending += [child for child in module._modules.values() if child is not None]
-    return found
-
-
-def _warn_of_gaps(model: nn.Module, layer: PrefixTuningV2Layer) -> None:
-    """Say which attention and which layers of a model get no prefix."""
+def _warn_of_layers_without_prefix(model: nn.Module, layer: PrefixTuningV2Layer) -> None:
     name = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "encoder" not in layer.kinds:
         warnings.warn(
             f"The encoder's attention in {name} cannot take a prefix; {sorted(layer.kinds)} attention gets one.",
             stacklevel=3,
         )
-    if layer.layers_without:
+    if layer.layers_without_prefix:
         warnings.warn(
-            f"Layers {layer.layers_without} of {name} keep no keys and values of their own (state-space, convolution, "
-            "linear or shared attention) and get no prefix; the others do.",
+            f"Layers {layer.layers_without_prefix} of {name} keep no keys and values of their own (state-space, "
+            "convolution, linear or shared attention) and get no prefix; the others do.",
             stacklevel=3,
         )
-
-
-def _check_heads(model: nn.Module, layer: PrefixTuningV2Layer, adapter_name: str, config: Any) -> None:
-    """Refuse a head of an adapter where an adapter of another method has one, before anything is changed.
-
-    Raises:
-        ValueError: if there is one.
-    """
-    endings = tuple(config.modules_to_save or ())
-    for name, module in model.named_modules():
-        if isinstance(module, ModulesToSaveWrapper) and endings and name.endswith(endings):
-            others = [other for other in module.modules_to_save if other not in layer.adapter_names]
-            if others:
-                raise _two_heads(adapter_name, module, others[0])
-
-
-def _two_heads(adapter_name: str, head: ModulesToSaveWrapper, other: str) -> ValueError:
-    return ValueError(
-        f"Adapter {adapter_name!r} brings a head ({type(head.original_module).__name__}) that adapter {other!r} of "
-        "another PEFT method has already, and only one could be in effect. Leave out `task_type` and "
-        "`modules_to_save` in one of their configurations."
-    )
-
-
-def adopt_heads(model: nn.Module, layer: PrefixTuningV2Layer) -> None:
-    """Make PEFT's wrappers of heads such as know of prefixes."""
-    for head in _heads(model):
-        if type(head) is ModulesToSaveWrapper:
-            head.__class__ = PrefixHeadWrapper
-            vars(head)["prefix_layer"] = (layer,)
-
-
-class PrefixHeadWrapper(ModulesToSaveWrapper):
-    """PEFT's wrapper of a task head, in a model with a prefix.
-
-    - In a mixed batch each row gets its own adapter's head. PEFT's wrapper does so for a few kinds of modules, if all
-      adapters have a head, and if the active one has.
-    - A call keeps the head with which it began, whatever another thread activates.
-    - Beside an adapter of another method (LoRA): the head of the one stays active when the other is activated. PEFT's
-      wrapper would have no active adapter then, and take the base model's untrained head.
-    """
-
-    # In a tuple, or it would become a child.
-    prefix_layer: tuple[PrefixTuningV2Layer]
-
-    def update(self, adapter_name: str, tied_module: nn.Module | None = None, **kwargs: Any) -> None:
-        """Add an adapter's head.
-
-        Raises:
-            ValueError: if an adapter of another method has one: only one of the two could be trained.
-        """
-        (layer,) = self.prefix_layer
-        ours = adapter_name in layer.adapter_names
-        others = [name for name in self.modules_to_save if (name in layer.adapter_names) != ours]
-        if others and adapter_name not in self.modules_to_save:
-            raise _two_heads(adapter_name, self, others[0])
-        super().update(adapter_name, tied_module, **kwargs)
-
-    def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
-        """The head to activate, for names of adapters; `None` for the base model's."""
-        (layer,) = self.prefix_layer
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        active = next(iter(self.active_adapters), None)
-        absent = not any(name in self.modules_to_save for name in names)
-        if (
-            active is not None
-            and absent
-            and {name in layer.adapter_names for name in names} == {active not in layer.adapter_names}
-        ):
-            return active
-        return super().check_set_adapter(adapter_name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the head of each row gives, or the active adapter's; the arguments are those of the head.
-
-        Heads may have different numbers of labels (in an `AdapterPool`): what a row's own does not have is `-inf`.
-        """
-        (layer,) = self.prefix_layer
-        call = layer.call
-        if call is None or (call.names is None and call.rows == layer.active_rows):
-            return super().forward(*args, **kwargs)
-        heads = [self._head_of(row) for row in call.rows]
-        if all(head is heads[0] for head in heads):
-            return heads[0](*args, **kwargs)
-        states, *rest = args
-        spread = [head for head in heads for _ in range(states.shape[0] // len(heads))]
-        outputs: dict[int, Tensor] = {}
-        for head in dict.fromkeys(spread):
-            rows = [row for row, own in enumerate(spread) if own is head]
-            outputs |= dict(zip(rows, head(states[rows], *rest, **kwargs), strict=True))
-        width = max(output.shape[-1] for output in outputs.values())
-        padded = [F.pad(out, (0, width - out.shape[-1]), value=-torch.inf) for _, out in sorted(outputs.items())]
-        return torch.stack(padded)
-
-    def _head_of(self, row: Row) -> nn.Module:
-        (layer,) = self.prefix_layer
-        names = [*row, *(name for name in self.active_adapters if name not in layer.adapter_names)]
-        heads = self.modules_to_save
-        return next((heads[name] for name in names if name in heads), self.original_module)

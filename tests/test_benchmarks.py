@@ -139,8 +139,8 @@ def test_a_page_of_results(tmp_path):
     assert "| s | 4 | 3 | - | 2 MiB | - | 1.000 |" in page
     assert "| s | 2 | ours | 3, - | 0.333 |" in page
     assert "| 20 | - | 0.455 | 0.750 | 0.500 | 0.656 | 0.500 | - |" in page
-    assert "| step over full fine-tuning's | the seed's ratio | 0.750 | **no** |" in page
-    assert "| memory over full fine-tuning's | the seed's ratio | 0.500 | yes |" in page
+    assert "| step over full fine-tuning's | KLUE-NLI's ratio | 0.750 | **no** |" in page
+    assert "| memory over full fine-tuning's | KLUE-NLI's ratio | 0.500 | yes |" in page
     assert "| w | 20 | - | 7 | 7 |" in page
     assert "| step over the floor's, table, n 20 | 1.03 | 1.500 (multilingual) | **no** |" in page
     assert "| step of the last third over full fine-tuning's | 0.50 | 0.500 ± 0.010 | yes |" in page
@@ -187,7 +187,7 @@ def test_gpu_command_tiny(tmp_path):
     assert {each["section"] for each in found} == {"train", "memory", "decode", "first token"}
     assert {each["cache"] for each in found if each["section"] == "decode"} == {"dynamic", "static", "compiled"}
     page = (tmp_path / "out" / "report.md").read_text()
-    assert "| references fp32 | 20 | 0 | 0 | 0 |" in page and "### Beside the seed's table" not in page
+    assert "| references fp32 | 20 | 0 | 0 | 0 |" in page and "### Compared with the KLUE-NLI table" not in page
     assert "| multilingual | 2 | 20 | - |" in page
 
 

@@ -11,6 +11,8 @@ from peft import PeftConfig
 
 import prefix_adapter
 from prefix_adapter import PrefixTuningV2Config, get_peft_model
+from prefix_adapter.files.source import AdapterSource
+from prefix_adapter.private import running_config_read
 
 BAD = [
     ("num_virtual_tokens", 0), ("num_virtual_tokens", -3), ("num_virtual_tokens", 2.0), ("num_virtual_tokens", True),
@@ -114,6 +116,60 @@ def test_importing_registers_once_and_needs_no_extras():
         [sys.executable, "-c", script, *base], capture_output=True, text=True, env={**os.environ}, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+SIDE_EFFECTS = """
+import sys
+import peft, transformers
+import peft.tuners.lora, transformers.cache_utils, transformers.integrations.peft, transformers.masking_utils
+import transformers.modeling_utils
+
+def of_theirs(name):
+    return name.split(".")[0] in ("peft", "transformers")
+
+def snapshot():
+    attributes, entries = {}, {}
+    for module in [module for name, module in list(sys.modules.items()) if of_theirs(name)]:
+        for name, value in list(vars(module).items()):
+            attributes[module.__name__, name] = value
+            if isinstance(value, type) and of_theirs(value.__module__):
+                attributes.update(((value, key), each) for key, each in vars(value).items())
+            if type(value) is dict and name.isupper():
+                entries[id(value)] = name, dict(value)
+    return attributes, entries
+
+attributes, entries = snapshot()
+import prefix_adapter
+later, later_entries = snapshot()
+for key, value in attributes.items():
+    assert later[key] is value, key
+classes = {owner for owner, _ in attributes if isinstance(owner, type)}
+print([key for key in later.keys() - attributes.keys() if key[0] in classes])
+print(sorted({name for key, (name, old) in entries.items() if old != later_entries[key][1]}))
+"""
+
+
+def test_importing_changes_no_class_of_other_libraries():
+    result = subprocess.run([sys.executable, "-c", SIDE_EFFECTS], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    new, mappings = result.stdout.splitlines()
+    assert new == "[]"
+    assert mappings == str([f"PEFT_TYPE_TO_{name}_MAPPING" for name in ("CONFIG", "PREFIX", "TUNER")])
+
+
+@pytest.mark.parametrize("cls", [PeftConfig, PrefixTuningV2Config])
+def test_a_config_knows_the_place_that_it_was_read_from(cls, tmp_path):
+    """By `PeftConfig` the folder is found in a private local variable: this fails when PEFT renames it."""
+    folder = tmp_path / "outer" / "inner"
+    PrefixTuningV2Config().save_pretrained(folder)
+    options = {"revision": "v1", "token": "hf_secret", "cache_dir": str(tmp_path)}
+    config = cls.from_pretrained(folder.parent, subfolder=folder.name, **options)
+    assert config.source == AdapterSource(str(folder.parent), folder.name, options)
+    assert PrefixTuningV2Config().source is None and running_config_read() is None
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**fields, "num_virtual_tokens": 0}))
+    with pytest.raises(ValueError, match=rf"The config of {folder} is damaged: `num_virtual_tokens`"):
+        cls.from_pretrained(folder)
 
 
 def test_one_import_serves():

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 import transformers as tr
-from accelerate import dispatch_model
+from accelerate import cpu_offload, dispatch_model
 from peft import set_peft_model_state_dict
 from peft.utils import load_peft_weights
 
@@ -118,6 +118,23 @@ def test_a_dispatched_backbone(projection, folder, tmp_path):
         model.generate(input_ids=x, max_new_tokens=4, do_sample=False),
         whole.generate(input_ids=x, max_new_tokens=4, do_sample=False),
     )
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_a_backbone_that_is_offloaded_as_a_whole(projection):
+    """All weights are on the meta device between two calls. The prefix is not, and is trained."""
+    config = PrefixTuningV2Config(num_virtual_tokens=TOKENS, prefix_projection=projection, prefix_dropout=0.0)
+    whole, base = get_peft_model(tiny.model("llama"), config), tiny.model("llama")
+    cpu_offload(base, torch.device("cpu"))
+    model = get_peft_model(base, config)
+    tiny.randomize(whole), tiny.randomize(model)
+    x, trained = tiny.ids(), [p for p in model.parameters() if p.requires_grad]
+    states, expected_states = (each(input_ids=x).last_hidden_state for each in (model, whole))
+    torch.testing.assert_close(states, expected_states, atol=1e-5, rtol=1e-5)
+    states.sum().backward(), expected_states.sum().backward()
+    expected = [p.grad for p in whole.parameters() if p.requires_grad]
+    for parameter, gradient in zip(trained, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-4, rtol=1e-4)
 
 
 def test_a_backbone_that_transformers_has_put_on_the_disk(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""What `bash benchmarks/gpu.sh` runs. This file imports no torch: the process that watches the others reads it."""
+"""The checks of `bash benchmarks/gpu.sh`. This file does not import torch, as the supervising process reads it."""
 
 from pathlib import Path
 
@@ -6,4 +6,4 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Skip(Exception):
-    """A check that cannot run here; the message is the reason."""
+    """Raised by a check that cannot run here; the message is the reason."""

@@ -1,7 +1,7 @@
-"""The device, its precisions, and what the machine is.
+"""The device, its precisions, and a description of the machine.
 
-A section is a function that gives pairs of a name and a check. A check is given a dictionary for its figures, and
-raises an error if something is wrong, or `Skip` if it cannot run here.
+A section is a function that yields pairs of a name and a check. A check is a function. It receives a dictionary to
+fill with figures, and raises an error if something is wrong, or `Skip` if it cannot run here.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def device_of(args):
-    """The GPU, or the CPU for a trial."""
+    """Return the GPU, or the CPU with `--tiny`."""
     return torch.device("cpu" if args.tiny else "cuda")
 
 
 @contextlib.contextmanager
 def arithmetic(precision):
-    """TF32 in matrix products, or not."""
+    """Use TF32 in matrix products if `precision` is `"tf32"`, else full float32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
@@ -35,7 +35,7 @@ def arithmetic(precision):
 
 
 def autocast(device, precision):
-    """What a step of training runs under."""
+    """Return the autocast context of a training step."""
     return torch.autocast(device.type, HALF[precision]) if precision in HALF else nullcontext()
 
 
@@ -43,7 +43,7 @@ def autocast(device, precision):
 
 
 def environment(args):
-    """What this was run on."""
+    """Record the machine and the versions."""
 
     def call(figures):
         names = ("torch", "transformers", "peft", "accelerate", "numpy", "triton", "datasets", "flash-attn", "pytest")
@@ -59,7 +59,7 @@ def environment(args):
             figures["device"] = "cpu"
             return
         if not torch.cuda.is_available():
-            raise RuntimeError("torch sees no GPU here; --tiny tries the script on a CPU")
+            raise RuntimeError("torch finds no GPU here; --tiny runs the command on a CPU")
         properties = torch.cuda.get_device_properties(0)
         figures |= {"device": properties.name, "bytes": properties.total_memory, "cuda": torch.version.cuda}
         figures |= {"capability": list(torch.cuda.get_device_capability()), "cudnn": torch.backends.cudnn.version()}

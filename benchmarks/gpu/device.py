@@ -1,7 +1,7 @@
-"""What a CPU has not got: sdpa's kernels, caches that leave the GPU, CUDA graphs, dropout that is drawn again.
+"""Checks of features that only a GPU has: sdpa's kernels, offloaded caches, CUDA graphs, recomputed dropout.
 
-The truth is the backbone by itself in float64 with eager attention, with the prefix in a cache of transformers' own.
-The error allowed is a few times that of the same backbone in the same precision.
+The reference ("truth") is the plain backbone in float64 with eager attention, with the prefix in a cache of
+transformers. The allowed error is a few times that of the plain backbone in the same precision.
 """
 
 import copy
@@ -28,23 +28,23 @@ from prefix_adapter.backbone.causal import CausalMask
 
 N, NEW = 5, 16
 SIZES = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512}
-# Heads of 64, as flash attention likes them.
+# Flash attention supports heads of 64.
 KINDS = {
     "grouped": ("llama", {**SIZES, "head_dim": 64, "num_key_value_heads": 2}),
     "ungrouped": ("llama", {**SIZES, "head_dim": 64, "num_key_value_heads": 4}),
     "encoder": ("bert", SIZES),
 }
-# An error may be this many times the plain backbone's own, or this large.
+# The allowed error is the larger of these two: a multiple of the plain backbone's error, or a constant.
 TIMES, FLOOR = 4, {"fp32": 1e-5, "tf32": 2e-3, "fp16": 2e-3, "bf16": 1.5e-2}
 
 
 class Subject:
-    """A model with prefixes, the same backbone without, and the truth: the backbone in float64.
+    """A model with prefixes, the same backbone without a prefix, and the reference in float64.
 
     Attributes:
-        ours: the model with the adapters `names`, the first of which is active.
-        plain: the same backbone with the same weights in the same precision.
-        truth: the same weights in float64, with eager attention.
+        ours: The model with the adapters `names`; the first one is active.
+        plain: The backbone with the same weights in the same precision.
+        truth: The backbone with the same weights in float64, with eager attention.
     """
 
     def __init__(self, args, precision, kind="grouped", attention="sdpa", names=("a",), layers=3):
@@ -69,10 +69,10 @@ class Subject:
         self.encoder or self.never_stop(self.ours.base_model.model, self.plain)
 
     def backbone(self, kind, attention):
-        """The backbone, the same at every call."""
+        """Build the backbone; every call gives the same weights."""
         model_type, sizes = KINDS[kind]
         auto_class = "AutoModelForTokenClassification" if self.encoder else "AutoModelForCausalLM"
-        # In layers this wide the tests' own weights would be so large that rounding errors grow.
+        # In layers this wide, weights as large as the tests' would amplify rounding errors.
         sizes = {"initializer_range": 0.06, "max_position_embeddings": 2048, **sizes}
         sizes["num_hidden_layers"] = self.layers
         with torch.device(self.device):
@@ -80,16 +80,23 @@ class Subject:
 
     @staticmethod
     def never_stop(*models):
-        """Let no token end what is generated."""
+        """Disable the end-of-sequence token, so that generation does not stop early."""
         for model in models:
             model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
 
     def table(self, name):
-        """An adapter's table `[n, layers * 2 * heads * size]`."""
+        """Return an adapter's table `[n, layers * 2 * heads * size]`."""
         return self.ours.base_model.model.prefix_tuning_v2.prefix_tuning_v2_embedding[name].weight
 
     def behind(self, model, table, ids, mask=None):
-        """Logits of the plain backbone with a table as the first keys and values of its own cache."""
+        """Return the logits of a backbone whose cache begins with the keys and values of a table.
+
+        Args:
+            model: `plain` or `truth`.
+            table: The table; `None` for no prefix.
+            ids: Token ids `[batch, tokens]`.
+            mask: Attention mask `[batch, tokens]`; `None` if there is no padding.
+        """
         config = model.config
         mask = torch.ones_like(ids) if mask is None else mask
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -109,34 +116,39 @@ class Subject:
         return model.classifier(model.bert(**inputs)[0])
 
     def alone(self, model, table, ids, mask):
-        """The same for each row by itself, without its padding: logits `[real tokens, vocabulary]`."""
+        """Return the same for each row alone, without its padding: logits `[real tokens, vocabulary]`."""
         rows = (own[real.bool()][None] for own, real in zip(ids, mask, strict=True))
         return torch.cat([self.behind(model, table, own)[0] for own in rows])
 
     def judge(self, figures, ours, same, truth, without=None):
-        """Compare ours and the plain backbone with the truth, and note both errors.
+        """Compare this package and the plain backbone with the reference, and record both errors.
 
-        `without` is the truth without a prefix: were ours that, it would have to be seen.
+        Args:
+            figures: The dictionary for the errors.
+            ours: The result of this package.
+            same: The result of the plain backbone in the same precision.
+            truth: The reference.
+            without: The reference without a prefix. It must differ by more than the allowed error.
         """
         error, own = _error(ours, truth), _error(same, truth)
         figures |= {"error": max(error, figures.get("error", 0.0)), "backbone": max(own, figures.get("backbone", 0.0))}
         allowed = max(TIMES * own, FLOOR[self.precision])
-        # Not `>`: a NaN is an error too.
-        assert error <= allowed, f"an error of {error:.3g}, where the backbone's own is {own:.3g}"
+        # `<=` also fails for NaN.
+        assert error <= allowed, f"an error of {error:.3g}; the backbone's own error is {own:.3g}"
         if without is not None:
             effect = _error(without, truth)
-            assert effect > 3 * allowed, f"no prefix would be an error of {effect:.3g}: too little to be seen"
+            assert effect > 3 * allowed, f"a missing prefix causes an error of {effect:.3g}, too small to be detected"
 
 
 def _error(actual, expected):
-    """The largest difference, relative to the largest element that is expected."""
+    """Return the largest difference, relative to the largest expected element."""
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
     expected = expected.detach().double()
     return ((actual.detach().double() - expected).abs().max() / expected.abs().max()).item()
 
 
 def check(args, precision, function, *arguments, limit=None):
-    """A check that runs a function in a precision, in so many seconds at most."""
+    """Return a check that runs a function in a precision, within `limit` seconds."""
 
     def call(figures):
         with arithmetic(precision):
@@ -148,16 +160,16 @@ def check(args, precision, function, *arguments, limit=None):
 
 
 def compiled(args, precision):
-    """What torch compiles for the device: slow to begin with."""
+    """Check compiled generation and training; compilation takes long."""
     yield "generation", check(args, precision, compiled_generation, limit=150)
     if not args.tiny or precision == "fp32":
         yield "training step", check(args, precision, compiled_training, limit=120)
 
 
 def on_device(args, precision):
-    """Kernels, caches and random numbers of the device."""
+    """Check kernels, caches and random numbers of the device."""
     half, checks = precision in HALF, []
-    # One for all checks that leave it as it is; made when the first of them runs.
+    # Shared by all checks that do not change it, and built when the first of them runs.
     subject = cache(partial(Subject, args, precision))
 
     def add(name, function, *arguments):
@@ -185,7 +197,7 @@ def on_device(args, precision):
     return checks
 
 
-# What a trial on the CPU runs in the other precisions too.
+# Checks that `--tiny` also runs in precisions other than fp32.
 TINY = (
     "sdpa any, grouped",
     "CausalMask",
@@ -205,7 +217,7 @@ BACKENDS = {
 
 
 class Kernels(TorchDispatchMode):
-    """Notes which of sdpa's kernels are called; the plain products of `math` are none."""
+    """Record which of sdpa's kernels are called. `math` calls none, as it uses plain matrix products."""
 
     def __enter__(self):
         self.seen = set()
@@ -219,12 +231,12 @@ class Kernels(TorchDispatchMode):
 
 
 def _no_kernel(error):
-    """Whether sdpa says that none of the kernels that it may use takes these inputs."""
-    return any(words in str(error) for words in ("No available kernel", "No viable backend"))
+    """Return whether the error says that no allowed kernel supports these inputs."""
+    return any(text in str(error) for text in ("No available kernel", "No viable backend"))
 
 
 def sdpa_backend(figures, args, precision, subject, kind, backend):
-    """Logits, and gradients of the prefix, of inputs that are long, short and padded, with one of sdpa's kernels."""
+    """Check logits and gradients of the prefix for long, short and padded inputs, with one of sdpa's kernels."""
     subject = subject(kind)
     only = nullcontext if backend == "any" else (lambda: sdpa_kernel(BACKENDS[backend]))
     long = 96 if args.tiny else 384
@@ -239,7 +251,7 @@ def sdpa_backend(figures, args, precision, subject, kind, backend):
         direction = torch.randn(2, tokens, 1, generator=torch.Generator().manual_seed(3)).to(subject.device)
 
         def with_gradient(forward, leaf, direction=direction[real]):
-            """The logits of the real tokens, and the gradient of the table."""
+            """Return the logits of the real tokens, and the gradient of the table."""
             leaf.requires_grad_(True).grad = None
             logits = forward(leaf)
             (logits.double() * direction).square().mean().backward()
@@ -265,7 +277,7 @@ def sdpa_backend(figures, args, precision, subject, kind, backend):
             with only(), Kernels() as kernels:
                 logits, gradient = with_gradient(ours, table)
         except RuntimeError as error:
-            # Behind a prefix a causal mask that is short, or padded, is a mask; flash attention takes none.
+            # With a prefix, short or padded inputs need an explicit mask, which flash attention does not support.
             if not _no_kernel(error) or (name == "long" and backend == "flash"):
                 raise
             found["ours"] = "no kernel"
@@ -275,19 +287,19 @@ def sdpa_backend(figures, args, precision, subject, kind, backend):
         found["gradient"] = {}
         subject.judge(found["gradient"], gradient, same[1], truth[1])
         if backend == "any" and name == "long" and precision in HALF and subject.device.type == "cuda":
-            assert kernels.seen, "a long input without padding gets none of the fused kernels"
+            assert kernels.seen, "a long input without padding uses none of the fused kernels"
     if len(refused) == 3:
-        raise Skip(f"the backbone itself gets no {backend} kernel for these inputs here")
+        raise Skip(f"the plain backbone has no {backend} kernel for these inputs here")
 
 
 def causal_mask(figures, args, precision):
-    """The rule in place of a mask, with each kernel, against the mask in float64."""
+    """Compare `CausalMask` with an explicit mask in float64, for each kernel."""
     device, dtype = device_of(args), HALF.get(precision, torch.float32)
     for backend, groups, tokens in itertools.product(("any", *BACKENDS), (1, 2), (24, 200)):
         generator = torch.Generator().manual_seed(0)
         shapes = (2, 4, tokens, 64), (2, 4 // groups, N + tokens, 64), (2, 4 // groups, N + tokens, 64)
         inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
-        seen = torch.ones(tokens, N + tokens, dtype=torch.bool, device=device).tril(N)[None, None]
+        visible = torch.ones(tokens, N + tokens, dtype=torch.bool, device=device).tril(N)[None, None]
 
         def attend(mask, inputs, grouped=groups > 1):
             inputs = [each.clone().requires_grad_(True) for each in inputs]
@@ -296,7 +308,7 @@ def causal_mask(figures, args, precision):
             return [output, *(each.grad for each in inputs)]
 
         with sdpa_kernel(SDPBackend.MATH):
-            truth, same = attend(seen, [each.double() for each in inputs]), attend(seen, inputs)
+            truth, same = attend(visible, [each.double() for each in inputs]), attend(visible, inputs)
         name = f"{backend}, {tokens} tokens, {groups} in a group"
         try:
             with nullcontext() if backend == "any" else sdpa_kernel(BACKENDS[backend]):
@@ -315,7 +327,7 @@ def causal_mask(figures, args, precision):
 
 
 def flash_attention_2(figures, args, precision, kind):
-    """The package flash-attn, where it is installed."""
+    """Check the package flash-attn, if it is installed."""
     if importlib.util.find_spec("flash_attn") is None or args.tiny:
         raise Skip("needs flash-attn")
     subject = Subject(args, precision, kind, "flash_attention_2", names=("a", "b"))
@@ -332,7 +344,7 @@ def flash_attention_2(figures, args, precision, kind):
 
 
 def _rows(figures, subject, ids, mask, names, **inputs):
-    """Logits of a batch, each row against the truth of its own adapter."""
+    """Compare the logits of each row of a batch with the reference for its own adapter."""
     with torch.no_grad():
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         ours = subject.ours(input_ids=ids, attention_mask=mask, position_ids=positions, **inputs).logits
@@ -345,7 +357,7 @@ def _rows(figures, subject, ids, mask, names, **inputs):
 
 
 def mixed_batch(figures, args, precision, kind):
-    """Each row with an adapter of its own, in a forward and in generate with two kinds of cache."""
+    """Check batches whose rows use different adapters, in a forward pass and in generate with two kinds of cache."""
     subject = Subject(args, precision, kind, names=("a", "b"))
     names = ["b", "__base__", "a", "b"]
     ids = tiny.ids(4, 24).to(subject.device)
@@ -371,7 +383,7 @@ CACHES = {
 
 
 def prompts(subject, rows=2):
-    """Prompts of which the first is padded on the left, and their mask."""
+    """Return prompts and their mask; the first prompt is padded on the left."""
     ids = tiny.ids(rows, 12, seed=7).to(subject.device)
     mask = torch.ones_like(ids)
     mask[0, :3], ids[0, :3] = 0, 0
@@ -379,7 +391,7 @@ def prompts(subject, rows=2):
 
 
 def generate(subject, ids, mask, model=None, **options):
-    """What is generated, with the logits of each token."""
+    """Generate greedily; the output includes the logits of each token."""
     model = subject.ours if model is None else model
     asked = {"do_sample": False, "max_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True}
     with torch.no_grad():
@@ -387,7 +399,7 @@ def generate(subject, ids, mask, model=None, **options):
 
 
 def judge_generation(figures, subject, output, ids, mask, names=None):
-    """Each token's logits against the truth for the tokens before it: so a tie can be broken either way."""
+    """Compare each token's logits with the reference for the tokens before it, so that ties do not matter."""
     logits = torch.stack(output.logits, dim=1)
     assert logits.shape[1] == NEW
     start, tokens = ids.shape[1], output.sequences
@@ -407,10 +419,10 @@ def judge_generation(figures, subject, output, ids, mask, names=None):
 
 
 def generation(figures, args, precision, subject, options, names=None):
-    """Generate with a kind of cache."""
+    """Check generation with a kind of cache."""
     kind, subject = options.get("cache_implementation", ""), subject()
     if kind.startswith("offloaded") and args.tiny:
-        raise Skip("needs a GPU to bring the cache back to")
+        raise Skip("needs a GPU")
     if kind == "quantized":
         return quantized(figures, subject)
     ids, mask = prompts(subject, len(names or "ab"))
@@ -419,7 +431,7 @@ def generation(figures, args, precision, subject, options, names=None):
 
 
 def quantized(figures, subject):
-    """A cache that is quantised to 8 bits gives other logits: nearer to the truth than those without a prefix."""
+    """Check a cache quantised to 8 bits: its logits must be much closer to the reference than without a prefix."""
     backend = next((each for each in ("quanto", "hqq") if _has_quantizer(each)), None)
     if backend is None:
         raise Skip("needs optimum-quanto or hqq")
@@ -435,16 +447,16 @@ def quantized(figures, subject):
             for table in (subject.table("a"), None)
         )
     figures["error"], effect = _error(logits, truth), _error(without, truth)
-    assert figures["error"] < 0.2 * effect, f"{figures['error']:.3g}; without a prefix it would be {effect:.3g}"
+    assert figures["error"] < 0.2 * effect, f"an error of {figures['error']:.3g}; without a prefix it is {effect:.3g}"
 
 
 def _has_quantizer(name):
-    """Whether transformers can quantise a cache with this."""
+    """Return whether this quantisation library is installed."""
     return importlib.util.find_spec({"quanto": "optimum.quanto", "hqq": "hqq"}[name].partition(".")[0]) is not None
 
 
 def two_turns(figures, args, precision, subject):
-    """A cache of the user's own, filled by a forward and gone on with by generate."""
+    """Check a user's own cache that a forward pass fills and generate continues."""
     subject = subject()
     ids, mask = prompts(subject)
     mask[:] = 1
@@ -456,7 +468,7 @@ def two_turns(figures, args, precision, subject):
 
 
 def beams(figures, args, precision, subject):
-    """Beam search reorders the cache; the same sequences come out without one."""
+    """Check that beam search, which reorders the cache, finds the same sequences with and without a cache."""
     subject = subject()
     ids, mask = prompts(subject)
     caches = {"no cache": {"use_cache": False}, "dynamic": {}, "static": CACHES["static cache"]}
@@ -465,28 +477,31 @@ def beams(figures, args, precision, subject):
         output = generate(subject, ids, mask, num_beams=3, output_scores=True, **options)
         found[name] = output.sequences, output.sequences_scores
     for name in ("dynamic", "static"):
-        assert torch.equal(found[name][0], found["no cache"][0]), f"{name}: other sequences than without a cache"
+        assert torch.equal(found[name][0], found["no cache"][0]), f"{name}: not the sequences without a cache"
         figures[name] = _error(found[name][1], found["no cache"][1])
         assert figures[name] < 1e-4
     plain = generate(subject, ids, mask, subject.plain, num_beams=3).sequences
-    assert not torch.equal(plain, found["no cache"][0]), "without a prefix there is no other result"
+    assert not torch.equal(plain, found["no cache"][0]), "the result without a prefix is the same"
 
 
 # ---- Compiled
 
 
 def needs_compiler(args):
-    """Triton, and the compiler of torch, build their launchers with a C compiler."""
+    """Skip if there is no C compiler, which Triton and torch's compiler need."""
     if not args.tiny and not any(shutil.which(each) for each in (os.environ.get("CC", "cc"), "gcc", "clang")):
         raise Skip("needs a C compiler")
 
 
 def compiled_generation(figures, args, precision):
-    """Static caches in generate, which transformers compiles into CUDA graphs: right, and as few skips as without."""
+    """Check static caches in generate, which transformers compiles into CUDA graphs.
+
+    The results must be right, and there must be no more graphs and skipped CUDA graphs than for the plain model.
+    """
     needs_compiler(args)
     subject = Subject(args, precision, names=("a", "b"), layers=1 if args.tiny else 3)
     options = {"cache_implementation": "static"}
-    if args.tiny:  # on a CPU transformers compiles if it is told to
+    if args.tiny:  # on a CPU transformers compiles only with this private setting
         config = tr.CompileConfig(backend="eager", mode=None)
         config._compile_all_devices = True
         options["compile_config"] = config
@@ -512,10 +527,10 @@ def compiled_generation(figures, args, precision):
         figures[name] = found[name]
         if name == "ours":
             judge_generation(figures, subject, again, ids, mask)
-    # Another adapter, none, and the first again, without a reset.
+    # Switch to another adapter, to none, and back to the first, without a reset of the compiler.
     subject.ours.set_adapter("b")
     judge_generation(figures, subject, generate(subject, ids, mask, **options), ids, mask, ["b", "b"])
-    if not args.tiny:  # where each of these takes another compilation
+    if not args.tiny:  # each of these compiles again
         with subject.ours.disable_adapter():
             judge_generation(figures, subject, generate(subject, ids, mask, **options), ids, mask, ["__base__"] * 2)
         subject.ours.set_adapter("a")
@@ -527,13 +542,13 @@ def compiled_generation(figures, args, precision):
     ours, plain = found["ours"], found["plain"]
     assert ours["graphs"], "nothing was compiled"
     for name in ("graphs", "graphs of a second call", "skipped CUDA graphs"):
-        assert ours[name] <= plain[name], f"{name}: {ours[name]}, without a prefix {plain[name]}"
+        assert ours[name] <= plain[name], f"{name}: {ours[name]}; without a prefix {plain[name]}"
     assert ours["breaks"] == plain["breaks"]
-    assert ours["graph launches"] >= plain["graph launches"], "fewer CUDA graphs run than without a prefix"
+    assert ours["graph launches"] >= plain["graph launches"], "fewer CUDA graphs were launched than without a prefix"
 
 
 def _launches(subject, call):
-    """What a call returns, and how many CUDA graphs it launches."""
+    """Return the result of a call, and the number of CUDA graphs that it launches."""
     if subject.device.type != "cuda":
         return call(), 0
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -544,7 +559,7 @@ def _launches(subject, call):
 
 
 def compiled_training(figures, args, precision):
-    """Forward and backward of a compiled model, against those of the same that is not compiled."""
+    """Compare forward and backward of a compiled model with those of the uncompiled model."""
     needs_compiler(args)
     for kind in ("encoder",) if args.tiny else ("encoder", "grouped"):
         subject = Subject(args, precision, kind, layers=1 if args.tiny else 3)
@@ -573,7 +588,7 @@ def compiled_training(figures, args, precision):
 
 
 def checkpointing(figures, args, precision, kind, reentrant):
-    """The gradients with checkpointing are those without: dropout is drawn again as it was, in the same precision."""
+    """Check that gradient checkpointing gives the same gradients: the same dropout is drawn, in the same precision."""
     device = device_of(args)
     model_type, sizes = KINDS[kind]
     dropout = {"attention_dropout": 0.1} if model_type == "llama" else {}
@@ -599,13 +614,13 @@ def checkpointing(figures, args, precision, kind, reentrant):
             logits = model(input_ids=ids).logits
         once = len(recomputed)
         F.cross_entropy(logits.float().flatten(0, 1), torch.arange(ids.numel(), device=device) % 3).backward()
-        assert (len(recomputed) > once) == checkpointed, "nothing was computed again"
+        assert (len(recomputed) > once) == checkpointed, "the forward pass was not recomputed"
         gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
         results.append(torch.cat(gradients).double())
     plain, saved, other = results
     figures["error"], effect = _error(saved, plain), _error(other, plain)
     figures["other dropout"] = effect
-    # Each layer runs the MLP anew if it is reentrant, and sums are taken in another order.
+    # With reentrant checkpointing each layer runs the MLP again, and sums are computed in another order.
     allowed = FLOOR[precision] * 2
-    assert figures["error"] <= allowed, f"{figures['error']:.3g}, where {allowed:.3g} is allowed"
-    assert effect > 2 * allowed, f"another dropout changes only {effect:.3g}"
+    assert figures["error"] <= allowed, f"an error of {figures['error']:.3g}; {allowed:.3g} is allowed"
+    assert effect > 2 * allowed, f"other dropout changes the gradients by {effect:.3g} only"

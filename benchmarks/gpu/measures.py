@@ -1,4 +1,4 @@
-"""The sections of gpu.py that measure time and memory, with the functions and in the format of performance.py."""
+"""The sections of gpu.sh that measure time and memory, with the functions and the format of performance.py."""
 
 import gc
 import json
@@ -8,15 +8,15 @@ from unittest import mock
 import performance
 import torch
 
-# The arms of the seed's table. PEFT's prefix tuning is `peft`, the least that a prefix can cost `floor`.
+# The arms that are compared with the KLUE-NLI table; see arms.py.
 ARMS = ("full", "lora", "peft", "ours", "floor")
-SAME = ("full", "lora", "frozen")  # whatever the number of virtual tokens
+SAME = ("full", "lora", "frozen")  # do not depend on the number of virtual tokens
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 SMALL |= {"vocab_size": 5000}
 
 
-def seeds_table(args, precision):
-    """The rows of the seed's table in its own shape: a check for each, and one for the memory of its arms."""
+def klue_nli_table(args, precision):
+    """Measure the rows of the KLUE-NLI table in its own shape: a check of time and a check of memory for each row."""
     bench = Measuring(args, precision, ["multilingual"], batch=2 if args.tiny else 32)
     rows = performance.rows_of("multilingual")
     if args.tiny:
@@ -35,7 +35,7 @@ def seeds_table(args, precision):
 
 
 def decoder(args, precision):
-    """A decoder's training step, its first token and the tokens that follow."""
+    """Measure a decoder's training step, its first token and the following tokens."""
     bench = Measuring(args, precision, ["llama"], batch=2 if args.tiny else 32)
     for n, width in performance.rows_of("llama"):
         yield f"training step, n {n}, MLP {width or '-'}", bench.check(train_row, "llama", n, width)
@@ -44,14 +44,14 @@ def decoder(args, precision):
 
 
 def decoder_compiled(args, precision):
-    """The tokens of a decoder behind a static cache, compiled."""
+    """Measure the tokens of a compiled decoder with a static cache."""
     bench = Measuring(args, precision, ["llama"], batch=1)
     context = 64 if args.tiny else 1024
     yield f"tokens behind {context}", bench.check(tokens, context, ("compiled",), limit=150)
 
 
 class Measuring(performance.Bench):
-    """A bench that keeps its results in OUT/performance.json, and its checks."""
+    """A bench that makes checks and keeps their results in OUT/performance.json."""
 
     def __init__(self, args, precision, shapes, batch):
         device = "cpu" if args.tiny else "cuda"
@@ -69,10 +69,10 @@ class Measuring(performance.Bench):
         if self.tiny:
             self.compile = {"backend": "eager"}
         self.made = performance.made_by(self)
-        self.kept = {}  # training steps that are the same for all rows
+        self.kept = {}  # (shape, arm) -> training step, for arms that are the same in all rows
 
     def check(self, measure, *arguments, limit=None):
-        """A check that measures and saves what came of it, also if a part of it failed."""
+        """Return a check that measures and saves the results, even if a part of it failed."""
 
         def call(figures):
             failed = []
@@ -92,7 +92,7 @@ class Measuring(performance.Bench):
         return call
 
     def config_of(self, shape, config_of=performance.config_of):
-        """The configuration of a shape, or a tiny one of its kind."""
+        """Return the configuration of a shape, or a tiny version of it."""
         config = config_of(shape)
         if self.tiny:
             for name, value in SMALL.items():
@@ -102,7 +102,7 @@ class Measuring(performance.Bench):
         return config
 
     def save(self, result):
-        """Add a result to those in the file; one of the same setting is replaced."""
+        """Add a result to the file; replace an earlier result of the same setting."""
         path = self.args.output
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         new = {**result, **self.made}
@@ -117,7 +117,7 @@ class Measuring(performance.Bench):
 
 
 def attempt(failed, arm, function, *arguments, **settings):
-    """What a function returns, or `None` with the error among `failed`: one arm is not to cost the others."""
+    """Return the function's result, or `None` after adding the error to `failed`, so that other arms still run."""
     try:
         return function(*arguments, **settings)
     except Exception:
@@ -126,7 +126,7 @@ def attempt(failed, arm, function, *arguments, **settings):
 
 
 def train_row(bench, failed, shape, n, width):
-    """A training step of every arm."""
+    """Time a training step of every arm."""
     steps = {}
     for arm in ARMS:
         step = bench.kept.get((shape, arm))
@@ -141,7 +141,7 @@ def train_row(bench, failed, shape, n, width):
 
 
 def memory_row(bench, failed, shape, arms, row):
-    """Peak memory of a training step of each arm, with what is there before it."""
+    """Measure the peak memory of a training step of each arm, and the memory in use before it."""
     for arm in arms:
         spec = {"section": "memory", "shape": shape, "batch": bench.args.batch, "arm": arm, "checkpointing": False}
         found = attempt(failed, arm, performance.measure_peak, bench, {**spec, **row})
@@ -150,5 +150,5 @@ def memory_row(bench, failed, shape, arms, row):
 
 
 def tokens(bench, failed, context, kinds):
-    """The first token behind a context, and the tokens that follow, for each kind of cache."""
+    """Measure the first token after a context, and the following tokens, for each kind of cache."""
     return performance.tokens_of(bench, performance.config_of("llama"), (context,), kinds)

@@ -1,4 +1,4 @@
-"""The functions of the project's tests, run on the device and in a precision, with a tolerance of that precision."""
+"""Run functions of the project's tests on the device and in a precision, with the tolerance of that precision."""
 
 import contextlib
 import importlib
@@ -18,13 +18,13 @@ from torch.utils._pytree import tree_leaves
 from gpu import ROOT, Skip
 from gpu.common import arithmetic, autocast, device_of
 
-# Of the tests' tiny models, relative to the largest element. TF32 keeps as many digits as float16, and bfloat16 three
-# bits fewer. What is measured stands in the results.
+# Tolerances for the tests' tiny models, relative to the largest element. TF32 keeps as many digits as float16,
+# bfloat16 three bits fewer. The results record the measured errors.
 TOLERANCES = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1.5e-1}
 
 
 class Mark:
-    """`pytest.mark`, as far as the tests that run here use it: it keeps what a function is parametrized with."""
+    """Stand-in for `pytest.mark`. It keeps the parameters of `parametrize` in the function's attribute `marks`."""
 
     def __getattr__(self, name):
         def mark(*arguments, **settings):
@@ -38,7 +38,7 @@ class Mark:
 
 
 class Patches:
-    """The fixture `monkeypatch`, as far as the tests that run here use it."""
+    """Stand-in for the fixture `monkeypatch`, with the one method that the tests here use."""
 
     def __init__(self):
         self.stack = contextlib.ExitStack()
@@ -49,17 +49,17 @@ class Patches:
 
 
 def fixture(*arguments, **settings):
-    """`pytest.fixture`: tests that need one do not run here."""
+    """Stand-in for `pytest.fixture`. Tests that need a fixture do not run here."""
     return (lambda function: function) if settings or not arguments else arguments[0]
 
 
 def skip(reason):
-    """`pytest.skip`."""
+    """Stand-in for `pytest.skip`."""
     raise Skip(reason)
 
 
 def import_or_skip(name, reason=None):
-    """`pytest.importorskip`."""
+    """Stand-in for `pytest.importorskip`."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -67,7 +67,7 @@ def import_or_skip(name, reason=None):
 
 
 def test_module(name):
-    """A module of tests; a machine with a GPU need not have pytest, and so it is given a stand-in for that."""
+    """Import a module of tests with a stand-in for pytest, which need not be installed on a machine with a GPU."""
     stand_in = ModuleType("pytest")
     stand_in.mark, stand_in.fixture = Mark(), fixture
     stand_in.raises = lambda error, match="": unittest.TestCase().assertRaisesRegex(error, match)
@@ -90,7 +90,7 @@ def test_module(name):
 
 
 def cases(function):
-    """The settings that a test is to run with, each with a name."""
+    """Yield the parametrized settings of a test, each with a name."""
     choices = []
     for _, (names, values), settings in (mark for mark in getattr(function, "marks", []) if mark[0] == "parametrize"):
         names = [each.strip() for each in names.split(",")] if isinstance(names, str) else list(names)
@@ -103,8 +103,8 @@ def cases(function):
         yield "-".join(label for label, _ in chosen), {key: each for _, row in chosen for key, each in row.items()}
 
 
-class Drawn(TorchFunctionMode):
-    """Draws on the CPU what a generator of the CPU is to draw, and moves it to the device."""
+class DrawOnCpu(TorchFunctionMode):
+    """Draw random numbers of a CPU generator on the CPU, and move them to the device."""
 
     def __init__(self, device):
         super().__init__()
@@ -119,13 +119,13 @@ class Drawn(TorchFunctionMode):
 
 
 class Close:
-    """Comparisons with a tolerance of the precision, in place of the tests' own, and the largest error seen."""
+    """Replacement for the tests' comparisons, with the tolerance of the precision. `worst` is the largest error."""
 
     def __init__(self, tolerance):
         self.tolerance, self.worst = tolerance, 0.0
 
     def error(self, actual, expected):
-        """The largest difference, relative to the largest element that is expected."""
+        """Return the largest difference, relative to the largest expected element."""
         actual, expected = actual.detach().double(), expected.detach().double()
         assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
         if not expected.numel():
@@ -133,24 +133,24 @@ class Close:
         return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
 
     def assert_close(self, actual, expected, *_, **__):
-        """`torch.testing.assert_close`, and the tests' own `assert_equal`."""
+        """Replace `torch.testing.assert_close` and the tests' `assert_equal`."""
         pairs = list(zip(tree_leaves(actual), tree_leaves(expected), strict=True))
         for one, other in pairs:
             error = self.error(one, other)
             self.worst = max(self.worst, error)
-            # Not `>`: a NaN is an error too.
-            assert error <= self.tolerance, f"an error of {error:.3g}, where {self.tolerance:.3g} is allowed"
+            # `<=` also fails for NaN.
+            assert error <= self.tolerance, f"an error of {error:.3g}; {self.tolerance:.3g} is allowed"
 
     def allclose(self, actual, expected, *_, **__):
-        """`torch.allclose`."""
+        """Replace `torch.allclose`."""
         error = self.error(actual, expected)
         if error <= self.tolerance:
             self.worst = max(self.worst, error)
         return error <= self.tolerance
 
     def assert_differ(self, one, other, *_, **__):
-        """That a wrong result would be seen: without a prefix it is further off than what is allowed."""
-        assert self.error(one, other) > 2 * self.tolerance, "without a prefix there is no other result"
+        """Check that the test can detect a missing prefix: the difference must exceed the tolerance."""
+        assert self.error(one, other) > 2 * self.tolerance, "the result without a prefix is the same"
 
 
 def _decoders(case):
@@ -165,7 +165,7 @@ def _written_in_place(case):
     return case["small"] == 0
 
 
-# Test modules, functions, and which of their settings, where not all.
+# Test module, function, and a filter for its settings; `None` for all.
 REFERENCES = [
     ("prefix/test_reference", "test_paper", None),
     ("prefix/test_reference", "test_peft_prefix_tuning", None),
@@ -180,7 +180,7 @@ REFERENCES = [
     ("prefix/test_mixed_batch", "test_forward", _decoders),
     ("prefix/test_mixed_batch", "test_forward_padded_on_the_left", _decoders),
 ]
-# Those that say the same in any precision, or choose their own.
+# Tests that give the same in any precision, or that choose the precision themselves.
 REFERENCES_ONCE = [
     ("prefix/test_reference", "test_disabled_is_the_backbone_bit_for_bit", None),
     ("prefix/test_reference", "test_half_precision", _weights_in_half),
@@ -194,19 +194,19 @@ REFERENCES_ONCE = [
 
 
 def references(args, precision):
-    """The project's tests against independent references, on the device and in a precision."""
+    """Run the project's tests against independent references, on the device and in a precision."""
     chosen = REFERENCES + (REFERENCES_ONCE if precision == "fp32" else [])
     for module, name, which in chosen[:5] if args.tiny and precision != "fp32" else chosen:
         yield name.removeprefix("test_"), reference_check(args, precision, module, name, which)
 
 
 def reference_check(args, precision, module, name, which=None):
-    """A check that runs a test with all its settings."""
+    """Return a check that runs a test with all its settings."""
     device = device_of(args)
 
     def call(figures):
         failed, figures["cases"], figures["worst"] = {}, 0, 0.0
-        with torch.device(device), Drawn(device), arithmetic(precision):
+        with torch.device(device), DrawOnCpu(device), arithmetic(precision):
             function = getattr(loaded(device, module), name)
             chosen = [each for each in cases(function) if which is None or which(each[1])]
             if args.tiny:
@@ -221,7 +221,7 @@ def reference_check(args, precision, module, name, which=None):
                     failed[label] = error
                 elif close.worst > figures["worst"]:
                     figures |= {"worst": close.worst, "worst case": label}
-        assert figures["cases"], "no setting of the test is chosen"
+        assert figures["cases"], "no setting of the test was selected"
         skipped = figures.get("skipped cases", {})
         if len(skipped) == figures["cases"]:
             raise Skip("; ".join(sorted(set(skipped.values()))))
@@ -237,14 +237,14 @@ _LOADED = {}
 
 
 def loaded(device, name):
-    """A module of tests, whose tensors were made on the device."""
+    """Return a module of tests whose tensors are on the device."""
     if (device, name) not in _LOADED:
         _LOADED[device, name] = test_module(name)
     return _LOADED[device, name]
 
 
 def run_test(function, settings, close, autocast):
-    """Run a test with settings; return the traceback if it failed, the `Skip` if it does not run here."""
+    """Run a test with settings; return its traceback if it failed, its `Skip` if it was skipped, else `None`."""
     module, patches = sys.modules.get(function.__module__), Patches()
     known = function.__globals__ if module is None else vars(module)
     own = {"assert_equal": close.assert_close, "assert_differ": close.assert_differ}

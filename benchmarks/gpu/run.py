@@ -1,15 +1,16 @@
-"""Run everything that only a GPU can tell: right numbers, time and memory, the training command.
+"""Run all checks and measurements that need a GPU: correctness, time and memory, the training command.
 
     bash benchmarks/gpu.sh OUT
     python benchmarks/report.py OUT docs/performance.md benchmarks/performance_notes.md
 
-This process starts workers and imports no torch, so it survives whatever happens on the GPU. Sections that measure
-nothing run side by side in several workers; sections that measure time run alone. A worker appends a line to
-OUT/gpu.jsonl for each check. This process reads these lines, ends a worker whose check takes too long, starts another
-one for the checks that are left, and keeps OUT/gpu.json up to date. OUT/performance.json has the figures in the format
-of performance.py, OUT/log.txt all that was printed, OUT/report.md the tables.
+This process starts workers. It does not import torch, so it survives any crash on the GPU. Sections that measure time
+run alone; all others run in parallel in several workers. A worker appends a line to OUT/gpu.jsonl for each check. This
+process reads these lines, ends a worker whose check takes too long, starts another worker for the remaining checks,
+and keeps OUT/gpu.json up to date. OUT/performance.json has the figures in the format of performance.py, OUT/log.txt
+everything that was printed, OUT/report.md the tables.
 
-The exit status is 0 if every check passed or was skipped with a reason, 1 if one failed, 3 if the time was up first.
+The exit status is 0 if every check passed or was skipped with a reason, 1 if a check failed, 3 if the time was up
+first.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from pathlib import Path
 
 from gpu import ROOT, Skip
 
-# The most valuable first. Name, function of a checks module, its arguments, whether it must run alone.
+# Sections, the most important first: name, function, its arguments, whether the section must run alone.
 PLAN = [
     ["environment", "gpu.common:environment", {}, False],
     ["references fp32", "gpu.references:references", {"precision": "fp32"}, False],
@@ -37,7 +38,7 @@ PLAN = [
     ["device bf16", "gpu.device:on_device", {"precision": "bf16"}, False],
     ["references bf16", "gpu.references:references", {"precision": "bf16"}, False],
     ["compiled bf16", "gpu.device:compiled", {"precision": "bf16"}, False],
-    ["seed's table fp32", "gpu.measures:seeds_table", {"precision": "fp32"}, True],
+    ["KLUE-NLI table fp32", "gpu.measures:klue_nli_table", {"precision": "fp32"}, True],
     ["decoder bf16", "gpu.measures:decoder", {"precision": "bf16"}, True],
     ["device fp16", "gpu.device:on_device", {"precision": "fp16"}, False],
     ["references fp16", "gpu.references:references", {"precision": "fp16"}, False],
@@ -46,8 +47,8 @@ PLAN = [
     ["resumed", "gpu.training:resumed", {"precisions": ["fp32", "fp16", "bf16"]}, False],
     ["training command", "gpu.training:training_command", {}, False],
     ["compiled fp32", "gpu.device:compiled", {"precision": "fp32"}, False],
-    ["seed's table bf16", "gpu.measures:seeds_table", {"precision": "bf16"}, True],
-    ["seed's table tf32", "gpu.measures:seeds_table", {"precision": "tf32"}, True],
+    ["KLUE-NLI table bf16", "gpu.measures:klue_nli_table", {"precision": "bf16"}, True],
+    ["KLUE-NLI table tf32", "gpu.measures:klue_nli_table", {"precision": "tf32"}, True],
     ["decoder fp32", "gpu.measures:decoder", {"precision": "fp32"}, True],
     ["decoder compiled bf16", "gpu.measures:decoder_compiled", {"precision": "bf16"}, True],
 ]
@@ -56,21 +57,21 @@ RECORDS, RESULT, LOG, PERFORMANCE, REPORT = "gpu.jsonl", "gpu.json", "log.txt", 
 
 
 class TookTooLong(BaseException):
-    """A check is over its time. Not an `Exception`, so that no check takes it for a failure that it expects."""
+    """Raised when a check exceeds its time limit. Not an `Exception`, so that no check catches it by mistake."""
 
 
 # ---- A worker
 
 
 def append(out, record):
-    """Add a line to the records. One write, so that the lines of several processes stay whole."""
+    """Append a line to the records in one write, so that lines of several processes do not mix."""
     line = json.dumps(record) + "\n"
     with open(out / RECORDS, "ab", buffering=0) as file:
         file.write(line.encode())
 
 
 def read(out, start=0):
-    """All whole records from byte `start` on, and the byte behind them."""
+    """Return all complete records from byte `start` on, and the position after them."""
     path = out / RECORDS
     if not path.is_file():
         return [], start
@@ -82,7 +83,7 @@ def read(out, start=0):
 
 
 def work(args):
-    """Run the checks of some sections, but for those that have a record already."""
+    """Run the checks of the sections `args.work` that have no record yet."""
     faulthandler.enable()  # a crash of the process leaves its traceback in the log
     records, _ = read(args.out)
     finished = {each["section"] for each in records if each.get("finished")}
@@ -98,12 +99,12 @@ def work(args):
         append(args.out, {"section": name, "planned": [check for check, _ in planned]})
         for check, call in planned:
             if (name, check) not in done and not run(args, name, check, call):
-                sys.exit(1)  # the rest in a new process
+                sys.exit(1)  # the remaining checks run in a new process
         append(args.out, {"section": name, "finished": True})
 
 
 def raising(error):
-    """A check that raises `error`."""
+    """Return a check that raises `error`."""
 
     def call(figures):
         raise error
@@ -112,7 +113,7 @@ def raising(error):
 
 
 def run(args, section, check, call):
-    """Run one check and record what came of it; return whether this process can go on."""
+    """Run one check and record its result; return whether this process can continue."""
     figures = {}
     limit = getattr(call, "limit", args.check_limit)
     append(args.out, {"section": section, "check": check, "started": time.time(), "limit": limit})
@@ -133,7 +134,7 @@ def run(args, section, check, call):
 
 
 class Alarm:
-    """Raise `TookTooLong` in this thread after so many seconds."""
+    """Context manager that raises `TookTooLong` in this thread after `seconds`."""
 
     def __init__(self, seconds):
         self.seconds = seconds
@@ -150,7 +151,7 @@ class Alarm:
 
 
 def usable():
-    """Whether the GPU still answers this process; after an illegal access it never does."""
+    """Return whether this process can still use the GPU; after an illegal access it cannot."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return True
@@ -161,34 +162,34 @@ def usable():
     return True
 
 
-# ---- The process that watches the workers
+# ---- The process that supervises the workers
 
 
 class Lane:
-    """A worker, and the sections that it is to run one after the other."""
+    """A worker, and the sections that it runs one after the other."""
 
     def __init__(self, run, names):
         self.run, self.names = run, names
         self.worker, self.started, self.seen, self.idle_starts = None, 0.0, 0, 0
 
     def left(self):
-        """The sections that are not finished."""
+        """Return the sections that are not finished."""
         return [name for name in self.names if not self.run.sections[name]["finished"]]
 
     def current(self):
-        """The section and the record of the check that is running."""
+        """Return the section and the record of the running check, or `(None, None)`."""
         for name in self.left():
             if self.run.sections[name]["running"]:
                 return name, self.run.sections[name]["running"]
         return None, None
 
     def tend(self):
-        """Start, restart or end the worker; return whether there is anything left to do."""
+        """Start, restart or end the worker; return whether any work is left."""
         if not self.left():
             self.stop()
             return False
         if self.worker is None:
-            # A worker that ends twice without a check to show for it would do so for ever.
+            # A worker that repeatedly ends before it finishes a check would be restarted for ever.
             done = sum(len(self.run.sections[name]["checks"]) for name in self.names)
             self.idle_starts = self.idle_starts + 1 if done == self.seen else 0
             self.seen = done
@@ -202,7 +203,7 @@ class Lane:
             self.started = time.time()
             return True
         if self.worker.poll() is not None:
-            self.run.update()  # it may have recorded something before it ended
+            self.run.update()  # the worker may have written records before it ended
             status, self.worker = self.worker.returncode, None
             section, check = self.current()
             if check is not None:
@@ -218,7 +219,7 @@ class Lane:
         return True
 
     def stop(self):
-        """End the worker and all that it started."""
+        """End the worker and all processes that it started."""
         if self.worker is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.worker.pid, signal.SIGKILL)
@@ -227,7 +228,7 @@ class Lane:
 
 
 class Run:
-    """All sections, what is known of them, and the files that say so."""
+    """The state of all sections, and the files that record it."""
 
     def __init__(self, args):
         self.args, self.out, self.began = args, args.out, time.time()
@@ -239,12 +240,12 @@ class Run:
         self.log = open(self.out / LOG, "ab", buffering=0)  # noqa: SIM115
 
     def say(self, text):
-        """To whoever watches, and to the log."""
+        """Print a text and write it to the log."""
         print(text, flush=True)
         self.log.write((text + "\n").encode())
 
     def start(self, names):
-        """A worker for these sections."""
+        """Start a worker for these sections."""
         command = [sys.executable, "-u", "-m", "gpu.run", str(self.out), "--plan", json.dumps(self.args.plan)]
         command += ["--check-limit", str(self.args.check_limit), *(["--tiny"] if self.args.tiny else [])]
         command += ["--work", *names]
@@ -260,11 +261,11 @@ class Run:
         return subprocess.Popen(command, **streams, env=environment, start_new_session=True)
 
     def fail(self, section, check, error):
-        """Record a failure in the name of a worker that cannot do it any more."""
+        """Record a failure for a worker that has ended."""
         append(self.out, {"section": section, "check": check, "status": "failed", "error": error, "figures": {}})
 
     def update(self):
-        """Take in new records."""
+        """Read new records."""
         records, self.position = read(self.out, self.position)
         for each in records:
             section = self.sections[each["section"]]
@@ -286,7 +287,7 @@ class Run:
             self.write()
 
     def drive(self, groups, until):
-        """Run groups of sections side by side until all are done or it is time."""
+        """Run groups of sections in parallel until all are done or the time `until` is reached."""
         self.lanes = [Lane(self, names) for names in groups if names]
         try:
             while self.lanes and time.time() < until and not self.ended:
@@ -309,13 +310,13 @@ class Run:
             self.drive([list(self.sections)], deadline)
             return
         groups = [together[start :: self.args.jobs] for start in range(self.args.jobs)]
-        # The sections that measure get more than half of the time, whatever the others do; then these go on.
+        # The sections that measure time always get more than half of the budget; the others continue afterwards.
         self.drive(groups, self.began + SHARE * self.args.budget if alone else deadline)
         self.drive([alone], deadline)
         self.drive(groups, deadline)
 
     def status(self, section):
-        """Of a section, in a word."""
+        """Return the status of a section in one word."""
         found = {each["status"] for each in section["checks"].values()}
         if "failed" in found:
             return "failed"
@@ -324,7 +325,7 @@ class Run:
         return "passed" if "passed" in found else "skipped"
 
     def result(self):
-        """What gpu.json says."""
+        """Return the content of gpu.json."""
         sections = []
         for name, section in self.sections.items():
             checks = list(section["checks"].values())
@@ -348,7 +349,7 @@ class Run:
         }
 
     def write(self):
-        """Write gpu.json, whole or not at all."""
+        """Write gpu.json atomically and return its content."""
         result = self.result()
         unfinished = self.out / (RESULT + ".unfinished")
         unfinished.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -356,7 +357,7 @@ class Run:
         return result
 
     def end(self):
-        """Write everything down, and return the exit status."""
+        """Write all files and return the exit status."""
         result = self.write()
         try:
             from report import gpu_figures
@@ -373,19 +374,19 @@ class Run:
 
 
 def main():
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="folder for the results")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU, to try the script itself")
-    parser.add_argument("--budget", type=float, default=450, help="seconds for everything")
-    parser.add_argument("--check-limit", type=float, default=CHECK_LIMIT, help="seconds for a check")
-    parser.add_argument("--sections", nargs="+", help="only these, by their names or their first word")
-    parser.add_argument("--jobs", type=int, help="workers side by side; by default one for four CPUs, at most 4")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU, to test the command itself")
+    parser.add_argument("--budget", type=float, default=450, help="time limit for everything, in seconds")
+    parser.add_argument("--check-limit", type=float, default=CHECK_LIMIT, help="time limit for a check, in seconds")
+    parser.add_argument("--sections", nargs="+", help="run only these sections, by name or first word")
+    parser.add_argument("--jobs", type=int, help="number of parallel workers (default: one per four CPUs, at most 4)")
     parser.add_argument(
         "--wheels",
         type=Path,
         default=os.environ.get("PREFIX_ADAPTER_WHEELS"),
-        help="folder with wheels, or with unpacked packages, to import from; by default $PREFIX_ADAPTER_WHEELS",
+        help="folder with wheels, or with unpacked packages, to import from (default: $PREFIX_ADAPTER_WHEELS)",
     )
     parser.add_argument("--plan", type=json.loads, default=PLAN, help=argparse.SUPPRESS)
     parser.add_argument("--work", nargs="+", help=argparse.SUPPRESS)
@@ -398,7 +399,7 @@ def main():
         wanted = [each for each in args.plan if {each[0], each[0].split()[0]} & set(args.sections)]
         unknown = [name for name in args.sections if not any(name in (e[0], e[0].split()[0]) for e in args.plan)]
         if unknown:
-            parser.error(f"no section is called {', '.join(unknown)}; there are {', '.join(e[0] for e in args.plan)}")
+            parser.error(f"--sections: unknown {', '.join(unknown)}; choose from {', '.join(e[0] for e in args.plan)}")
         args.plan = wanted
     if args.wheels and not args.wheels.is_dir():
         parser.error(f"--wheels: there is no folder {args.wheels}")
@@ -417,7 +418,7 @@ def main():
 
 
 def unpacked(wheels, site):
-    """A folder to import from: `wheels` itself, or `site` with the wheels in it installed."""
+    """Return a folder to import from: `wheels` itself, or `site` after installing the wheels there."""
     files = sorted(wheels.glob("*.whl"))
     if files:
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]

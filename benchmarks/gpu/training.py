@@ -1,4 +1,4 @@
-"""Runs that are killed and resumed: a loop with Accelerate, and the command `prefix-adapter train`."""
+"""Kill and resume training runs: a loop with Accelerate, and the command `prefix-adapter train`."""
 
 import contextlib
 import importlib.metadata
@@ -32,13 +32,13 @@ SIZES = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512,
 
 @contextlib.contextmanager
 def fresh_accelerate():
-    """An Accelerator leaves its precision and its device to every later one of the process."""
+    """Reset Accelerate's state afterwards: it keeps the precision and device of the first Accelerator of a process."""
     try:
         yield
     finally:
         state = sys.modules.get("accelerate.state")
         if state is not None:
-            # Private; accelerate has no other way. The tests' conftest.py does the same.
+            # Private, because accelerate has no public function for it. The tests' conftest.py does the same.
             state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -46,10 +46,10 @@ STEPS, KILLED_AT = 12, 7
 
 
 def train_loop(folder, device, precision, die=False):
-    """A loop as a user writes one, with Accelerate: a checkpoint at every third step, and a start from the last one.
+    """Train like a user's own loop with Accelerate: save a checkpoint every third step, start from the last one.
 
     Returns:
-        What is trained as it was at first and as it is at last, by name, and the losses of the steps done here.
+        The trained parameters before and after training, by name, and the losses of the steps of this call.
     """
     from accelerate import Accelerator
     from accelerate.utils import set_seed
@@ -82,7 +82,7 @@ def train_loop(folder, device, precision, die=False):
     losses = []
     for step in range(start, STEPS):
         ids = rows[8 * step : 8 * step + 8]
-        # The other kernels add up gradients in an order that changes from run to run.
+        # Other kernels sum gradients in an order that changes from run to run.
         with accelerator.autocast(), sdpa_kernel(SDPBackend.MATH):
             loss = model(input_ids=ids, labels=(ids[:, 0] > tiny.VOCAB // 2).long()).loss
         accelerator.backward(loss)
@@ -99,7 +99,7 @@ def train_loop(folder, device, precision, die=False):
 
 @contextlib.contextmanager
 def child(*command):
-    """A process that does not outlive what is done here."""
+    """Start a process and kill it on exit."""
     process = subprocess.Popen(command)
     try:
         yield process
@@ -109,13 +109,13 @@ def child(*command):
 
 
 def resumed(args, precisions):
-    """A run that is killed and resumed ends where one ends that was not, in each precision."""
+    """Check in each precision that a killed and resumed run ends with the weights of an uninterrupted run."""
     for precision in precisions[:1] if args.tiny else precisions:
         yield f"loop with Accelerate, {precision}", partial(killed_and_resumed, args, precision)
 
 
 def killed_and_resumed(args, precision, figures):
-    """Kill a run in a process of its own, resume it here, and compare it with one that went through."""
+    """Kill a run in another process, resume it here, and compare it with an uninterrupted run."""
     if importlib.util.find_spec("accelerate") is None:
         raise Skip("needs accelerate")
     device = device_of(args)
@@ -126,26 +126,26 @@ def killed_and_resumed(args, precision, figures):
         with child(sys.executable, "-c", code, str(parts), device.type, precision) as killed:
             with fresh_accelerate():
                 first, expected, losses = train_loop(whole, device, precision)
-            assert killed.wait() == -signal.SIGKILL, f"the run that is to be killed ended with {killed.returncode}"
+            assert killed.wait() == -signal.SIGKILL, f"the run ended with {killed.returncode} before it was killed"
         assert sorted(path.name for path in parts.iterdir()) == ["step-003", "step-006"]
         with fresh_accelerate():
             _, found, resumed = train_loop(parts, device, precision)
     assert len(resumed) == STEPS - 6 and found.keys() == expected.keys()
     figures["same to the bit"] = all(torch.equal(found[name], expected[name]) for name in found)
     figures["losses"] = [round(loss, 4) for loss in losses]
-    # Beside how far training went: with other dropout, or without its moments, a run is off by a third of that.
+    # Relative to the change by training. With other dropout, or without the moments, the error is a third of it.
     moved = max((expected[name] - first[name]).abs().max().item() for name in first)
     off = max((expected[name] - found[name]).abs().max().item() for name in first)
     figures["error"] = off / moved
-    assert moved > 1e-3 and all(map(math.isfinite, losses)), f"nothing was learnt: {losses}"
-    assert figures["error"] <= 0.02, f"{figures['error']:.3g} of the way that training went"
+    assert moved > 1e-3 and all(map(math.isfinite, losses)), f"the weights were not trained: {losses}"
+    assert figures["error"] <= 0.02, f"an error of {figures['error']:.3g}, relative to the change by training"
 
 
 # ---- The command
 
 
 def missing_packages(extra="train"):
-    """What of the package's extra, with all that its packages need themselves, is not installed."""
+    """Return the missing packages of an extra, including the requirements of its packages."""
     from packaging.requirements import Requirement
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -170,15 +170,15 @@ def missing_packages(extra="train"):
 
 
 def training_command(args):
-    """`prefix-adapter train`, killed, resumed, and asked for answers."""
+    """Run `prefix-adapter train`, kill it, resume it, and predict with the adapter."""
 
     def call(figures):
         missing = missing_packages()
         if missing:
-            raise Skip(f"needs {', '.join(missing)}: bring wheels of them, with --wheels FOLDER")
+            raise Skip(f"needs {', '.join(missing)}: pass a folder with their wheels as --wheels FOLDER")
         rows = test_module("training/conftest")
         with tempfile.TemporaryDirectory() as scratch, mock.patch.dict(os.environ):
-            # Every file of rows would stay in the user's own cache.
+            # Otherwise the rows would stay in the user's own cache.
             os.environ["HF_DATASETS_CACHE"] = f"{scratch}/cache"
             _train_by_command(figures, args, rows, Path(scratch))
 
@@ -205,12 +205,12 @@ def _train_by_command(figures, args, rows, folder):
                 if ended.code:
                     raise RuntimeError(f"prefix-adapter {arguments[0]}: {ended.code}") from ended
 
-    # The run that is killed, and beside it, in this process, one that is not.
+    # One run is killed. Meanwhile this process runs another one without interruption.
     parts = str(folder / "parts")
     with child(sys.executable, "-m", "prefix_adapter", "train", *options, "--output_dir", parts) as killed:
 
         def kill():
-            # Only after a whole checkpoint there is something to go on from.
+            # A run can resume only after it has a complete checkpoint.
             while killed.poll() is None and not list((folder / "parts").glob("checkpoints/step-*")):
                 time.sleep(0.02)
             killed.kill()

@@ -1,20 +1,20 @@
-"""Teach a frozen encoder ten intents with P-Tuning v2, and see what the prefix adds to a classification head.
+"""Train a frozen encoder to classify ten intents with P-Tuning v2, and compare it with a classification head alone.
 
     pip install "prefix-adapter[demo]"
     python examples/intents/train.py
 
-Two models learn from the same sentences (data/train.jsonl, ten intents) in the same loop:
+Two models are trained on the same sentences (data/train.jsonl, ten intents) in the same loop:
 
 - the baseline: a classification head on a frozen sentence encoder (all-MiniLM-L6-v2, 22.7 million parameters);
-- ours: the same head, and learned keys and values in front of each of the six attention layers.
+- with a prefix: the same head, and trained keys and values in front of each of the six attention layers.
 
 Both heads read the pooled [CLS] token, as in BERT. This encoder was trained for the mean of its tokens instead, so the
-prefix has something to adapt: it must bring to [CLS] what the head needs. (The mean is the better input for sentences:
-a logistic regression on it reached 0.79 on the test file. Compare the two models here with each other only.)
+prefix has to bring the information to [CLS] that the head needs. The mean is the better input for sentences: a
+logistic regression on it reached 0.79 on the test file. Therefore compare the two models here only with each other.
 
-An epoch is chosen on sentences held out from the training file. The test file, which is worded more freely, is looked
-at once, at the end. The script then saves the adapter, loads it onto a fresh encoder and checks that this one computes
-the very same logits. It needs about 75 seconds of one CPU core and no network: the encoder comes with a package.
+The best epoch is selected on sentences held out from the training file. The test file, whose wording is freer, is used
+once, at the end. The script then saves the adapter, loads it onto a fresh encoder and checks that it gives exactly the
+same logits. It takes about 75 seconds on one CPU core and needs no network: the encoder is installed as a package.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import warnings
 from collections import defaultdict
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here is to be looked up on the Hub
+os.environ["HF_HUB_OFFLINE"] = "1"  # set before transformers is imported; this script does not use the Hub
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import matplotlib
@@ -55,26 +55,26 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-virtual-tokens", type=int, default=20, help="length of the prefix")
     parser.add_argument("--prefix-projection", action="store_true", help="compute the prefix by an MLP")
-    parser.add_argument("--lr", type=float, help="learning rate of the prefix (default: 3e-2, of an MLP 2e-3)")
-    # A head needs a high rate on a frozen pooler, whose outputs are small (0.05), and the highest without a prefix.
-    # All three were chosen on the held-out sentences.
-    parser.add_argument("--head-lr", type=float, default=2e-2, help="learning rate of the head behind a prefix")
-    parser.add_argument("--baseline-lr", type=float, default=1e-1, help="learning rate of the head on its own")
-    # On a small or shared machine two threads that wait for each other are slower than one.
+    parser.add_argument("--lr", type=float, help="learning rate of the prefix (default: 3e-2, with an MLP 2e-3)")
+    # The outputs of the frozen pooler are small (0.05), so a head needs a high rate, and the highest without a prefix.
+    # All three rates were selected on the held-out sentences.
+    parser.add_argument("--head-lr", type=float, default=2e-2, help="learning rate of the head with a prefix")
+    parser.add_argument("--baseline-lr", type=float, default=1e-1, help="learning rate of the head alone")
+    # On a small or shared machine several threads that wait for each other are slower than one.
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    parser.add_argument("--limit", type=int, help="read only so many sentences of each intent, for a quick try")
+    parser.add_argument("--limit", type=int, help="use only this many sentences of each intent, for a quick try")
     args = parser.parse_args()
     if args.epochs < 1 or (args.limit is not None and args.limit < 2):
-        parser.error("--epochs must be at least 1, and --limit at least 2: one sentence to learn from, one held out")
+        parser.error("--epochs must be at least 1, and --limit at least 2: one training sentence, one held out")
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())) and not args.overwrite:
-        raise SystemExit(f"{args.output} is not empty: give another --output, or --overwrite to write into it.")
+        raise SystemExit(f"{args.output} is not empty: use another --output, or --overwrite to write into it.")
     if args.lr is None:
         args.lr = 2e-3 if args.prefix_projection else 3e-2
     return args
 
 
 def read(name, limit):
-    """The sentences of a file as `{intent: [sentence, ...]}`."""
+    """Return the sentences of a file as `{intent: [sentence, ...]}`."""
     by_intent = defaultdict(list)
     for line in (DATA / name).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -83,7 +83,7 @@ def read(name, limit):
 
 
 def load_base(intents):
-    """A fresh copy of the pretrained encoder. Its classifier is random: the checkpoint has none."""
+    """Load the pretrained encoder. Its classifier is random, because the checkpoint has none."""
     return AutoModelForSequenceClassification.from_pretrained(
         get_model_path(), label2id={intent: i for i, intent in enumerate(intents)}, id2label=dict(enumerate(intents))
     )
@@ -91,7 +91,7 @@ def load_base(intents):
 
 @torch.no_grad()
 def logits_of(model, tokenizer, pairs):
-    """The logits of `(text, label)` pairs, without dropout."""
+    """Return the logits of `(text, label)` pairs, without dropout."""
     model.eval()
     texts = [text for text, _ in pairs]
     batches = [tokenizer(texts[i : i + 50], padding=True, return_tensors="pt") for i in range(0, len(texts), 50)]
@@ -99,14 +99,14 @@ def logits_of(model, tokenizer, pairs):
 
 
 def score(logits, pairs):
-    """Accuracy and mean loss."""
+    """Return accuracy and mean loss."""
     labels = torch.tensor([label for _, label in pairs])
     accuracy = (logits.argmax(-1) == labels).float().mean().item()
     return accuracy, torch.nn.functional.cross_entropy(logits, labels).item()
 
 
 def train(accelerator, title, model, tokenizer, train_set, valid_set, rates, args):
-    """Train what has `requires_grad`, go back to the epoch that was best on `valid_set`, return the curves."""
+    """Train the parameters with `requires_grad`, restore the best epoch on `valid_set`, and return the curves."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups = defaultdict(list)
     for name, parameter in trained.items():
@@ -140,7 +140,7 @@ def train(accelerator, title, model, tokenizer, train_set, valid_set, rates, arg
         curves["loss"].append(total / len(loader))
         curves["accuracy"].append(valid_accuracy)
         progress.set_postfix(loss=curves["loss"][-1], validation=valid_accuracy)
-        rank = valid_accuracy, -valid_loss  # few sentences make many ties: the loss decides them
+        rank = valid_accuracy, -valid_loss  # with few sentences ties are frequent; the loss decides
         if best is None or rank > best[0]:
             best = rank, epoch + 1, {name: p.detach().clone() for name, p in trained.items()}
     progress.close()
@@ -174,11 +174,11 @@ def main():
     args = parse_args()
     torch.set_num_threads(args.threads)
     accelerator = Accelerator()
-    logging.set_verbosity_error()  # transformers reports the missing classifier, which we are about to train
+    logging.set_verbosity_error()  # suppress the warning about the missing classifier, which is trained below
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks for it by its old name
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT uses the old name
 
-    # The data: an eighth of the training sentences of each intent is held out, to choose the epoch.
+    # An eighth of the training sentences of each intent is held out for selecting the epoch.
     train_file, test_file = read("train.jsonl", args.limit), read("test.jsonl", args.limit)
     intents = list(train_file)
     train_set, valid_set, test_set = [], [], []
@@ -196,7 +196,7 @@ def main():
     rates = {"head": args.baseline_lr}
     baseline_result = train(accelerator, "head only", baseline, tokenizer, train_set, valid_set, rates, args)
 
-    # Ours: a prefix, and the same head, which PEFT trains and saves with any adapter of this task type.
+    # A prefix and the same head, which PEFT trains and saves with any adapter of this task type.
     set_seed(args.seed)
     config = PrefixTuningV2Config(
         task_type="SEQ_CLS", num_virtual_tokens=args.num_virtual_tokens, prefix_projection=args.prefix_projection
@@ -205,7 +205,7 @@ def main():
     rates = {"prefix": args.lr, "head": args.head_lr}
     prefix_result = train(accelerator, "prefix + head", model, tokenizer, train_set, valid_set, rates, args)
 
-    # The test set, once.
+    # Evaluate the test set once.
     logits = logits_of(model, tokenizer, test_set)
     baseline_result["test_accuracy"], _ = score(logits_of(baseline, tokenizer, test_set), test_set)
     prefix_result["test_accuracy"], _ = score(logits, test_set)
@@ -217,7 +217,7 @@ def main():
         accuracy, parameters, seconds = result["test_accuracy"], result["parameters"], result["seconds"]
         print(f"{title:15}{accuracy:15.3f}{parameters:20,}{seconds:9.0f}{result['best_epoch']:12}")
 
-    # Save the adapter: the prefix and the head, and not the encoder.
+    # Save the adapter: the prefix and the head, without the encoder.
     model.save_pretrained(args.output)
     draw(results, args.output / "curve.png")
     (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -225,11 +225,11 @@ def main():
     for path in sorted(args.output.iterdir()):
         print(f"{path.stat().st_size:12,} bytes  {path.name}")
 
-    # Load it onto a fresh encoder, whose own random classifier is another one: all has to come from the file.
+    # Load it onto a fresh encoder with another random classifier, so that all weights must come from the file.
     torch.manual_seed(args.seed + 1)
     loaded = PeftModel.from_pretrained(load_base(intents), args.output).to(accelerator.device)
     if not torch.equal(logits_of(loaded, tokenizer, test_set), logits):
-        raise SystemExit("The loaded adapter computes other logits than the trained model: this is a bug, report it.")
+        raise SystemExit("The loaded adapter gives other logits than the trained model. This is a bug: report it.")
     print(f"\nLoaded onto a fresh encoder: the same logits for all {len(test_set)} test sentences, bit for bit.")
     for text in SENTENCES:
         probabilities = logits_of(loaded, tokenizer, [(text, None)])[0].softmax(-1)

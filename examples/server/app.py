@@ -1,4 +1,4 @@
-"""A small server: requests for many adapters, computed together on one frozen base model.
+"""A small server that answers requests for many adapters in shared batches on one frozen base model.
 
     pip install "prefix-adapter[serve]"
     python examples/server/app.py --adapters runs --classifier bert-base-cased --generator Qwen/Qwen3-0.6B
@@ -6,12 +6,12 @@
     curl localhost:8000/classify --json '{"adapter": "intents", "text": "My card is gone."}'
     curl localhost:8000/generate --json '{"adapter": null, "prompt": "Once upon a time"}'
 
-Every folder in `--adapters` that holds an adapter can be asked for by its name. It is loaded when it is first asked
-for, and again when its files have changed. Requests that arrive while a batch is computed make up the next one,
-whatever adapters they ask for. GET /adapters, /metrics (Prometheus), /health/live, /health/ready and /docs say what
-there is and what happens. settings.py has all limits.
+A request names an adapter by its folder in `--adapters`. The adapter is loaded when it is first requested, and again
+when its files have changed. Requests that arrive while a batch is computed form the next batch, whatever their
+adapters. GET /adapters lists the adapters; /metrics (Prometheus), /health/live, /health/ready and /docs are for
+monitoring. settings.py has all limits.
 
-What this example leaves to a server of yours: who may ask, encryption, several machines, streaming.
+This example has no authentication, no encryption, no support for several machines, and no streaming.
 """
 
 from __future__ import annotations
@@ -48,15 +48,16 @@ log = logging.getLogger(__name__)
 
 BATCHES = prometheus.Histogram("batch_rows", "Rows of a batch.", buckets=[1, 2, 4, 8, 16, 32, 64], registry=REGISTRY)
 ADAPTERS = prometheus.Gauge("adapters", "Adapters in memory.", ["service"], registry=REGISTRY)
-ADAPTER_BYTES = prometheus.Gauge("adapter_bytes", "Bytes of them.", ["service"], registry=REGISTRY)
-WAITING = prometheus.Gauge("waiting", "Requests that wait for a batch.", ["service"], registry=REGISTRY)
+ADAPTER_BYTES = prometheus.Gauge("adapter_bytes", "Bytes of the adapters in memory.", ["service"], registry=REGISTRY)
+WAITING = prometheus.Gauge("waiting", "Requests waiting for a batch.", ["service"], registry=REGISTRY)
 READY = prometheus.Gauge("ready", "Whether the model's process answers.", ["service"], registry=REGISTRY)
 
-NAME = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$"  # of an adapter: a folder right under `--adapters`, no path
+# The name of an adapter: a folder directly under `--adapters`, not a path.
+NAME = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$"
 
 
 def unavailable(detail: str, seconds: int) -> HTTPException:
-    """A 503 that says when to ask again."""
+    """Return a 503 with the time after which to retry."""
     return HTTPException(503, detail, {"Retry-After": str(seconds)})
 
 
@@ -64,8 +65,8 @@ def unavailable(detail: str, seconds: int) -> HTTPException:
 
 
 @dataclass(eq=False)
-class Waiting:
-    """A request that waits for its answer; `row` is its number in the batch that is computed, if it is in it."""
+class WaitingRequest:
+    """A request that waits for its answer. `row` is its row in the running batch, or `None` if it is not in it."""
 
     adapter: str | None
     text: str
@@ -75,13 +76,13 @@ class Waiting:
 
 
 class Service:
-    """One base model in a process of its own, and the requests that wait for it.
+    """One base model in a separate process, and the requests that wait for it.
 
     Args:
         kind: `"classify"` or `"generate"`.
-        model: the base model's folder or name on the Hub.
-        adapters: the folder whose folders are adapters.
-        settings: the limits.
+        model: The base model's folder or name on the Hub.
+        adapters: The folder that contains the folders of the adapters.
+        settings: The limits.
     """
 
     def __init__(self, kind: str, model: str, adapters: Path, settings: Settings) -> None:
@@ -89,46 +90,50 @@ class Service:
         self.ready = False
         self.pid = 0
         self.loaded: dict[str, int] = {}
-        self.waiting: deque[Waiting] = deque()
+        self.waiting: deque[WaitingRequest] = deque()
         self.arrived = asyncio.Event()
-        self.process, self.gone = new_process(kind, model, adapters, settings)
+        self.process, self.abandoned = new_process(kind, model, adapters, settings)
 
-    # ---- Its process
+    # ---- The process
 
     async def call(self, method: str, *args: Any) -> Any:
-        """What a method of the worker returns; a BrokenExecutor if its process has ended."""
+        """Call a method of the worker and return its result.
+
+        Raises:
+            BrokenExecutor: If the process has ended.
+        """
         answer, self.loaded = await asyncio.get_running_loop().run_in_executor(self.process, call, method, *args)
         return answer
 
     async def start(self) -> None:
-        """Wait for the model.
+        """Wait until the model is loaded.
 
         Raises:
-            RuntimeError: if it cannot be loaded; the process has said why.
+            RuntimeError: If it cannot be loaded. The process has printed the reason.
         """
         try:
             self.pid = await self.call("ping")
         except BrokenExecutor as error:
-            raise RuntimeError(f"{self.model} could not be loaded. The lines above say why.") from error
+            raise RuntimeError(f"{self.model} could not be loaded. The lines above give the reason.") from error
         self.ready = True
 
     async def watch(self, stop: Callable[[], None]) -> None:
-        """Start another process when the model's has ended or hangs; stop the server when that is in vain."""
+        """Start a new process if the model's process has ended or hangs; stop the server if the new one fails too."""
         while True:
             await asyncio.sleep(0.2)
             try:
-                # Everybody who waits for a batch has given up after `answer_seconds`, which ends it.
+                # A batch ends at the latest when its requests have timed out after `answer_seconds`.
                 async with asyncio.timeout(2 * self.settings.answer_seconds):
                     await self.call("ping")
             except TimeoutError:
                 log.error("The process of %s (%d) hangs, and is killed.", self.model, self.pid)
                 os.kill(self.pid, signal.SIGKILL)
             except BrokenExecutor:
-                log.error("The process of %s (%d) has ended. Another one starts.", self.model, self.pid)
+                log.error("The process of %s (%d) has ended. A new one starts.", self.model, self.pid)
                 self.ready, self.loaded = False, {}
                 while self.waiting:
                     fail(self.waiting.popleft(), self.ended())
-                self.process, self.gone = new_process(self.kind, self.model, self.adapters, self.settings)
+                self.process, self.abandoned = new_process(self.kind, self.model, self.adapters, self.settings)
                 try:
                     await self.start()
                 except RuntimeError as error:
@@ -136,26 +141,26 @@ class Service:
                     return stop()
 
     def ended(self) -> HTTPException:
-        """The answer to those who wait when the process ends."""
-        return unavailable("The model's process has ended, and another one starts.", 10)
+        """Return the answer to requests that wait when the process ends."""
+        return unavailable("The model's process has ended, and a new one starts.", 10)
 
-    # ---- Its requests
+    # ---- The requests
 
     async def ask(self, adapter: str | None, text: str, max_new_tokens: int = 0) -> dict[str, Any]:
-        """The answer to a request, when its batch is done.
+        """Wait for the batch of a request and return the answer.
 
         Raises:
-            HTTPException: if there is none.
+            HTTPException: If there is no answer.
         """
         if len(text) > self.settings.max_characters:
-            raise HTTPException(422, f"A text may have {self.settings.max_characters:,} characters.")
+            raise HTTPException(422, f"The text is too long: at most {self.settings.max_characters:,} characters.")
         if max_new_tokens > self.settings.max_new_tokens:
             raise HTTPException(422, f"max_new_tokens: at most {self.settings.max_new_tokens}.")
         if not self.ready:
             raise self.ended()
         if len(self.waiting) >= self.settings.max_waiting:
             raise unavailable("Too many requests are waiting.", 1)
-        request = Waiting(adapter, text, max_new_tokens, asyncio.get_running_loop().create_future())
+        request = WaitingRequest(adapter, text, max_new_tokens, asyncio.get_running_loop().create_future())
         self.waiting.append(request)
         self.arrived.set()
         try:
@@ -166,27 +171,27 @@ class Service:
         finally:
             if request in self.waiting:
                 self.waiting.remove(request)
-            if request.row is not None:  # nobody waits for this row any more
-                self.gone[request.row] = 1
+            if request.row is not None:  # no client waits for this row any more
+                self.abandoned[request.row] = 1
         if "status" in answer:
             again = {"Retry-After": "1"} if answer["status"] == 503 else None
             raise HTTPException(answer["status"], answer["detail"], again)
         return answer
 
-    def next_batch(self) -> list[Waiting]:
-        """The requests that waited longest; of one adapter alone if batches are not mixed."""
+    def next_batch(self) -> list[WaitingRequest]:
+        """Take the requests that waited longest; only those for one adapter if batches are not mixed."""
         mixed, first = not self.settings.one_adapter_a_batch, self.waiting[0].adapter
         batch = [each for each in self.waiting if mixed or each.adapter == first][: self.settings.max_batch]
         for row, request in enumerate(batch):
             self.waiting.remove(request)
-            self.gone[row], request.row = 0, row
+            self.abandoned[row], request.row = 0, row
         return batch
 
     async def work(self) -> None:
-        """Have batch after batch computed, as long as the server runs."""
+        """Compute one batch after the other while the server runs."""
         while True:
             await self.arrived.wait()
-            # Those that were answered just now ask again.
+            # Clients that were just answered may send their next request.
             if len(self.waiting) < self.settings.max_batch:
                 await asyncio.sleep(self.settings.gather_seconds)
             if self.waiting:
@@ -194,8 +199,8 @@ class Service:
             if not self.waiting:
                 self.arrived.clear()
 
-    async def compute(self, batch: list[Waiting]) -> None:
-        """Have a batch computed, and hand out its answers."""
+    async def compute(self, batch: list[WaitingRequest]) -> None:
+        """Compute a batch and pass the answers to its requests."""
         BATCHES.observe(len(batch))
         questions = [Question(each.adapter, each.text, each.max_new_tokens, row) for row, each in enumerate(batch)]
         try:
@@ -216,8 +221,8 @@ class Service:
                 request.answer.set_result(answer)
 
 
-def fail(request: Waiting, error: Exception) -> None:
-    """Let a request that waits have an error."""
+def fail(request: WaitingRequest, error: Exception) -> None:
+    """Answer a waiting request with an error."""
     request.row = None
     if not request.answer.done():
         request.answer.set_exception(error)
@@ -227,7 +232,7 @@ def fail(request: Waiting, error: Exception) -> None:
 
 
 class Classify(BaseModel):
-    """What /classify takes."""
+    """The body of a request to /classify."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     adapter: str | None = Field(None, pattern=NAME, max_length=100, description="A folder's name; null: no adapter.")
@@ -235,7 +240,7 @@ class Classify(BaseModel):
 
 
 class Generate(BaseModel):
-    """What /generate takes."""
+    """The body of a request to /generate."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     adapter: str | None = Field(None, pattern=NAME, max_length=100, description="A folder's name; null: no adapter.")
@@ -244,23 +249,27 @@ class Generate(BaseModel):
 
 
 class StrictRequest(Request):
-    """A request whose body is JSON in UTF-8 as its specification has it; Python's parser takes more."""
+    """A request whose body must be strict JSON in UTF-8; Python's parser accepts more than the specification."""
 
     async def json(self) -> Any:
-        """The body; a 400 for duplicate keys, NaN, Infinity, and what is no JSON."""
+        """Return the parsed body.
+
+        Raises:
+            HTTPException: 400, for invalid JSON, duplicate keys, NaN and Infinity.
+        """
         try:
             text = (await self.body()).decode()
             return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             why = "it is nested too deeply" if isinstance(error, RecursionError) else printable(error)
-            raise HTTPException(400, f"The body is no valid JSON: {why}") from None
+            raise HTTPException(400, f"The body is not valid JSON: {why}") from None
 
 
 class StrictRoute(APIRoute):
-    """A route for JSON alone."""
+    """A route that accepts only JSON."""
 
     def get_route_handler(self) -> Any:
-        """FastAPI's, with a `StrictRequest`."""
+        """Return FastAPI's handler, called with a `StrictRequest`."""
         handle = super().get_route_handler()
 
         async def strict(request: Request) -> Any:
@@ -275,21 +284,21 @@ class StrictRoute(APIRoute):
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name occurs twice in an object")
+        raise ValueError("a key occurs twice in an object")
     return found
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def printable(value: Any) -> str:
-    """A text with parts of a stranger's, short and in ASCII."""
+    """Return untrusted text, shortened and in ASCII."""
     return str(value)[:200].encode("ascii", "backslashreplace").decode()
 
 
-async def say_what_is_wrong(_: Request, error: Exception) -> Response:
-    """A 422 in a sentence. FastAPI's own repeats what was sent, all of it, and fails on what JSON cannot hold."""
+async def answer_invalid_request(_: Request, error: Exception) -> Response:
+    """Return a 422 with a sentence. FastAPI's own answer repeats the whole input, and fails on invalid Unicode."""
     assert isinstance(error, RequestValidationError)
     problems = [
         f"{printable('.'.join(map(str, each['loc'][1:])) or 'body')}: {printable(each['msg'])}"
@@ -304,19 +313,19 @@ async def say_what_is_wrong(_: Request, error: Exception) -> Response:
 def create_app(
     classifier: Service | None = None, generator: Service | None = None, stop: Callable[[], None] = lambda: None
 ) -> Any:
-    """The ASGI application, with a path for each service that there is.
+    """Return the ASGI application, with a path for each service.
 
     Args:
-        classifier: for /classify.
-        generator: for /generate.
-        stop: ends the server; called when a model's process has ended and no other can be started.
+        classifier: The service of /classify.
+        generator: The service of /generate.
+        stop: Ends the server. Called when a model's process has ended and no new one can be started.
     """
     services = {each.kind: each for each in (classifier, generator) if each is not None}
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> Any:
         for each in services.values():
-            await each.start()  # the model is in memory, or the server does not start
+            await each.start()  # the server starts only if the model can be loaded
         tasks = [asyncio.create_task(task) for each in services.values() for task in (each.work(), each.watch(stop))]
         yield
         for task in tasks:
@@ -326,7 +335,7 @@ def create_app(
 
     app = FastAPI(title="Many adapters on one base model", lifespan=lifespan)
     app.router.route_class = StrictRoute
-    app.add_exception_handler(RequestValidationError, say_what_is_wrong)
+    app.add_exception_handler(RequestValidationError, answer_invalid_request)
 
     if classifier is not None:
 
@@ -369,14 +378,14 @@ def create_app(
 
 
 def names_in(adapters: Path) -> list[str]:
-    """The adapters that can be asked for."""
+    """Return the names of the adapters on disk."""
     return sorted(
         path.parent.name for path in adapters.glob("*/adapter_config.json") if re.fullmatch(NAME, path.parent.name)
     )
 
 
 def uvicorn_options(settings: Settings) -> dict[str, Any]:
-    """What uvicorn has settings for."""
+    """Return the limits that uvicorn has settings for."""
     return {
         "http": partial(Protocol, settings),
         "ws": "none",
@@ -391,9 +400,9 @@ def uvicorn_options(settings: Settings) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Load the base models, and serve."""
+    """Load the base models and serve requests."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--adapters", type=Path, required=True, help="folder whose folders are adapters")
+    parser.add_argument("--adapters", type=Path, required=True, help="folder with the folders of the adapters")
     parser.add_argument("--classifier", help="base model of the adapters for sequence classification")
     parser.add_argument("--generator", help="base model of the adapters for causal language modelling")
     parser.add_argument("--host", default="127.0.0.1")
@@ -401,9 +410,9 @@ def main() -> None:
     Settings.add_to(parser)
     args = parser.parse_args()
     if not args.adapters.is_dir():
-        parser.error(f"--adapters: there is no folder {args.adapters}")
+        parser.error(f"--adapters: the folder {args.adapters} does not exist")
     if not (args.classifier or args.generator):
-        parser.error("give --classifier or --generator, or both")
+        parser.error("pass --classifier or --generator, or both")
     settings = Settings.of(args)
     services = {
         option: Service(kind, name, args.adapters, settings)

@@ -1,8 +1,8 @@
 """Limits on connections and bodies, and a count of every answer.
 
-uvicorn bounds the size of headers, idle connections and the time to shut down. It does not bound the time until
-headers or a body are there, nor the time that a client may leave an answer unread, and its own answers (400, 503) are
-seen by no application. `Protocol` and `Limits` add what is missing.
+uvicorn limits the size of headers, idle connections and the time to shut down. It does not limit the time until
+headers or a body have arrived, nor the time that a client may leave an answer unread. The application does not see
+uvicorn's own answers (400, 503). `Protocol` and `Limits` add the missing limits.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 REGISTRY = prometheus.CollectorRegistry()
 REQUESTS = prometheus.Counter("requests", "Answers by path and status.", ["path", "status"], registry=REGISTRY)
 SECONDS = prometheus.Histogram("request_seconds", "Seconds until the answer.", ["path"], registry=REGISTRY)
-OTHER = "other"  # the label of all paths that the server does not have
-VANISHED = 499  # counted where a client closed its connection before the answer, as nginx does
+OTHER = "other"  # the label of all unknown paths
+DISCONNECTED = 499  # counted if a client closes its connection before the answer, as in nginx
 
 
 class Protocol(H11Protocol):
@@ -40,11 +40,11 @@ class Protocol(H11Protocol):
         self.write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Refuse the connection if there are too many, and start to wait for its first request."""
+        """Reject the connection if there are too many, and start the timer for its first request."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # `pause_writing` is called as soon as the client reads too slowly
         if len(self.connections) > self.settings.max_connections:
-            self.refuse(503, "There are too many connections.")
+            self.reject(503, "There are too many connections.")
         self.expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -55,38 +55,38 @@ class Protocol(H11Protocol):
                 timer.cancel()
 
     def expect_head(self) -> None:
-        """Close the connection if no further request has begun when `head_seconds` are over."""
+        """Close the connection if no new request has begun after `head_seconds`."""
         if self.head_timer is not None:
             self.head_timer.cancel()
         earlier = self.cycle
 
         def late() -> None:
             if self.cycle is earlier:
-                self.refuse(408, "The headers of the request took too long.")
+                self.reject(408, "The headers of the request took too long.")
 
         self.head_timer = self.loop.call_later(self.settings.head_seconds, late)
 
     def on_response_complete(self) -> None:
-        """Start to wait for the next request; with pipelining it may already be there."""
+        """Start the timer for the next request; with pipelining it may have arrived already."""
         self.expect_head()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
-        """Drop a client that does not read."""
+        """Start the timer that drops a client that does not read."""
         super().pause_writing()
         self.write_timer = self.loop.call_later(self.settings.write_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """The client reads."""
+        """Stop the timer, because the client reads."""
         super().resume_writing()
         if self.write_timer is not None:
             self.write_timer.cancel()
 
     def send_400_response(self, msg: str) -> None:
-        """What uvicorn does with invalid HTTP, also in the middle of an answer."""
-        self.refuse(400, msg)
+        """Answer invalid HTTP; uvicorn calls this even in the middle of an answer."""
+        self.reject(400, msg)
 
-    def refuse(self, status: int, detail: str) -> None:
+    def reject(self, status: int, detail: str) -> None:
         """Answer without the application, and close the connection."""
         if self.transport.is_closing():
             return
@@ -101,29 +101,30 @@ class Protocol(H11Protocol):
 
 
 class Limits:
-    """ASGI middleware: bounds the size of headers and the size and time of a body, and cancels work for a client that
-    has gone.
+    """ASGI middleware that limits the size of headers and the size and time of a body.
+
+    It also cancels the work for a client that has disconnected.
     """
 
     def __init__(self, app: Any, settings: Settings) -> None:
         self.app, self.settings = app, settings
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        # uvicorn's limit is for headers that arrive in several pieces.
+        # uvicorn's own limit applies only to headers that arrive in several pieces.
         if sum(map(len, [scope["raw_path"], scope["query_string"], *sum(scope["headers"], ())])) > (
             self.settings.max_head_bytes
         ):
-            return await self.refuse(431, "The headers of the request are too large.", receive, send)
+            return await self.reject(431, "The headers of the request are too large.", receive, send)
         try:
             async with asyncio.timeout(self.settings.body_seconds):
                 body = await self.read(scope, receive)
         except TimeoutError:
-            return await self.refuse(408, "The body of the request took too long.", receive, send)
+            return await self.reject(408, "The body of the request took too long.", receive, send)
         except ValueError as error:
-            return await self.refuse(413, str(error), receive, send)
+            return await self.reject(413, str(error), receive, send)
         if body is None:
             return None
         messages = [{"type": "http.request", "body": body, "more_body": False}]
@@ -143,10 +144,10 @@ class Limits:
             group.cancel_scope.cancel()
 
     async def read(self, scope: Any, receive: Any) -> bytes | None:
-        """The body; `None` if the client has gone.
+        """Return the body, or `None` if the client has disconnected.
 
         Raises:
-            ValueError: if it is too large, at once if the headers say so.
+            ValueError: If the body is too large; at once if the headers announce that.
         """
         body = bytearray()
         self.check_size(next((int(value) for name, value in scope["headers"] if name == b"content-length"), 0))
@@ -163,13 +164,13 @@ class Limits:
     def check_size(self, size: int) -> None:
         """Raise a ValueError if a body is too large."""
         if size > self.settings.max_body_bytes:
-            raise ValueError(f"The body of a request may have {self.settings.max_body_bytes:,} bytes.")
+            raise ValueError(f"The body is too large: at most {self.settings.max_body_bytes:,} bytes.")
 
-    async def refuse(self, status: int, detail: str, receive: Any, send: Any) -> None:
+    async def reject(self, status: int, detail: str, receive: Any, send: Any) -> None:
         """Answer without the application, and close the connection.
 
-        Many clients read no answer while they send. What they send is thrown away for a while, since a connection
-        that is closed with unread bytes is reset, and a reset can destroy the answer.
+        Many clients read no answer while they send. Their data is read and discarded for `body_seconds`: closing a
+        connection with unread bytes resets it, and a reset can destroy the answer.
         """
         answer = JSONResponse({"detail": detail}, status, {"Connection": "close"})
         await send({"type": "http.response.start", "status": status, "headers": answer.raw_headers})
@@ -184,13 +185,13 @@ class Limits:
 
 
 class Counting:
-    """ASGI middleware: counts answers and their seconds. It is around the application, so that it sees a 500 too."""
+    """ASGI middleware that counts answers and their seconds. It wraps the application, so that it also sees a 500."""
 
     def __init__(self, app: Any, paths: set[str]) -> None:
         self.app, self.paths = app, paths
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started, answered = time.perf_counter(), False
@@ -206,4 +207,4 @@ class Counting:
 
         await self.app(scope, receive, count)
         if not answered:
-            REQUESTS.labels(path, VANISHED).inc()
+            REQUESTS.labels(path, DISCONNECTED).inc()

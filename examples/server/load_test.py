@@ -1,16 +1,16 @@
-"""Mixed batches beside one adapter at a time: the example server under load, on this machine.
+"""Load test of the example server: mixed batches compared with one adapter at a time, on this machine.
 
     python examples/server/load_test.py --classifier MODEL --generator MODEL --report docs/serving-load.md
 
-For each number of adapters random ones are made for the base model, as large as trained ones, with heads of different
-sizes. Three servers are started: one mixes adapters in a batch; one puts the requests of one adapter into a batch; one
-makes a batch of each request. Closed-loop clients, which draw an adapter and a text for each request, ask one server,
-then the next, in turns. With one adapter the first two do the same: how far they are apart there says how exact the
-figures are.
+For each number of adapters the test creates random adapters of the size of trained ones, with heads of different
+sizes. It starts three servers: one mixes adapters in a batch, one puts only requests for one adapter into a batch, and
+one makes a batch of each request. Closed-loop clients draw an adapter and a text for each request and use the servers
+in turns. With one adapter the first two servers do the same, so the difference between them shows the precision of the
+figures.
 
-Each answer is compared with the one that the adapter gave when it was made, alone on its model. Among the requests are
-wrong ones, which must get their status, and ones whose client closes the connection at once. A run is bounded by
-`--seconds` and `--requests`; the exit status is 1 if an answer was wrong.
+Each answer is compared with the answer of the adapter alone on its model. Some requests are invalid and must get the
+right status. For some requests the client closes the connection at once. `--seconds` and `--requests` limit a run. The
+exit status is 1 if an answer was wrong.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ CLASSES = {
     "classify": ("classifier", transformers.AutoModelForSequenceClassification, "SEQ_CLS"),
     "generate": ("generator", transformers.AutoModelForCausalLM, "CAUSAL_LM"),
 }
-# The servers that are compared: what each is called, and started with.
+# The compared servers: name in the report, and options.
 SERVERS = {
     "mixed": ("mixed", []),
     "by_adapter": ("a batch for each adapter", ["--one-adapter-a-batch"]),
     "by_request": ("a batch for each request", ["--max-batch", "1"]),
 }
-HEADS = [2, 3, 7, 5]  # labels of the adapters' heads, in turn; the base model has 3
+HEADS = [2, 3, 7, 5]  # numbers of labels of the adapters' heads, in turn; the base model has 3
 TEXTS = {
     "classify": [
         "I still have not received my new card, when will it arrive?",
@@ -59,7 +59,7 @@ TEXTS = {
     "generate": ["Once upon a time there was a", "Lily went to the park with her mum. They saw a big dog and"],
 }
 NEW_TOKENS = 64
-# Bodies that must be refused, and with what. In ten requests of a client one is of these, and one is not waited for.
+# Invalid bodies and the status that each must get. One in ten requests is invalid, and one in ten is abandoned.
 WRONG: list[tuple[bytes, int]] = [
     (b'{"adapter": "no-such-adapter", "%s": "w"}', 404),
     (b'{"adapter": "../../etc", "%s": "w"}', 422),
@@ -73,30 +73,34 @@ WRONG: list[tuple[bytes, int]] = [
 
 @dataclass
 class Tally:
-    """What the clients of a run have seen."""
+    """The results of the clients of a run."""
 
     answered: int = 0
     latencies: list[float] = field(default_factory=list)
-    refused: int = 0
-    vanished: int = 0
+    rejected: int = 0
+    abandoned: int = 0
     wrong: list[str] = field(default_factory=list)
 
     def add(self, other: Tally) -> None:
-        """Take in another run's."""
+        """Add the results of another run."""
         self.answered += other.answered
         self.latencies += other.latencies
-        self.refused += other.refused
-        self.vanished += other.vanished
+        self.rejected += other.rejected
+        self.abandoned += other.abandoned
         self.wrong += other.wrong
 
 
 def key_of(path: str) -> str:
-    """What the text of a request is called."""
+    """Return the key of the text in a request."""
     return "text" if path == "classify" else "prompt"
 
 
 def make_adapters(folder: Path, name: str, path: str, count: int) -> dict[tuple[str, str], Any]:
-    """Save the base model, and random adapters of 20 tokens; for each adapter and text, what it answers alone."""
+    """Save the base model and random adapters of 20 tokens.
+
+    Returns:
+        (adapter, text) -> the answer of the adapter alone.
+    """
     _, auto_class, task_type = CLASSES[path]
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     torch.manual_seed(0)
@@ -124,7 +128,7 @@ def make_adapters(folder: Path, name: str, path: str, count: int) -> dict[tuple[
 
 @torch.inference_mode()
 def answer_alone(model: Any, ids: torch.Tensor, labels: list[Any]) -> Any:
-    """What a model answers to a single row: label and probability, or new tokens."""
+    """Return a model's answer to a single row: label and probability, or new tokens."""
     if "CAUSAL_LM" in str(model.peft_config["default"].task_type):
         return model.generate(input_ids=ids, max_new_tokens=NEW_TOKENS, do_sample=False)[0, ids.shape[1] :]
     probabilities = model(input_ids=ids).logits[0].softmax(-1)
@@ -133,14 +137,14 @@ def answer_alone(model: Any, ids: torch.Tensor, labels: list[Any]) -> Any:
 
 
 def right(path: str, expected: Any, answer: dict[str, Any]) -> bool:
-    """Whether an answer is the expected one."""
+    """Return whether an answer is the expected one."""
     if path == "generate":
         return answer == {"text": expected}
     return answer["label"] == expected[0] and math.isclose(answer["probability"], expected[1], abs_tol=1e-4)
 
 
 def start(folder: Path, path: str, options: list[str]) -> tuple[subprocess.Popen, str]:
-    """A server, and its address."""
+    """Start a server; return its process and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -162,15 +166,15 @@ def start(folder: Path, path: str, options: list[str]) -> tuple[subprocess.Popen
 
 
 def load(address: str, path: str, adapters: int, answers: dict, args: argparse.Namespace, seconds: float) -> Tally:
-    """What clients see who ask for some seconds, each again when it is answered."""
+    """Run closed-loop clients for some seconds and return their results."""
     end = time.perf_counter() + seconds
     names = [f"{path}-{number}" for number in range(adapters)]
 
     def client(number: int) -> Tally:
         tally = Tally()
-        # The standard library's: httpx, which looks through all connections for each request, would be the bottleneck.
+        # Not httpx: it searches all connections for each request and would be the bottleneck.
         http = HTTPConnection(address, timeout=120)
-        # Drawn: clients that went through the adapters in order, and were answered together, would ask for the same.
+        # Random, because clients that go through the adapters in order would soon request the same adapter together.
         drawn = random.Random(number)
         for _ in range(args.requests):
             if (started := time.perf_counter()) > end:
@@ -179,10 +183,10 @@ def load(address: str, path: str, adapters: int, answers: dict, args: argparse.N
             body: Any = {"adapter": adapter, key_of(path): text}
             body = json.dumps({**body, "max_new_tokens": NEW_TOKENS} if path == "generate" else body)
             if chance < 0.1:
-                gone = HTTPConnection(address, timeout=120)
-                gone.request("POST", f"/{path}", body, {"Content-Type": "application/json"})
-                gone.close()
-                tally.vanished += 1
+                abandoned = HTTPConnection(address, timeout=120)
+                abandoned.request("POST", f"/{path}", body, {"Content-Type": "application/json"})
+                abandoned.close()
+                tally.abandoned += 1
                 continue
             status = 200
             if chance < 0.2:
@@ -192,9 +196,9 @@ def load(address: str, path: str, adapters: int, answers: dict, args: argparse.N
             response = http.getresponse()
             found = response.read()
             if response.status != status:
-                tally.wrong.append(f"{response.status} instead of {status}: {found[:200]!r}")
+                tally.wrong.append(f"status {response.status} instead of {status}: {found[:200]!r}")
             elif status != 200:
-                tally.refused += 1
+                tally.rejected += 1
             else:
                 finished = time.perf_counter()
                 tally.answered += finished <= end
@@ -211,7 +215,7 @@ def load(address: str, path: str, adapters: int, answers: dict, args: argparse.N
 
 
 def measure(args: argparse.Namespace, path: str) -> list[dict]:
-    """The servers at each number of adapters."""
+    """Measure the servers with each number of adapters."""
     results = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -239,8 +243,8 @@ def measure(args: argparse.Namespace, path: str) -> list[dict]:
                         "spread": max(rates[name]) - min(rates[name]),
                         "seconds": [cuts[49], cuts[94], cuts[98]],
                         "compared": len(total.latencies),
-                        "refused": total.refused,
-                        "vanished": total.vanished,
+                        "rejected": total.rejected,
+                        "abandoned": total.abandoned,
                         "wrong": total.wrong,
                     }
                     print(json.dumps(result), flush=True)
@@ -253,27 +257,32 @@ def measure(args: argparse.Namespace, path: str) -> list[dict]:
 
 
 def report(args: argparse.Namespace, results: list[dict], before: float) -> str:
-    """The figures as a page."""
+    """Return the figures as a page."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, encoding="utf-8", check=False
     )
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    columns = ["request", "adapters", "batches", "requests/s", "mixed over it", "median, s", "95%, s", "99%, s"]
-    columns += ["compared", "wrong", "refused", "gone"]
+    columns = ["request", "adapters", "batches", "requests/s", "mixed / this", "median, s", "95%, s", "99%, s"]
+    columns += ["compared", "wrong", "rejected", "abandoned"]
     lines = [
         "# The example server under load",
         "",
         "<!-- Written by examples/server/load_test.py. -->",
         "",
-        f"{args.clients} clients on the same machine ({machine}), each with one request at a time; one torch thread; "
-        f"batches of up to 64; adapters of 20 tokens, with heads of {', '.join(map(str, sorted(HEADS)))} labels. "
-        f"Requests per second: median of {args.turns} turns of {args.seconds:g} s, the servers in turns, and half the "
-        "distance of the fastest and slowest. Seconds: from sending a request to having its answer. Each answer was "
-        "compared with the adapter's own, computed alone. One request in ten was a wrong one, to be refused with the "
-        "right status; one in ten was given up by its client at once. Clients and servers share the cores. The "
-        f"machine's load average was {before:.1f} before the start and {os.getloadavg()[0]:.1f} at the end, its own "
-        f"load included. torch {torch.__version__}, transformers {transformers.__version__}, commit "
-        f"{commit.stdout.strip()}. {args.note}".strip(),
+        "This page shows the throughput and latency of the [example server](serving.md#a-server) under load, for "
+        "mixed batches and for batches with one adapter or one request.",
+        "",
+        f"- **Setup**: {args.clients} clients on the same machine ({machine}), each with one request at a time; one "
+        "torch thread; batches of up to 64; adapters of 20 tokens, with heads of "
+        f"{', '.join(map(str, sorted(HEADS)))} labels. Clients and servers share the cores. The machine's "
+        f"load average was {before:.1f} before the start and {os.getloadavg()[0]:.1f} at the end, with this test. "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, commit {commit.stdout.strip()}.",
+        f"- **Requests per second**: median of {args.turns} turns of {args.seconds:g} s, and half the difference of "
+        "the fastest and slowest turn. The servers take turns.",
+        "- **Seconds**: from sending a request to receiving its answer.",
+        "- **Checks**: each answer was compared with the answer of the adapter alone. One request in ten was invalid "
+        "and had to be rejected with the right status; one in ten was abandoned by its client at once.",
+        *([f"- **Note**: {args.note}"] if args.note else []),
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
@@ -284,7 +293,7 @@ def report(args: argparse.Namespace, results: list[dict], before: float) -> str:
         ratio = mixed[each["path"], each["adapters"]]["requests_per_second"] / rate
         cells = [each["path"], each["adapters"], SERVERS[each["server"]][0], f"{rate:.0f} ± {each['spread'] / 2:.0f}"]
         cells += ["" if each["server"] == "mixed" else f"{ratio:.1f}", *(f"{cut:.2f}" for cut in each["seconds"])]
-        cells += [each["compared"], len(each["wrong"]), each["refused"], each["vanished"]]
+        cells += [each["compared"], len(each["wrong"]), each["rejected"], each["abandoned"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
@@ -296,15 +305,15 @@ def main() -> None:
     parser.add_argument("--generator", help="base model for /generate")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 8, 64], help="numbers of adapters")
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--requests", type=int, default=1000, help="of a client in a turn at most")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of a turn")
+    parser.add_argument("--requests", type=int, default=1000, help="maximum number of requests of a client in a turn")
+    parser.add_argument("--seconds", type=float, default=8.0, help="length of a turn")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--note", default="", help="for the page: which models, and what else the machine did")
+    parser.add_argument("--note", default="", help="text for the page: the models, and other load on the machine")
     parser.add_argument("--report", type=Path, help="write the figures as a page")
     args = parser.parse_args()
     paths = [path for path, (option, *_) in CLASSES.items() if getattr(args, option)]
     if not paths:
-        parser.error("give --classifier or --generator, or both")
+        parser.error("pass --classifier or --generator, or both")
     before = os.getloadavg()[0]
     results = [result for path in paths for result in measure(args, path)]
     page = report(args, results, before)

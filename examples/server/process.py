@@ -1,7 +1,7 @@
-"""The model's process. It is one of its own so that Python has a core for the model and another for HTTP.
+"""The process of the model. A separate process lets Python use one core for the model and another for HTTP.
 
-What passes between the two processes is text, numbers and lists; errors are sentences, as not every exception survives
-the way. The server's own process never imports torch.
+Only text, numbers and lists pass between the processes. Errors are passed as sentences, because not every exception
+can be pickled. The server's own process never imports torch.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from settings import Settings
 
 @dataclass(frozen=True)
 class Question:
-    """What a batch has in a row.
+    """One row of a batch.
 
     Attributes:
-        adapter: the name of an adapter's folder, `None` for the base model.
-        text: what is to be classified or continued.
-        max_new_tokens: how many tokens to generate.
-        row: its number in the batch that the server has sent.
+        adapter: The name of an adapter's folder; `None` for the base model.
+        text: The text to classify or to continue.
+        max_new_tokens: The number of tokens to generate.
+        row: The number of the row in the server's batch.
     """
 
     adapter: str | None
@@ -39,15 +39,15 @@ def new_process(kind: str, name: str, adapters: Path, settings: Settings) -> tup
     """Start a process with a worker.
 
     Returns:
-        The process, for `submit(call, ...)`, and the worker's `gone`, which both processes share.
+        The process, for `submit(call, ...)`, and the worker's array `abandoned`, which both processes share.
     """
-    context = get_context("spawn")  # CUDA wants a process that is not forked
-    gone = context.RawArray("b", settings.max_batch)
-    return ProcessPoolExecutor(1, context, _start, (kind, name, adapters, settings, gone)), gone
+    context = get_context("spawn")  # CUDA does not work in a forked process
+    abandoned = context.RawArray("b", settings.max_batch)
+    return ProcessPoolExecutor(1, context, _start, (kind, name, adapters, settings, abandoned)), abandoned
 
 
 def call(method: str, *args: Any) -> tuple[Any, dict[str, int]]:
-    """In the model's process: what a method of the worker returns, and the adapters in memory."""
+    """Call a method of the worker, in the model's process; return its result and the adapters in memory."""
     return getattr(_worker, method)(*args), _worker.loaded()
 
 
@@ -56,7 +56,8 @@ _worker: Any = None
 
 def _start(*args: Any) -> None:
     global _worker
-    # The server ends this process once all is answered; a terminal or a service manager would signal both at once.
+    # The server ends this process after its last answer. A terminal or a service manager signals both processes at
+    # once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -66,7 +67,7 @@ def _start(*args: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """End if the server was killed: nobody else would end this process."""
+    """End this process when the server has ended, even if it was killed."""
     parent = parent_process()
     assert parent is not None
     parent.join()

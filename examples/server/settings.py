@@ -1,4 +1,4 @@
-"""The server's settings: every bound on what a stranger can ask of it. Each is an option of app.py."""
+"""The limits of the server. Each is an option of app.py."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ def _setting(default: Any, description: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """Bounds on connections, requests, batches and adapters."""
+    """Limits on connections, requests, batches and adapters."""
 
     # A connection.
     max_connections: int = _setting(500, "open connections; keep it below the limit on open files (`ulimit -n`)")
-    max_head_bytes: int = _setting(16_384, "of a request's first line and headers")
-    head_seconds: float = _setting(10.0, "until the headers of a request are there")
-    write_seconds: float = _setting(10.0, "that a client may leave an answer unread")
-    keep_alive_seconds: int = _setting(5, "that a connection may be idle between two requests; less than head_seconds")
+    max_head_bytes: int = _setting(16_384, "bytes of a request's first line and headers")
+    head_seconds: float = _setting(10.0, "seconds until the headers of a request have arrived")
+    write_seconds: float = _setting(10.0, "seconds that a client may leave an answer unread")
+    keep_alive_seconds: int = _setting(5, "seconds a connection may be idle between requests; below head_seconds")
     # A request.
-    max_body_bytes: int = _setting(262_144, "of a request's body")
-    body_seconds: float = _setting(10.0, "until the body of a request is there")
-    max_characters: int = _setting(20_000, "of a text, before it is tokenised")
-    max_new_tokens: int = _setting(256, "that a request may generate")
-    answer_seconds: float = _setting(60.0, "until a request is answered, or given up with a 503")
-    # Requests that wait, and those that are computed together.
-    max_waiting: int = _setting(256, "requests that wait for a batch; a 503 for more")
+    max_body_bytes: int = _setting(262_144, "bytes of a request's body")
+    body_seconds: float = _setting(10.0, "seconds until the body of a request has arrived")
+    max_characters: int = _setting(20_000, "characters of a text")
+    max_new_tokens: int = _setting(256, "tokens that a request may generate")
+    answer_seconds: float = _setting(60.0, "seconds until a request is answered, or rejected with a 503")
+    # Waiting requests and batches.
+    max_waiting: int = _setting(256, "requests that may wait for a batch; more are rejected with a 503")
     max_batch: int = _setting(64, "rows of a batch")
-    gather_seconds: float = _setting(0.01, "that a batch waits for more requests")
+    gather_seconds: float = _setting(0.01, "seconds that a batch waits for more requests")
     one_adapter_a_batch: bool = _setting(False, "do not mix adapters in a batch; for comparison")
     # The adapters and the models.
-    max_bytes: int = _setting(2**30, "of the adapters in memory, for each base model")
-    max_virtual_tokens: int = _setting(1024, "of an adapter; each row of a batch pays for them")
-    threads: int = _setting(0, "of torch, for each base model; 0 leaves the number to torch")
-    shutdown_seconds: int = _setting(30, "that requests in flight get after SIGTERM")
+    max_bytes: int = _setting(2**30, "bytes of the adapters in memory, for each base model")
+    max_virtual_tokens: int = _setting(1024, "virtual tokens of an adapter; each row of a batch computes them")
+    threads: int = _setting(0, "threads of torch, for each base model; 0 keeps torch's default")
+    shutdown_seconds: int = _setting(30, "seconds for requests in flight after SIGTERM")
 
     @classmethod
     def add_to(cls, parser: argparse.ArgumentParser) -> None:
@@ -50,5 +50,5 @@ class Settings:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Settings:
-        """The settings among parsed options."""
+        """Return the settings from parsed options."""
         return cls(**{each.name: getattr(args, each.name) for each in fields(cls)})

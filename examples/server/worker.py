@@ -1,7 +1,7 @@
-"""A base model, its adapters, and the batches that they answer: what runs in the model's process (process.py).
+"""The worker in the model's process (process.py): a base model, its adapters, and the batches that they answer.
 
-An adapter's folder is a stranger's. Nothing in it chooses code, a model or a path: the weights are safetensors, which
-`AdapterPool` checks against the base model, and of `recipe.yaml` only the labels and the kind of problem are read.
+An adapter's folder is untrusted. Nothing in it can select code, a model or a path. The weights are safetensors, which
+`AdapterPool` checks against the base model. Only the labels and the kind of problem are read from `recipe.yaml`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
 FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RECIPE)
-MAX_TEXT_FILE = 100_000  # bytes of a config or a recipe: Python parses YAML at a few hundred KB a second
-SETTLED = 0.05  # seconds: a file system may give two changes within some milliseconds the same time
+MAX_TEXT_FILE = 100_000  # bytes of a config or a recipe; Python parses only some hundred KB of YAML per second
+SETTLED = 0.05  # seconds; a file system may record the same time for two changes within some milliseconds
 
 TASKS = {"classify": "SEQ_CLS", "generate": "CAUSAL_LM"}
 AUTO_CLASSES = {
@@ -42,12 +42,12 @@ AUTO_CLASSES = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """What answers need to know of an adapter in memory.
+    """An adapter in memory.
 
     Attributes:
-        stamp: of its files when they were read; `None` for the base model.
-        labels: of its head, in the order of the outputs.
-        shift: positions that are lost to its prefix.
+        stamp: The stamp of its files when they were read; `None` for the base model.
+        labels: The labels of its head, in the order of the outputs.
+        shift: The number of positions that its prefix takes.
     """
 
     stamp: Stamp | None
@@ -57,7 +57,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Row:
-    """A question that can be computed: token ids, the adapter's folder for the pool, and the positions there are."""
+    """A question ready for the model: token ids, the adapter's folder for the pool, and the available positions."""
 
     question: Question
     folder: str | None
@@ -66,8 +66,8 @@ class Row:
     limit: float
 
 
-class Refusal(Exception):
-    """A question that gets another status than 200, and a sentence."""
+class Rejection(Exception):
+    """Raised for a question that is rejected, with a status and a sentence."""
 
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(status, detail)
@@ -79,11 +79,11 @@ class Worker:
 
     Args:
         kind: `"classify"` or `"generate"`.
-        model: the base model.
-        tokenizer: its tokenizer.
-        adapters: the folder whose folders are adapters.
-        settings: the server's.
-        gone: for each row of a batch, whether nobody waits for its answer any more; set by the server.
+        model: The base model.
+        tokenizer: Its tokenizer.
+        adapters: The folder that contains the folders of the adapters.
+        settings: The limits.
+        abandoned: For each row of a batch, 1 if no client waits for its answer any more; set by the server.
     """
 
     def __init__(
@@ -93,69 +93,69 @@ class Worker:
         tokenizer: Any,
         adapters: Path,
         settings: Settings,
-        gone: Sequence[int] | None = None,
+        abandoned: Sequence[int] | None = None,
     ) -> None:
         self.pool = AdapterPool(model, settings.max_bytes, max_virtual_tokens=settings.max_virtual_tokens)
         self.tokenizer, self.settings = tokenizer, settings
-        self.kind, self.gone = kind, [0] * settings.max_batch if gone is None else gone
-        # Absolute: the pool takes a relative path that does not exist for a name on the Hub.
+        self.kind, self.abandoned = kind, [0] * settings.max_batch if abandoned is None else abandoned
+        # Absolute, because the pool takes a relative path that does not exist as a name on the Hub.
         self.root = adapters.resolve()
         self.base = Adapter(None, [model.config.id2label[index] for index in range(model.config.num_labels)], 0)
         self.limit = positions_of(model) or tokenizer.model_max_length
         self.adapters: dict[str, Adapter] = {}
-        self.refused: dict[str, tuple[Stamp, int, str]] = {}
+        self.rejected: dict[str, tuple[Stamp, int, str]] = {}
 
     def ping(self) -> int:
-        """The process's id, once the model is in memory."""
+        """Return the id of the process; it answers once the model is in memory."""
         return os.getpid()
 
     def loaded(self) -> dict[str, int]:
-        """The adapters in memory, and their bytes."""
+        """Return the adapters in memory and their bytes."""
         return {Path(key).name: found.num_bytes for key, found in self.pool.loaded.items()}
 
     # ---- Adapters
 
     def find(self, name: str) -> Adapter:
-        """An adapter that is in memory and is what its folder holds now.
+        """Return an adapter in memory that equals the current content of its folder; load it if necessary.
 
         Raises:
-            Refusal: if there is none, or it cannot be used. It is tried again when its files have changed.
+            Rejection: If there is none, or it cannot be used. It is tried again when its files have changed.
         """
         folder = self.root / name
         stamp = stamp_of(folder)
         in_memory = str(folder) in self.pool.loaded
         if in_memory and self.adapters[name].stamp == stamp:
-            self.pool.load(folder)  # so that it is not the first to be dropped
+            self.pool.load(folder)  # marks it as recently used
             return self.adapters[name]
         if in_memory:
             self.pool.remove(folder)
         if stamp.files[0] is None:
-            raise Refusal(404, f"There is no adapter {name!r}; GET /adapters lists them.")
-        if name not in self.refused or self.refused[name][0] != stamp:
-            self.refused.pop(name, None)
+            raise Rejection(404, f"There is no adapter {name!r}; GET /adapters lists them.")
+        if name not in self.rejected or self.rejected[name][0] != stamp:
+            self.rejected.pop(name, None)
             time.sleep(max(0.0, min(SETTLED, stamp.newest + SETTLED - time.time())))
             try:
                 self.adapters[name] = self.load(folder, stamp)
             except (OSError, MemoryError) as error:
-                self.refused[name] = stamp, 503, f"Adapter {name!r} cannot be loaded now: {self.say(error)}"
-            except BaseException as error:  # a panic of a library in Rust is no Exception
-                self.refused[name] = stamp, 422, f"Adapter {name!r} cannot be used: {self.say(error)}"
+                self.rejected[name] = stamp, 503, f"Adapter {name!r} cannot be loaded now: {self.error_text(error)}"
+            except BaseException as error:  # a panic in a Rust library is not an Exception
+                self.rejected[name] = stamp, 422, f"Adapter {name!r} cannot be used: {self.error_text(error)}"
             if stamp_of(folder) != stamp:
-                self.refused[name] = stamp, 503, f"Adapter {name!r} is being written; ask again."
-        if name in self.refused:
+                self.rejected[name] = stamp, 503, f"Adapter {name!r} is being written; retry."
+        if name in self.rejected:
             if str(folder) in self.pool.loaded:
                 self.pool.remove(folder)
-            _, status, detail = self.refused[name]
-            if status == 503:  # the next request tries again, whether the files have changed or not
-                del self.refused[name]
-            raise Refusal(status, detail)
+            _, status, detail = self.rejected[name]
+            if status == 503:  # the next request tries again, even if the files have not changed
+                del self.rejected[name]
+            raise Rejection(status, detail)
         return self.adapters[name]
 
     def load(self, folder: Path, stamp: Stamp) -> Adapter:
-        """Have an adapter in memory.
+        """Load an adapter into memory.
 
         Raises:
-            Exception: if it cannot be; it may be in the pool all the same.
+            Exception: If it cannot be used. It may be in the pool nevertheless.
         """
         for name in FILES:
             path = (folder / name).resolve()
@@ -167,10 +167,10 @@ class Worker:
                 raise ValueError(f"its {name} has more than {MAX_TEXT_FILE:,} bytes.")
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, PrefixTuningV2Config):
-            raise ValueError("it is of another method.")
-        # All adapters of a pool are for one task, and the first would decide for which.
+            raise ValueError("it is an adapter of another method.")
+        # All adapters of a pool have one task. Without this check the first adapter would decide it.
         if config.task_type != TASKS[self.kind]:
-            raise ValueError(f"it is for the task {config.task_type}, and not for {TASKS[self.kind]}.")
+            raise ValueError(f"it is for the task {config.task_type}, not for {TASKS[self.kind]}.")
         shift = config.num_virtual_tokens if config.shift_positions else 0
         if self.kind == "generate":
             self.pool.load(folder)
@@ -179,86 +179,86 @@ class Worker:
         return Adapter(stamp, self.labels_of_head(self.pool.load(folder).num_labels, labels), shift)
 
     def labels_of_head(self, size: int | None, labels: list[Any] | None) -> list[Any]:
-        """The labels of an adapter's head: the recipe's, or the base model's, or the numbers of the outputs.
+        """Return the labels of an adapter's head: those of the recipe or base model, or the indices of the outputs.
 
         Args:
-            size: outputs of the adapter's own head; `None` if it has the base model's.
-            labels: the recipe's, if there are any.
+            size: The number of outputs of the adapter's own head; `None` if it uses the base model's head.
+            labels: The labels of the recipe; `None` if it has none.
 
         Raises:
-            ValueError: if the recipe's are not as many as the head's outputs.
+            ValueError: If the number of labels differs from the number of outputs.
         """
         count = len(self.base.labels) if size is None else size
         if labels is not None and len(labels) != count:
             raise ValueError(f"its {RECIPE} has {len(labels)} labels, and its head {count} outputs.")
         return labels or (self.base.labels if size is None else list(range(count)))
 
-    def say(self, error: BaseException) -> str:
-        """An error for a stranger: short, and without the paths of this machine."""
-        words = str(error) or type(error).__name__
-        return words.replace(f"{self.root}{os.sep}", "")[:500]
+    def error_text(self, error: BaseException) -> str:
+        """Return an error's text for clients: short, and without paths of this machine."""
+        text = str(error) or type(error).__name__
+        return text.replace(f"{self.root}{os.sep}", "")[:500]
 
     # ---- Batches
 
     def answer(self, batch: list[Question]) -> list[dict[str, Any]]:
-        """An answer for each question; one with a `status` and a `detail` where something is wrong."""
+        """Return an answer for each question. The answer of a rejected question has a `status` and a `detail`."""
         try:
-            # Once for each adapter, so that all rows of a batch mean the same version of it.
-            found = {name: self.try_to_find(name) for name in dict.fromkeys(each.adapter for each in batch)}
+            # Once per adapter, so that all rows of a batch use the same version of it.
+            found = {name: self.find_or_rejection(name) for name in dict.fromkeys(each.adapter for each in batch)}
             prepared = [self.prepare(each, found[each.adapter]) for each in batch]
             rows = [row for row in prepared if isinstance(row, Row)]
             if len(batch) == 1 or self.fit_together(rows):
                 compute = self.classify if self.kind == "classify" else self.generate
                 computed = iter(compute(rows) if rows else [])
                 return [next(computed) if isinstance(row, Row) else row for row in prepared]
-        except BaseException as error:  # a panic of a library in Rust is no Exception
+        except BaseException as error:  # a panic in a Rust library is not an Exception
             log.error("The model failed on a batch of %d: %s", len(batch), error, exc_info=error)
             if len(batch) == 1:
                 return [{"status": 500, "detail": "The model failed on this request; see the server's log."}]
-        middle = len(batch) // 2  # the rows do not fit together, or one of them is to blame
+        middle = len(batch) // 2  # the rows do not fit together, or one of them caused the error
         return self.answer(batch[:middle]) + self.answer(batch[middle:])
 
     def fit_together(self, rows: list[Row]) -> bool:
-        """Whether each row has the positions that the longest ones need, and all adapters fit into memory."""
+        """Return whether each row has enough positions for the width of the batch, and all adapters fit in memory."""
         width = max((len(row.input_ids) for row in rows), default=0)
         width += max((row.question.max_new_tokens for row in rows), default=0)
         loaded = {None, *self.pool.loaded}
         return all(width <= row.limit and row.folder in loaded for row in rows)
 
-    def try_to_find(self, name: str | None) -> Adapter | Refusal:
-        """`find`, which also knows the base model, with what it raises as a value."""
+    def find_or_rejection(self, name: str | None) -> Adapter | Rejection:
+        """Return the adapter of a name, the base model for `None`, or the `Rejection` that `find` raises."""
         if name is None:
             return self.base
         try:
             return self.find(name)
-        except Refusal as error:
+        except Rejection as error:
             return error
 
-    def prepare(self, question: Question, adapter: Adapter | Refusal) -> Row | dict[str, Any]:
-        """A row of a batch, or the answer to a question that is refused."""
-        if isinstance(adapter, Refusal):
+    def prepare(self, question: Question, adapter: Adapter | Rejection) -> Row | dict[str, Any]:
+        """Return a row of a batch, or the answer to a rejected question."""
+        if isinstance(adapter, Rejection):
             return adapter.answer
         if self.kind == "classify" and len(adapter.labels) < 2:
-            return Refusal(422, "The head has one output, a number; this server answers with labels.").answer
+            return Rejection(422, "The head has one output, for regression; this server answers with labels.").answer
         input_ids = self.tokenizer(question.text, verbose=False)["input_ids"]
         limit = self.limit - adapter.shift
         if not input_ids or len(input_ids) + question.max_new_tokens > limit:
-            moved = f"; its prefix takes {adapter.shift} of its positions" if adapter.shift else ""
-            return Refusal(
+            moved = f"; the prefix takes {adapter.shift} positions" if adapter.shift else ""
+            return Rejection(
                 422,
-                f"The text has {len(input_ids)} tokens, and {question.max_new_tokens} new ones are asked for. The "
-                f"model takes 1 to {limit} in all{moved}.",
+                f"The text has {len(input_ids)} tokens, and the request asks for {question.max_new_tokens} new ones. "
+                f"The model takes 1 to {limit} in all{moved}.",
             ).answer
         folder = None if question.adapter is None else str(self.root / question.adapter)
         return Row(question, folder, adapter.labels, input_ids, limit)
 
     def classify(self, rows: list[Row]) -> list[dict[str, Any]]:
-        """Label and probability."""
+        """Return the label and its probability for each row."""
         inputs = self.tokenizer.pad({"input_ids": [row.input_ids for row in rows]}, return_tensors="pt")
         logits = self.pool([row.folder for row in rows], **inputs.to(self.pool.model.device)).logits
         answers = []
         for row, scores in zip(rows, logits.float().cpu(), strict=True):
-            # Behind the outputs of a row's own head there is padding, if another row has a larger head.
+            # If another row has a larger head, the outputs of this row end with padding.
             probabilities = scores[: len(row.labels)].softmax(-1).tolist()
             best = max(range(len(row.labels)), key=probabilities.__getitem__)
             if not math.isfinite(probabilities[best]):
@@ -267,14 +267,14 @@ class Worker:
         return answers
 
     def generate(self, rows: list[Row]) -> list[dict[str, Any]]:
-        """The greedy continuation."""
+        """Return the greedy continuation of each row."""
         ids = {"input_ids": [row.input_ids for row in rows]}
         inputs = self.tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(self.pool.model.device)
         width = inputs["input_ids"].shape[1]
 
         def finished(tokens: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
             count = tokens.shape[1] - width
-            over = [count >= row.question.max_new_tokens or bool(self.gone[row.question.row]) for row in rows]
+            over = [count >= row.question.max_new_tokens or bool(self.abandoned[row.question.row]) for row in rows]
             return torch.tensor(over, device=tokens.device)
 
         tokens = self.pool.generate(
@@ -297,11 +297,11 @@ class Worker:
 
 @dataclass(frozen=True)
 class Stamp:
-    """What tells whether the files of an adapter have changed.
+    """The state of an adapter's files, for detecting changes.
 
     Attributes:
-        files: for each of `FILES` its identity, size and times; `None` where there is none.
-        newest: the last change.
+        files: For each of `FILES` its identity, size and times; `None` if it does not exist.
+        newest: The time of the last change.
     """
 
     files: tuple[tuple[int, ...] | None, ...]
@@ -309,7 +309,7 @@ class Stamp:
 
 
 def stamp_of(folder: Path) -> Stamp:
-    """The stamp of an adapter's folder."""
+    """Return the stamp of an adapter's folder."""
     stats = []
     for name in FILES:
         try:
@@ -321,7 +321,7 @@ def stamp_of(folder: Path) -> Stamp:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: a small file with them can stand for billions of items."""
+    """A YAML loader without aliases: with them a small file can expand to billions of items."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -330,10 +330,10 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def read_labels(path: Path) -> list[Any] | None:
-    """The labels that an adapter was trained with, if its folder has the recipe and the recipe has labels.
+    """Return the labels in an adapter's recipe; `None` if there is no recipe or it has no labels.
 
     Raises:
-        ValueError: if the recipe cannot be read, or the adapter was not trained to answer with one of several labels.
+        ValueError: If the recipe cannot be read, or the adapter was not trained to answer with one of several labels.
     """
     if not path.is_file():
         return None
@@ -355,7 +355,7 @@ def read_labels(path: Path) -> list[Any] | None:
 
 
 def is_label(value: Any) -> bool:
-    """Whether a value is a label that can be put into JSON."""
+    """Return whether a value is a label that JSON can represent."""
     if isinstance(value, str):
         return len(value) <= 1000 and not any("\ud800" <= letter <= "\udfff" for letter in value)
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
@@ -364,16 +364,16 @@ def is_label(value: Any) -> bool:
 # ---- The base model
 
 
-def make_worker(kind: str, name: str, adapters: Path, settings: Settings, gone: Sequence[int]) -> Worker:
-    """A worker with the base model of a name, on the GPU if there is one."""
+def make_worker(kind: str, name: str, adapters: Path, settings: Settings, abandoned: Sequence[int]) -> Worker:
+    """Load the base model, on the GPU if there is one, and return its worker."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     model = AUTO_CLASSES[kind].from_pretrained(name).to("cuda" if torch.cuda.is_available() else "cpu")
-    return Worker(kind, model, load_tokenizer(name), adapters, settings, gone)
+    return Worker(kind, model, load_tokenizer(name), adapters, settings, abandoned)
 
 
 def load_tokenizer(name: str) -> Any:
-    """A tokenizer that can pad."""
+    """Return a tokenizer that can pad."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -381,9 +381,9 @@ def load_tokenizer(name: str) -> Any:
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """How many tokens a model takes, if its config says so."""
+    """Return the number of tokens that a model takes; `None` if its config does not say."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():
         if limit and name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return limit - module.padding_idx - 1  # RoBERTa's positions start behind that of padding
+            return limit - module.padding_idx - 1  # RoBERTa's positions start after that of padding
     return limit

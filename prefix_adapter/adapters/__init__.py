@@ -1,1 +1,1 @@
-"""Saved adapters: convert, exchange and publish them, start a new one from them, and serve many of them."""
+"""Saved adapters: read, convert and publish them, initialize a new one from them, and serve many of them."""

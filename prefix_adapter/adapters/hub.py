@@ -1,23 +1,20 @@
-"""Publishing an adapter on the Hub."""
+"""Upload of an adapter to the Hub."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, HfApi
+from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..messages import shorten
 
-if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
-    from peft import PeftModel
-
-
-_NOT_PUBLISHED = ["checkpoints/*", "logs/*", ".*"]
+# Files of a training run that are not uploaded.
+_IGNORED_FILES = ["checkpoints/*", "logs/*", ".*"]
 
 
 def push_to_hub(
@@ -28,36 +25,43 @@ def push_to_hub(
     token: str | bool | None = None,
     **kwargs: Any,
 ) -> CommitInfo:
-    """Upload a model's adapters, or a saved adapter's folder, with the card that says how to load them.
+    """Upload the adapters of a model, or the folder of a saved adapter, with the model card on how to load them.
 
-    `model.push_to_hub` uploads the same weights, but puts a card of transformers' in the place of PEFT's and ours.
+    `model.push_to_hub` uploads the same weights, but replaces this model card by one of transformers.
 
     Args:
-        adapter: a model wrapped by PEFT, or the folder of a saved adapter. A training run's checkpoints and logs stay
-            where they are.
-        repo_id: the repository's name on the Hub, `user/name`; it is created if it does not exist.
-        private: whether a new repository is private; the user's or organisation's default if `None`.
-        token: the Hub token; the one that was logged in with if `None`.
-        **kwargs: passed on to `huggingface_hub.HfApi.upload_folder` (`commit_message`, `revision`, `create_pr`, ...).
+        adapter: A model wrapped by PEFT, or the folder of a saved adapter. The checkpoints and logs of a training run
+            are not uploaded.
+        repo_id: The repository's name on the Hub, `user/name`. It is created if it does not exist.
+        private: Whether a new repository is private; the default of the user or organisation if `None`.
+        token: The Hub token; the token of the last login if `None`.
+        **kwargs: Arguments of `huggingface_hub.HfApi.upload_folder` (`commit_message`, `revision`, `create_pr`, ...).
 
     Returns:
         The commit.
 
     Raises:
-        ValueError: if the folder holds no adapter, or a link to something outside of it, which would be uploaded.
+        ValueError: If the folder has no adapter, or has a link to a file outside of it, which would be uploaded.
+        huggingface_hub.errors.HfHubHTTPError: If the Hub rejects the upload.
+
+    Example:
+        ```python
+        push_to_hub("runs/ner", "user/ner", private=True)
+        ```
     """
     if isinstance(adapter, (str, os.PathLike)):
         missing = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (Path(adapter) / name).is_file()]
         if missing:
             raise ValueError(f"{adapter} holds no adapter: it has no {' and no '.join(missing)}.")
-        inside = Path(adapter).resolve()
-        out = [path for path in Path(adapter).rglob("*") if not path.resolve().is_relative_to(inside)]
-        if out:
+        root = Path(adapter).resolve()
+        outside = [path for path in Path(adapter).rglob("*") if not path.resolve().is_relative_to(root)]
+        if outside:
             raise ValueError(
-                f"{shorten(str(out[0]))} is a link to {shorten(str(out[0].resolve()))}, outside of the adapter's "
-                "folder, and that would be uploaded. Copy what is meant to be published, or remove the link."
+                f"{shorten(str(outside[0]))} is a link to {shorten(str(outside[0].resolve()))}, outside of the "
+                "adapter's folder, and the upload would include that file. Copy the file into the folder, or remove "
+                "the link."
             )
-    options = {"commit_message": "Upload prefix adapter", "ignore_patterns": _NOT_PUBLISHED, **kwargs}
+    options = {"commit_message": "Upload prefix adapter", "ignore_patterns": _IGNORED_FILES, **kwargs}
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,9 +1,8 @@
-"""Many adapters on one frozen base model: loaded when they are asked for, mixed in a batch, dropped when unused."""
+"""Many adapters on one frozen base model: loaded on first use, mixed in a batch, removed when memory is short."""
 
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -20,23 +19,24 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapp
 from torch import nn
 
 from ..config import PrefixTuningV2Config
-from ..files.check import SAVED, check_embeddings, check_size
-from ..files.source import Source, open_weights
+from ..files.check import check_embeddings, check_size
+from ..files.contents import SAVED_ROOT
 from ..model import PrefixTuningV2Model
-from ..prefix.layer import LAYER_NAME, PREFIX
-from ..prefix.rollback import drop_adapter, remove_layer
-from .saved import load_config
+from ..prefix.names import LAYER_NAME
+from .saved import PREFIX_ROOT, AnyPath, open_adapter
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter that is in memory.
+    """An adapter in the memory of a pool.
 
     Attributes:
-        name: what it is called in the model.
-        num_bytes: of its prefix and head in memory.
-        num_labels: outputs of its task head; `None` without one.
-        task_type: PEFT's, as its config says.
+        name: Its name in the model.
+        num_bytes: The bytes of its prefix and task head in memory.
+        num_labels: The number of outputs of its task head; `None` without one.
+        task_type: PEFT's task type in its config.
     """
 
     name: str
@@ -48,27 +48,26 @@ class LoadedAdapter:
 class AdapterPool:
     """Adapters of one frozen base model, for inference from any number of threads.
 
-    An adapter is called by its folder, or by its name on the Hub, and is loaded when a batch first asks for it. Each
-    row of a batch names its own; a batch is computed in one forward pass whatever adapters it mixes. When the adapters
-    in memory have more than `max_bytes`, those that were not asked for the longest time are dropped. MLPs are folded.
+    The folder of an adapter, or its name on the Hub, identifies it. It is loaded by the first batch that names it.
+    Each row of a batch has its own adapter, and one forward pass computes the whole batch. When the adapters in memory
+    exceed `max_bytes`, the least recently used ones are removed. MLPs are folded.
 
-    Adapters may differ in all that a config says, and in the number of labels of their heads: in a batch of
-    several, logits that a row's own head does not have are `-inf`.
+    Adapters may differ in every setting and in the number of labels. In a batch with several numbers of labels, logits
+    that a row's own head does not have are `-inf`.
 
-    Calls take turns: a model computes one batch at a time, and loading waits for it. Hub downloads do not.
+    The model computes one batch at a time, and loads no adapter meanwhile. Downloads from the Hub run in parallel.
 
     Args:
-        model: the base model, with the task head that the adapters are for. It is wrapped in place, and is to be used
-            through the pool alone.
-        max_bytes: of the prefixes and heads in memory; no bound if `None`. While an adapter is loaded it may be in
-            memory besides.
-        max_virtual_tokens: the longest prefix that is loaded; no bound if `None`. A row pays for each virtual token
-            at every token that it reads or writes, and so do the other rows of its batch.
-        max_labels: the largest task head that is loaded; no bound if `None`. The logits of all rows of a batch get as
-            many columns as its largest head has.
+        model: The base model with the task head of the adapters. It is wrapped in place; use it through the pool only.
+        max_bytes: The bytes of all prefixes and heads in memory; no bound if `None` (default). The adapter that is
+            being loaded may exceed it for a moment.
+        max_virtual_tokens: The longest prefix that may be loaded (default 1024); no bound if `None`. Every virtual
+            token costs time at each token that any row of the batch reads or writes.
+        max_labels: The largest task head that may be loaded (default 10,000); no bound if `None`. The logits of all
+            rows of a batch have as many columns as its largest head.
 
     Raises:
-        ValueError: if one of the bounds is not a positive integer.
+        ValueError: If a bound is not a positive integer.
 
     Example:
         ```python
@@ -91,89 +90,91 @@ class AdapterPool:
         self.model, self.max_bytes = model.eval(), max_bytes
         self.max_virtual_tokens, self.max_labels = max_virtual_tokens, max_labels
         self._peft_model: PeftModel | None = None
-        # The one that was asked for last is the last.
+        # The most recently used adapter is the last.
         self._loaded: OrderedDict[str, LoadedAdapter] = OrderedDict()
         self._count = 0
-        # Layers of the base model's heads that are replaced while an adapter is loaded, by their paths.
-        self._heads: dict[str, nn.Linear] = {}
-        # Of the model, its adapters and the above: taken for every look at them and every batch.
+        # The base model's own head layers by path, while resized ones replace them for loading.
+        self._replaced_heads: dict[str, nn.Linear] = {}
+        # Guards the model and all attributes above, for every batch and every change.
         self._lock = threading.RLock()
 
     # ---- Adapters
 
     @property
     def loaded(self) -> dict[str, LoadedAdapter]:
-        """The adapters in memory, by what they are called; the one that would be dropped first is first."""
+        """The adapters in memory by folder or Hub name, the least recently used one first."""
         with self._lock:
             return dict(self._loaded)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all adapters in memory."""
+        """The bytes of all adapters in memory."""
         with self._lock:
             return sum(adapter.num_bytes for adapter in self._loaded.values())
 
-    def load(self, adapter: str | os.PathLike[str]) -> LoadedAdapter:
-        """Have an adapter in memory, ahead of the first batch that asks for it.
+    def load(self, adapter: AnyPath) -> LoadedAdapter:
+        """Load an adapter before the first batch that names it.
 
         Args:
-            adapter: its folder, or its name on the Hub.
+            adapter: The adapter's folder, or its name on the Hub.
 
         Raises:
-            ValueError: if it is damaged or of another method, does not fit the base model or the task of the other
-                adapters, or has more than `max_bytes`, `max_virtual_tokens` or `max_labels`; the pool is what it was.
-            FileNotFoundError: if there is none.
-            OSError: if the Hub cannot be reached.
+            ValueError: If it is damaged or belongs to another method, does not fit the base model or the task of the
+                other adapters, or exceeds `max_bytes`, `max_virtual_tokens` or `max_labels`; the pool is then
+                unchanged.
+            FileNotFoundError: If there is no such adapter.
+            OSError: If the Hub cannot be reached.
         """
         key = str(adapter)
         with self._lock:
             if key in self._loaded:
                 self._loaded.move_to_end(key)
                 return self._loaded[key]
-        folder = _folder_of(key)  # a download, if it is one, does not hold up other batches
+        folder = _find_folder(key)  # without the lock: other batches need not wait
         with self._lock:
             return self._load(key, folder)
 
-    def remove(self, adapter: str | os.PathLike[str]) -> None:
-        """Drop an adapter; asked for again, it is read again.
+    def remove(self, adapter: AnyPath) -> None:
+        """Remove an adapter from memory. The next batch that names it loads it again.
 
         Raises:
-            KeyError: if it is not in memory.
+            KeyError: If it is not in memory.
         """
         with self._lock:
             del self._loaded[str(adapter)]
-            self._sweep()
+            self._clean_model()
 
-    def _sweep(self) -> None:
-        """Take every adapter out of the model that is not among those in memory, and put its own heads back.
+    def _clean_model(self) -> None:
+        """Remove adapters that are not in `_loaded` from the model, and restore the base model's heads.
 
-        After an error or an interruption the model may have such adapters, whatever was under way.
+        An error or an interruption while an adapter is loaded may leave the model in such a state.
         """
         layer: Any = getattr(self.model, LAYER_NAME, None)
         names = [adapter.name for adapter in self._loaded.values()]
         found = [] if layer is None else layer.adapter_names
-        if set(found) == set(names) and not self._heads and (layer is not None) == bool(names):
+        if set(found) == set(names) and not self._replaced_heads and (layer is not None) == bool(names):
             return
-        _put_back(self.model, self._heads)
+        _restore_heads(self.model, self._replaced_heads)
         for name in set(found) - set(names):
-            drop_adapter(layer, name)
+            layer.drop_adapter(name)
         if names:
-            # PEFT keeps no tuner without an active adapter.
+            # A tuner of PEFT always has an active adapter.
             self._peft().set_adapter(names[0], inference_mode=True)
             return
         self._peft_model = None
         if hasattr(self.model, LAYER_NAME):
-            remove_layer(layer)
+            layer.detach()
 
     def _load(self, key: str, folder: Path | None) -> LoadedAdapter:
-        self._sweep()
+        """Return an adapter from memory, or load it and remove the least recently used ones beyond `max_bytes`."""
+        self._clean_model()
         if key not in self._loaded:
             try:
-                found = self._loaded[key] = self._insert(folder or _folder_of(key))
+                found = self._loaded[key] = self._insert(folder or _find_folder(key))
                 self._check_bound(key, "bytes", found.num_bytes, "max_bytes")
             except BaseException:
                 self._loaded.pop(key, None)
-                self._sweep()
+                self._clean_model()
                 raise
             for other in [each for each in self._loaded if each != key]:
                 if self.max_bytes is None or self.num_bytes <= self.max_bytes:
@@ -183,31 +184,29 @@ class AdapterPool:
         return self._loaded[key]
 
     def _insert(self, folder: Path) -> LoadedAdapter:
-        config = load_config(folder, PrefixTuningV2Config)
+        """Check an adapter's files, and put the adapter into the model."""
+        saved = open_adapter(folder, PrefixTuningV2Config)
+        config, task = saved.config, saved.task_type
         others = {adapter.task_type for adapter in self._loaded.values()}
-        task = config.task_type and str(getattr(config.task_type, "value", config.task_type))
         if others - {task}:
             raise ValueError(
-                f"{folder} is an adapter for {task}, and those in the pool are for {others.pop()}: one model has one "
-                "kind of head. Use a pool for each."
+                f"{folder} is an adapter for {task}, and the adapters in the pool are for {others.pop()}: a model has "
+                "one kind of head. Use a pool for each."
             )
         self._check_bound(folder, "virtual tokens", config.num_virtual_tokens, "max_virtual_tokens")
-        weights = Source.of(folder).weights()
-        with open_weights(weights) as file:
-            found = {
-                key.removeprefix(SAVED): tuple(file.get_slice(key).get_shape())
-                for key in file.keys()  # noqa: SIM118 (a handle, not a mapping)
-            }
-        check_size(self.model, found.values())
-        shapes = {key: shape for key, shape in found.items() if f".{PREFIX}" not in key}
-        self._check_bound(folder, "bytes", _least_bytes(self.model, found), "max_bytes")
-        labels = [shape[0] for path, shape in _labels(self.model, shapes)]
+        shapes = {key: shape for key, (shape, _) in saved.read_header().items()}
+        check_size(self.model, shapes.values())
+        self._check_bound(folder, "bytes", _min_bytes(self.model, shapes), "max_bytes")
+        head_shapes = {
+            key.removeprefix(SAVED_ROOT): shape for key, shape in shapes.items() if not key.startswith(PREFIX_ROOT)
+        }
+        labels = [shape[0] for _, shape in _label_layers(self.model, head_shapes)]
         self._check_bound(folder, "labels", max(labels, default=0), "max_labels")
-        check_embeddings(weights, self.model, config.modules_to_save or (), "all adapters of the pool")
+        check_embeddings(saved.weights_path, self.model, config.modules_to_save or (), "all adapters of the pool")
         name = f"adapter{self._count}"
         self._count += 1
         device = next((str(parameter.device) for parameter in self.model.parameters()), "cpu")
-        num_labels = _fit_heads(self.model, shapes, self._heads)
+        num_labels = _resize_heads(self.model, head_shapes, self._replaced_heads)
         try:
             if self._peft_model is None:
                 self._peft_model = PeftModel.from_pretrained(self.model, str(folder), name, torch_device=device)
@@ -217,17 +216,17 @@ class AdapterPool:
             if str(folder) in str(error):
                 raise
             raise ValueError(f"{folder} cannot be loaded: {error}") from error
-        _put_back(self.model, self._heads)
+        _restore_heads(self.model, self._replaced_heads)
         if config.prefix_projection:
             self._tuner.fold_adapter(name)
         self._peft_model.eval()
         sizes = [p.numel() * p.element_size() for key, p in self.model.named_parameters() if f".{name}." in key]
         return LoadedAdapter(name, sum(sizes), num_labels, task)
 
-    def _check_bound(self, adapter: Any, what: str, number: int, bound: str) -> None:
+    def _check_bound(self, adapter: AnyPath, unit: str, number: int, bound: str) -> None:
         limit = getattr(self, bound)
         if limit is not None and number > limit:
-            raise ValueError(f"{adapter} has {number:,} {what}; `{bound}` of the pool is {limit:,}.")
+            raise ValueError(f"{adapter} has {number:,} {unit}; `{bound}` of the pool is {limit:,}.")
 
     def _peft(self) -> PeftModel:
         assert self._peft_model is not None
@@ -240,37 +239,51 @@ class AdapterPool:
 
     # ---- Batches
 
-    def __call__(self, adapters: Sequence[str | os.PathLike[str] | None], **inputs: Any) -> Any:
-        """The model's output for a batch in which each row has an adapter of its own.
+    def __call__(self, adapters: Sequence[AnyPath | None], **inputs: Any) -> Any:
+        """Run the model on a batch in which each row has its own adapter.
 
         Args:
-            adapters: for each row an adapter's folder or name on the Hub, or `None` for the base model.
-            **inputs: what the model takes: `input_ids` `[batch, tokens]`, `attention_mask`, ...
+            adapters: For each row an adapter's folder or name on the Hub, or `None` for the base model.
+            **inputs: The model's arguments: `input_ids` `[batch, tokens]`, `attention_mask`, ...
+
+        Returns:
+            The model's output.
 
         Raises:
-            ValueError: if the adapters of the batch do not fit into `max_bytes` together, or their number is not that
-                of the rows; and see `load`.
+            ValueError: If the adapters of the batch exceed `max_bytes` together, their number is not the number of
+                rows, or one of them cannot be loaded (see `load`).
         """
-        with self._names(adapters, inputs), torch.inference_mode():
+        with self._use_adapters(adapters, inputs), torch.inference_mode():
             return self.model(**inputs)
 
-    def generate(self, adapters: Sequence[str | os.PathLike[str] | None], **inputs: Any) -> Any:
-        """As calling the pool, for the model's `generate`."""
+    def generate(self, adapters: Sequence[AnyPath | None], **inputs: Any) -> Any:
+        """Run the model's `generate` on a batch in which each row has its own adapter.
+
+        Args:
+            adapters: As for calling the pool.
+            **inputs: The arguments of `generate`.
+
+        Returns:
+            The output of `generate`.
+
+        Raises:
+            ValueError: As for calling the pool.
+        """
         generate: Any = self.model.generate
-        with self._names(adapters, inputs), torch.inference_mode():
+        with self._use_adapters(adapters, inputs), torch.inference_mode():
             return generate(**inputs)
 
     @contextmanager
-    def _names(self, adapters: Sequence[str | os.PathLike[str] | None], inputs: dict[str, Any]) -> Iterator[None]:
-        """Hold the model, with every row's adapter in memory and in effect."""
+    def _use_adapters(self, adapters: Sequence[AnyPath | None], inputs: dict[str, Any]) -> Iterator[None]:
+        """Lock the model, and load and activate the adapter of each row."""
         keys = [None if adapter is None else str(adapter) for adapter in adapters]
         needed = dict.fromkeys(key for key in keys if key is not None)
         loaded = self.loaded
-        folders = {key: _folder_of(key) for key in needed if key not in loaded}
+        folders = {key: _find_folder(key) for key in needed if key not in loaded}
         with self._lock:
-            self._sweep()
+            self._clean_model()
             total = sum(self._load(key, folders.get(key)).num_bytes for key in needed)
-            if needed.keys() - self._loaded.keys():  # loading one has dropped another
+            if needed.keys() - self._loaded.keys():  # loading one has removed another
                 raise ValueError(
                     f"The adapters of this batch have {total:,} bytes together; `max_bytes` is {self.max_bytes:,}. "
                     "Use smaller batches, or a larger bound."
@@ -283,8 +296,8 @@ class AdapterPool:
                 yield
 
 
-def _folder_of(adapter: str) -> Path:
-    """An adapter's folder, in the Hub's cache if it comes from there."""
+def _find_folder(adapter: str) -> Path:
+    """Return an adapter's folder. An adapter from the Hub is downloaded into its cache."""
     folder = Path(adapter)
     if folder.is_dir():
         return folder
@@ -294,32 +307,50 @@ def _folder_of(adapter: str) -> Path:
         raise FileNotFoundError(f"There is no adapter {adapter!r}: no such folder, and none on the Hub.") from error
 
 
-def _place(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module around the one of a path, and its name in it; of a wrapped head the base model's own."""
+def _find_layer(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Return the parent of the module at `path`, and its attribute there; for a wrapped head the base model's own."""
     *above, last = path.split(".")
     parent = model
     for part in above:
-        parent = parent.get_submodule(part)  # the path is of a file, and names modules alone
+        parent = parent.get_submodule(part)  # not getattr: the path comes from an untrusted file
         if isinstance(parent, ModulesToSaveWrapper):
             parent = parent.original_module
     child = getattr(parent, last, None)
     return (child, "original_module") if isinstance(child, ModulesToSaveWrapper) else (parent, last)
 
 
-def _fit_heads(model: Any, shapes: dict[str, tuple[int, ...]], replaced: dict[str, nn.Linear]) -> int | None:
-    """Let the base model's head have as many labels as an adapter's has, which PEFT makes by copying the base model's.
+def _label_layers(model: Any, shapes: dict[str, Shape]) -> Iterator[tuple[str, Shape]]:
+    """Yield the path, and the shape in the file, of each linear layer of the head with one output per label.
+
+    Tensors that do not fit the model are skipped here. Loading the adapter rejects them.
+    """
+    for key, shape in shapes.items():
+        path, _, kind = key.rpartition(".")
+        try:
+            parent, name = _find_layer(model, path)
+        except AttributeError:
+            continue
+        layer = getattr(parent, name, None)
+        if kind != "weight" or not isinstance(layer, nn.Linear) or layer.out_features != model.config.num_labels:
+            continue
+        if len(shape) == 2 and shape[1] == layer.in_features:
+            yield path, shape
+
+
+def _resize_heads(model: Any, shapes: dict[str, Shape], replaced: dict[str, nn.Linear]) -> int | None:
+    """Give the base model's head as many labels as the adapter's, because PEFT copies the base model's head.
 
     Args:
-        model: the base model.
-        shapes: of the tensors of the adapter's heads, by their names in the base model.
-        replaced: gets the base model's own layers that were replaced, by their paths, for `_put_back`.
+        model: The base model.
+        shapes: The shapes of the tensors of the adapter's heads, by their names in the base model.
+        replaced: Receives the layers of the base model that were replaced by path, for `_restore_heads`.
 
     Returns:
-        The number of labels; `None` if there is no linear layer for them.
+        The number of labels; `None` if no linear layer has an output per label.
     """
     num_labels = None
-    for path, shape in _labels(model, shapes):
-        parent, name = _place(model, path)
+    for path, shape in _label_layers(model, shapes):
+        parent, name = _find_layer(model, path)
         layer, num_labels = getattr(parent, name), shape[0]
         if num_labels != layer.out_features:
             weight = layer.weight
@@ -329,34 +360,18 @@ def _fit_heads(model: Any, shapes: dict[str, tuple[int, ...]], replaced: dict[st
     return num_labels
 
 
-def _labels(model: Any, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The linear layers of the base model's head that have an output for each label: path, and shape in the file."""
-    for key, shape in shapes.items():
-        path, _, kind = key.rpartition(".")
-        try:
-            parent, name = _place(model, path)
-        except AttributeError:
-            continue  # no such module: loading will say so
-        layer = getattr(parent, name, None)
-        if kind != "weight" or not isinstance(layer, nn.Linear) or layer.out_features != model.config.num_labels:
-            continue
-        if len(shape) == 2 and shape[1] == layer.in_features:  # of another shape: as above
-            yield path, shape
-
-
-def _least_bytes(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> int:
-    """The bytes that an adapter has in memory when an MLP is folded, by the shapes in its file; at least."""
-    size = min((p.element_size() for p in model.parameters() if p.is_floating_point()), default=4)
-    table = f"{LAYER_NAME}.{PREFIX}"
-    tokens, columns = shapes.get(f"{table}embedding.weight", (0, 0))[:1], shapes.get(f"{table}output.bias")
-    heads = sum(math.prod(shape) for key, shape in shapes.items() if not key.startswith(table))
-    prefix = math.prod((*tokens, *columns)) if columns else math.prod(shapes.get(f"{table}embedding.weight", (0,)))
-    return size * (prefix + heads)
-
-
-def _put_back(model: nn.Module, replaced: dict[str, nn.Linear]) -> None:
-    """Give the base model its own layers back, and forget them."""
+def _restore_heads(model: nn.Module, replaced: dict[str, nn.Linear]) -> None:
+    """Undo `_resize_heads`, and empty `replaced`."""
     for path, layer in replaced.items():
-        parent, name = _place(model, path)
+        parent, name = _find_layer(model, path)
         setattr(parent, name, layer)
     replaced.clear()
+
+
+def _min_bytes(model: nn.Module, shapes: dict[str, Shape]) -> int:
+    """Return a lower bound for the bytes of an adapter in memory, where MLPs are folded."""
+    item_bytes = min((p.element_size() for p in model.parameters() if p.is_floating_point()), default=4)
+    embedding, bias = shapes.get(f"{PREFIX_ROOT}embedding.weight", (0,)), shapes.get(f"{PREFIX_ROOT}output.bias")
+    prefix = math.prod(embedding if bias is None else (*embedding[:1], *bias))
+    heads = sum(math.prod(shape) for key, shape in shapes.items() if not key.startswith(PREFIX_ROOT))
+    return item_bytes * (prefix + heads)

@@ -1,64 +1,188 @@
-"""Saved adapters: read, folded, and written whole or not at all."""
+"""Saved adapters, read from their files alone: opened, described and folded without a base model."""
 
 from __future__ import annotations
 
+import math
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import PrefixTuningV2Config
-from ..files.check import read_weights
-from ..files.source import Source, read_json
+from ..files.check import find_misfits, read_weights
+from ..files.contents import SAVED_ROOT, shapes_of
+from ..files.source import AdapterSource, open_weights, read_header, read_json
+from ..files.whole import check_free, new_folder
 from ..messages import shorten
 from ..prefix.encoder import PrefixEncoder
-from ..prefix.layer import PREFIX
+from ..prefix.names import LAYER_NAME, PREFIX
 
-# Numbers of the largest table that an MLP is folded into. With the 126 layers of 1,024 key columns that Llama 3.1 405B
-# has, 1,000 virtual tokens need a quarter of that.
-_TABLE = 2**30
+AnyPath = str | os.PathLike[str]
+ConfigT = TypeVar("ConfigT", bound=PeftConfig)
+
+# The names of the prefix's tensors in a file start with this.
+PREFIX_ROOT = f"{SAVED_ROOT}{LAYER_NAME}.{PREFIX}"
+# An MLP that computes a larger table is rejected. With the 126 layers of 1,024 key columns in Llama 3.1 405B, 1,000
+# virtual tokens need a quarter of this size.
+_MAX_TABLE_SIZE = 2**30
 
 
-def fold(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
-    """Turn the MLP of a saved adapter into the plain table that it computes: an adapter of its own, a few hundred KB.
+@dataclass(frozen=True)
+class SavedAdapter(Generic[ConfigT]):
+    """A saved adapter whose config was read and checked.
 
-    The base model is not needed. Task heads and other trained modules are carried over.
+    Attributes:
+        source: The place of its files.
+        config: Its config.
+    """
+
+    source: AdapterSource
+    config: ConfigT
+
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's task type as plain text."""
+        task = self.config.task_type
+        return task and str(getattr(task, "value", task))
+
+    @cached_property
+    def weights_path(self) -> Path:
+        """The path of its safetensors file.
+
+        Raises:
+            ValueError: If there is none, or the weights are in a pickle.
+            OSError: If the Hub cannot be reached.
+        """
+        return self.source.find_weights()
+
+    def read_header(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Read the shape and the safetensors name of the dtype of each tensor.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        with open_weights(self.weights_path) as file:
+            return read_header(file)
+
+    def read_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Read all tensors.
+
+        Returns:
+            The tensors of the prefix by their names in a `PrefixEncoder`, and all other tensors by their names in
+            the file.
+
+        Raises:
+            ValueError: If the file is damaged, or a tensor has an integer or 8-bit dtype, NaN or Inf.
+        """
+        others = read_weights(self.weights_path)
+        names = [name for name in others if name.startswith(PREFIX_ROOT)]
+        return {name.removeprefix(PREFIX_ROOT): others.pop(name) for name in names}, others
+
+
+def open_adapter(adapter: AnyPath, config_class: type[ConfigT], revision: str | None = None) -> SavedAdapter[ConfigT]:
+    """Find a saved adapter, and read its config.
 
     Args:
-        source: an adapter's folder, or its name on the Hub.
-        target: a folder that does not exist yet.
+        adapter: The adapter's folder, or its name on the Hub.
+        config_class: The class that its config must have.
+        revision: Its revision on the Hub.
+
+    Raises:
+        ValueError: If there is no adapter, its config is damaged, or it belongs to another method; the message names
+            it.
+    """
+    options = {} if revision is None else {"revision": revision}
+    source = AdapterSource.of(adapter, kwargs=options)
+    # PEFT reads the type before any other check, and fails with any kind of error if the file is damaged.
+    path = source.find_config()
+    kind = read_json(path).get("peft_type")
+    methods: dict[Any, type[PeftConfig]] = PEFT_TYPE_TO_CONFIG_MAPPING
+    method = methods.get(kind) if isinstance(kind, str) else None
+    if method is None:
+        raise ValueError(f"{path} is damaged: `peft_type` is {shorten(repr(kind))}, which is no method of PEFT.")
+    if not issubclass(method, config_class):
+        wanted = config_class().peft_type
+        raise ValueError(f"{adapter} is a {kind} adapter, not one of {getattr(wanted, 'value', wanted)}.")
+    try:
+        return SavedAdapter(source, method.from_pretrained(source.name, **options))
+    except Exception as error:  # configs of other methods check little, and fail with any kind of error
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise ValueError(f"{path} is damaged: {type(error).__name__}, {shorten(str(error), 500)}") from error
+
+
+def read_encoder(saved: SavedAdapter[PrefixTuningV2Config]) -> tuple[PrefixEncoder, dict[str, Tensor]]:
+    """Read the encoder of a prefix adapter.
+
+    Returns:
+        The encoder, and the other tensors of the adapter by their names in the file.
+
+    Raises:
+        ValueError: If the file is damaged, does not have the encoder that the config describes, or has an MLP that
+            computes a table of more than 2**30 numbers.
+    """
+    config, path = saved.config, saved.weights_path
+    parts, others = saved.read_weights()
+    # The config leaves these sizes to the base model.
+    last = {name: tensor.shape[-1] if tensor.dim() else 0 for name, tensor in parts.items()}
+    length, hidden_size = config.num_virtual_tokens, last.get("embedding.weight", 0)
+    columns = last.get("output.bias", 0) if config.prefix_projection else hidden_size
+    width = last.get("hidden.bias", 0) if config.prefix_projection else None
+    misfits = find_misfits(shapes_of(parts), PrefixEncoder.shapes(length, columns, hidden_size, width), {})
+    if len({tensor.dtype for tensor in parts.values()}) > 1:
+        misfits.append("its parts have different dtypes")
+    if misfits:
+        raise ValueError(f"{path} is damaged: it does not hold the prefix of its config: {'; '.join(misfits)}.")
+    if length * columns > _MAX_TABLE_SIZE:
+        raise ValueError(
+            f"{path}: the table would have {length * columns:,} numbers, more than the {_MAX_TABLE_SIZE:,} that are "
+            "allowed. Ask for another file."
+        )
+    with torch.device("meta"):
+        encoder = PrefixEncoder.new(length, columns, config.init_std, hidden_size, width)
+    for field, module in zip(PrefixEncoder._fields, encoder, strict=True):
+        if module is not None:
+            module.load_state_dict({key: parts[f"{field}.{key}"] for key in module.state_dict()}, assign=True)
+    return encoder, others
+
+
+def fold(source: AnyPath, target: AnyPath) -> Path:
+    """Replace the MLP of a saved adapter by the plain table that it computes, in a new folder of a few hundred KB.
+
+    The base model is not needed. Task heads and other trained modules are copied.
+
+    Args:
+        source: The adapter's folder, or its name on the Hub.
+        target: A folder that does not exist yet.
 
     Returns:
         The path of `target`.
 
     Raises:
-        FileExistsError: if `target` exists.
-        ValueError: if `source` is no prefix adapter, has no MLP, or is damaged.
+        FileExistsError: If `target` exists.
+        ValueError: If `source` is no prefix adapter, has no MLP, or is damaged.
+        OSError: If the Hub cannot be reached, or `target` cannot be written.
+
+    Example:
+        ```python
+        fold("runs/ner/checkpoints/step-001000", "ner")
+        ```
     """
     target = check_free(target)
-    config = load_config(source, PrefixTuningV2Config)
+    saved = open_adapter(source, PrefixTuningV2Config)
+    config = saved.config
     if not config.prefix_projection:
         raise ValueError(f"{source} is a table already (`prefix_projection` is false).")
-    path = Source.of(source).weights()
-    weights = read_weights(path)
-    where = next((key.partition(PREFIX)[0] for key in weights if f".{PREFIX}" in key), "")
-    try:
-        encoder: Any = take_encoder(weights, f"{where}{PREFIX}")
-        size = encoder.embedding.weight.shape[0] * encoder.output.bias.shape[0]
-        if size > _TABLE:
-            raise ValueError(f"the table would have {size:,} numbers")
-        table = encoder.fold()
-    except (AttributeError, RuntimeError, ValueError) as error:  # parts that are missing, or do not fit together
-        raise ValueError(f"{path} does not hold the MLP that its config describes: {shorten(str(error))}") from error
-    weights[f"{where}{PREFIX}embedding.weight"] = table
+    encoder, weights = read_encoder(saved)
+    weights[f"{PREFIX_ROOT}embedding.weight"] = encoder.fold()
     config.prefix_projection, config.encoder_hidden_size = False, None
     with new_folder(target) as folder:
         contents = {key: tensor.contiguous() for key, tensor in weights.items()}
@@ -67,72 +191,42 @@ def fold(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path
     return target
 
 
-def take_encoder(weights: dict[str, Tensor], prefix: str, projection: bool = True) -> PrefixEncoder:
-    """Take an encoder, a table without `projection`, out of tensors whose names begin with `prefix`.
+def describe_adapter(adapter: AnyPath, revision: str | None = None) -> dict[str, Any]:
+    """Describe a saved adapter of any PEFT method.
+
+    Args:
+        adapter: The adapter's folder, or its name on the Hub.
+        revision: Its revision on the Hub.
+
+    Returns:
+        Its `peft_type`, `base_model`, `task_type` and `settings` (those that differ from the defaults), the number of
+        its `parameters` in the `prefix` and in `other` tensors, the `bytes` of its file, and the shape and dtype of
+        each of its `tensors`. The texts are untrusted: escape them before printing them in a terminal.
 
     Raises:
-        ValueError: if a part is missing.
+        ValueError: If there is no adapter, or its file is damaged.
+        OSError: If the Hub cannot be reached.
     """
-    names = PrefixEncoder._fields if projection else PrefixEncoder._fields[:1]
-    return PrefixEncoder(*(_module(weights, f"{prefix}{name}.") for name in names))
-
-
-def _module(weights: dict[str, Tensor], prefix: str) -> Any:
-    """Take a module's parameters out of `weights`: an embedding, or a linear module if there is a bias."""
-    parameters = {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
-    if "weight" not in parameters:
-        raise ValueError(f"The adapter's weights have no {prefix}weight.")
-    rows, columns = parameters["weight"].shape
-    module = nn.Linear(columns, rows, device="meta") if "bias" in parameters else nn.Embedding(rows, columns)
-    module.load_state_dict(parameters, assign=True)
-    return module
-
-
-def load_config(
-    source: str | os.PathLike[str], config_class: type[PeftConfig] = PeftConfig, revision: str | None = None
-) -> Any:
-    """The configuration of a saved adapter, which must be of a given class.
-
-    Raises:
-        ValueError: if there is no adapter, its config is damaged, or it is of another method; the message names it.
-    """
-    options = {} if revision is None else {"revision": revision}
-    # PEFT looks at the type before it looks at anything else, and ends in any error if the file is not what it thinks.
-    path = Source.of(source, kwargs=options).config()
-    kind = read_json(path).get("peft_type")
-    methods: dict[Any, type[PeftConfig]] = PEFT_TYPE_TO_CONFIG_MAPPING
-    method = methods.get(kind) if isinstance(kind, str) else None
-    if method is None:
-        raise ValueError(f"{path} is damaged: `peft_type` is {shorten(repr(kind))}, which is no method of PEFT.")
-    if not issubclass(method, config_class):
-        wanted = config_class().peft_type
-        raise ValueError(f"{source} is a {kind} adapter, not one of {getattr(wanted, 'value', wanted)}.")
-    try:
-        return method.from_pretrained(str(source), **options)
-    except Exception as error:  # other methods check less than this one, and fail wherever they first use a value
-        if isinstance(error, ValueError) and str(path) in str(error):
-            raise
-        raise ValueError(f"{path} is damaged: {type(error).__name__}, {shorten(str(error), 500)}") from error
-
-
-def check_free(target: str | os.PathLike[str]) -> Path:
-    """The path of a folder that is to be written.
-
-    Raises:
-        FileExistsError: if it exists.
-    """
-    target = Path(target)
-    if target.exists():
-        raise FileExistsError(f"{target} exists; choose another folder for the new adapter, or remove it.")
-    return target
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to write an adapter into, which is `target` once all is written; after an error there is nothing."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-        folder = Path(scratch, target.name)
-        folder.mkdir()
-        yield folder
-        folder.rename(target)
+    saved = open_adapter(adapter, PeftConfig, revision)
+    config, header = saved.config, saved.read_header()
+    parameters = {"prefix": 0, "other": 0}
+    for name, (shape, _) in header.items():
+        parameters["prefix" if name.startswith(PREFIX_ROOT) else "other"] += math.prod(shape)
+    defaults = type(config)().to_dict()
+    hidden = ("peft_type", "base_model_name_or_path", "task_type", "inference_mode", "auto_mapping", "peft_version")
+    settings = {
+        name: sorted(value, key=str) if isinstance(value, set) else value
+        for name, value in config.to_dict().items()
+        if name not in hidden and value != defaults.get(name)
+    }
+    if isinstance(config, PrefixTuningV2Config):
+        settings = {"num_virtual_tokens": config.num_virtual_tokens, **settings}
+    return {
+        "peft_type": str(getattr(config.peft_type, "value", config.peft_type)),
+        "base_model": config.base_model_name_or_path,
+        "task_type": saved.task_type,
+        "settings": settings,
+        "parameters": parameters,
+        "bytes": saved.weights_path.stat().st_size,
+        "tensors": {name: {"shape": list(shape), "dtype": dtype} for name, (shape, dtype) in header.items()},
+    }

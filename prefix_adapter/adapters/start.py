@@ -1,30 +1,29 @@
-"""What an adapter starts from, instead of random numbers: a text that stands in front, or another adapter."""
+"""Initialize an adapter from a text or from another adapter, instead of random numbers."""
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..backbone.attention import AttentionTarget, Call, Slot, put_in_front
+from ..backbone.attention import AttentionTarget, PrefixSlot
+from ..backbone.calls import ModuleCall
+from ..backbone.insert import insert_prefix
 from ..backbone.probe import untouched
 from ..config import PrefixTuningV2Config
-from ..files.check import read_weights
-from ..files.source import Source
 from ..messages import shorten
-from ..prefix.batch import Adapter, describe
+from ..prefix.batch import AdapterInfo
 from ..prefix.encoder import PrefixEncoder
-from ..prefix.layer import PREFIX, PrefixTuningV2Layer
-from .exchange import window_of
-from .saved import load_config, take_encoder
+from ..prefix.layer import PrefixTuningV2Layer
+from ..prefix.slots import describe_slots
+from .base_model import attention_window
+from .saved import AnyPath, open_adapter, read_encoder
 
-# How many tokens the outputs are compared on.
-_COMPARED = 4
+# Outputs with the prefix and with the text are compared on at most this number of tokens.
+_COMPARED_TOKENS = 4
 
 
 # ---- From a text
@@ -33,65 +32,72 @@ _COMPARED = 4
 def init_from_text(
     model: nn.Module, text: str | Sequence[int] | Tensor, adapter_name: str = "default", tokenizer: Any = None
 ) -> None:
-    """Let an adapter start as the keys and values that the frozen decoder computes for a text.
+    """Initialize an adapter with the keys and values that the frozen decoder computes for a text.
 
-    Li and Liang (2021, https://arxiv.org/abs/2101.00190, section 7.5) start from activations of real words. In eval
-    mode the model then answers an input exactly as it does without an adapter and with the text in front; that is
-    tried out on a few tokens. In training `prefix_dropout` acts on it, as on any prefix.
+    Li and Liang (2021, https://arxiv.org/abs/2101.00190, section 7.5) initialize with activations of real words. In
+    eval mode the model then answers an input exactly as the base model answers the text followed by the input; this is
+    checked on a few tokens. In training, `prefix_dropout` applies as to any prefix.
 
     Args:
-        model: a `PeftModel`, or a transformers model with the adapter in it.
-        text: a text, or its token ids `[n]` or `[1, n]`. A text is given the special tokens that the tokenizer puts in
+        model: A `PeftModel`, or a transformers model with the adapter in it.
+        text: A text, or its token ids `[n]` or `[1, n]`. A text gets the special tokens that the tokenizer puts in
             front of it (a beginning-of-sequence token), and no end-of-sequence token.
-        adapter_name: the adapter; a table with a virtual token for each token of the text.
-        tokenizer: the base model's; needed for a text.
+        adapter_name: The adapter. It must be a table with one virtual token for each token of the text.
+        tokenizer: The base model's tokenizer; needed for a text.
 
     Raises:
-        ValueError: if there is no such adapter, if it has an MLP, another number of virtual tokens, chosen layers, or
-            positions that stay where the backbone has a table of them; if the text has no tokens or too many, or
-            tokens that the model does not know; if the backbone is no decoder, or does something else with the text
-            in front. The adapter is then as it was.
+        ValueError: If there is no such adapter, or it has an MLP, another number of virtual tokens, selected layers,
+            or unshifted positions on a backbone with a table of positions; if the text has no tokens, too many, or
+            tokens that the model does not have; if the backbone is no decoder, or its outputs with the prefix differ
+            from those with the text. The adapter is then unchanged.
+
+    Example:
+        ```python
+        text = tokenizer("Translate to French:")["input_ids"]
+        model = get_peft_model(base, PrefixTuningV2Config(task_type="CAUSAL_LM", num_virtual_tokens=len(text)))
+        init_from_text(model, text)
+        ```
     """
     layer = _layer_of(model, adapter_name)
     adapter, base = layer.adapters[adapter_name], layer.model
-    _check_can_be_text(layer, adapter_name)
+    _check_adapter(layer, adapter_name)
     ids = token_ids(text, tokenizer)
     if len(ids) != adapter.length:
         raise ValueError(
             f"The text has {len(ids)} tokens, and adapter {adapter_name!r} has {adapter.length}: make it with "
             f"`num_virtual_tokens={len(ids)}`."
         )
-    room = _check_fits(layer, ids)
+    compared = _check_text(layer, ids)
     start = _first_position(layer, adapter)
     table = layer.encoder_of(adapter_name).embedding.weight
     before = table.detach().clone()
     with untouched(base), torch.no_grad():
         try:
-            found = _keys_and_values(layer, ids, start)
+            key_values = _compute_key_values(layer, ids, start)
             for slot, columns in adapter.columns.items():
-                table[:, columns] = found[slot].to(table.device, table.dtype)
-            _check_exact(layer, adapter_name, ids, ids[-room:])
+                table[:, columns] = key_values[slot].to(table.device, table.dtype)
+            _check_exact(layer, adapter_name, ids, ids[-compared:])
         except BaseException:
             table.copy_(before)
             raise
-    window = window_of(base)
+    window = attention_window(base)
     if window is not None:
         warnings.warn(
-            f"{type(base).__name__} has layers that look back {window} tokens. A text falls out of that window, a "
-            "prefix does not: outputs are those with the text in front as long as text and input fit into it.",
+            f"{type(base).__name__} has layers that look back {window} tokens. A text leaves that window, a prefix "
+            "does not: outputs are those with the text in front as long as text and input fit into the window.",
             stacklevel=2,
         )
 
 
 def token_ids(text: str | Sequence[int] | Tensor, tokenizer: Any = None) -> list[int]:
-    """The tokens of a text, as `init_from_text` takes them.
+    """Return the token ids of the `text` of `init_from_text`.
 
     Raises:
-        ValueError: if there are none, or it takes a tokenizer to tell.
+        ValueError: If there are none, or the text needs a tokenizer.
     """
     if isinstance(text, str):
         if tokenizer is None:
-            raise ValueError("A text needs the base model's `tokenizer`; or give its token ids.")
+            raise ValueError("A text needs the base model's `tokenizer`. Pass it, or pass token ids.")
         ids = tokenizer(text, verbose=False)["input_ids"]
         if ids[-1:] == [tokenizer.eos_token_id]:
             ids = ids[:-1]
@@ -107,17 +113,18 @@ def token_ids(text: str | Sequence[int] | Tensor, tokenizer: Any = None) -> list
     return ids
 
 
-def _check_can_be_text(layer: PrefixTuningV2Layer, adapter_name: str) -> None:
+def _check_adapter(layer: PrefixTuningV2Layer, adapter_name: str) -> None:
+    """Reject models and adapters whose prefix cannot stand for a text."""
     adapter, name = layer.adapters[adapter_name], type(layer.model).__name__
     if getattr(layer.model.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{name} is an encoder-decoder: a prefix in front of its cross-attention stands for no text in front of "
-            "the input. A decoder can start from a text."
+            f"{name} is an encoder-decoder: a prefix in front of its cross-attention is not equal to a text in front "
+            "of the input. A decoder can start from a text."
         )
     if layer.kinds != {"decoder"}:
         raise ValueError(
-            f"{name} is no decoder: each token sees those behind it, so what it computes for a text depends on the "
-            "input, and no fixed keys and values are the text's. A decoder can start from a text."
+            f"{name} is no decoder: each token sees the tokens after it, so the keys and values of a text depend on "
+            "the input. A decoder can start from a text."
         )
     if layer.encoder_of(adapter_name).output is not None:
         raise ValueError(
@@ -132,50 +139,51 @@ def _check_can_be_text(layer: PrefixTuningV2Layer, adapter_name: str) -> None:
         )
 
 
-def _check_fits(layer: PrefixTuningV2Layer, ids: list[int]) -> int:
-    """How many tokens to compare outputs on; refuses what the model cannot read."""
+def _check_text(layer: PrefixTuningV2Layer, ids: list[int]) -> int:
+    """Reject a text that the model cannot read, and return the number of tokens to compare outputs on."""
     base: Any = layer.model
-    known = base.get_input_embeddings().weight.shape[0]
-    unknown = next((token for token in ids if not 0 <= token < known), None)
+    vocab_size = base.get_input_embeddings().weight.shape[0]
+    unknown = next((token for token in ids if not 0 <= token < vocab_size), None)
     if unknown is not None:
-        raise ValueError(f"The text has the token {unknown}, and {type(base).__name__} has {known} tokens.")
+        raise ValueError(f"The text has the token {unknown}, and {type(base).__name__} has {vocab_size} tokens.")
     limit = min((p.limit for p in layer.positions if p.limit is not None), default=None)
     if limit is not None and len(ids) >= limit:
         raise ValueError(
             f"The text has {len(ids)} tokens, and {type(base).__name__} has {limit} positions: none would be left for "
             "an input."
         )
-    rooms = [end - len(ids) for end in (limit, window_of(base)) if end is not None]
-    return max(min(_COMPARED, len(ids), *rooms), 1)
+    free = [end - len(ids) for end in (limit, attention_window(base)) if end is not None]
+    return max(min(_COMPARED_TOKENS, len(ids), *free), 1)
 
 
-def _first_position(layer: PrefixTuningV2Layer, adapter: Adapter) -> int:
-    """Where to place the text, so that an input is right behind it."""
+def _first_position(layer: PrefixTuningV2Layer, adapter: AdapterInfo) -> int:
+    """Return the position of the text's first token, so that the input follows directly after the text."""
     if adapter.shifts or not layer.positions:
         return 0
-    # Rotary embeddings that are computed (transformers keeps their frequencies in buffers of this name) know positions
-    # below 0, and differences are all that counts. A table knows none.
+    # Computed rotary embeddings work with negative positions, because only differences count. Their frequencies are
+    # in buffers of this name in transformers. A table of positions has no negative ones.
     if all(any(name.endswith("inv_freq") for name, _ in p.module.named_buffers()) for p in layer.positions):
         return -adapter.length
     raise ValueError(
-        f"{type(layer.model).__name__} is told where its input stands, and a text in front takes the first "
-        f"{adapter.length} positions. Make the adapter with `shift_positions=True`, so that the input starts behind."
+        f"{type(layer.model).__name__} has a table of positions, and a text in front takes the first "
+        f"{adapter.length} of them. Make the adapter with `shift_positions=True`, so that the input starts after the "
+        "text."
     )
 
 
-def _keys_and_values(layer: PrefixTuningV2Layer, ids: list[int], start: int) -> dict[Slot, Tensor]:
-    """What the base model's attention computes for a text, as the columns `[n, columns]` of each slot."""
-    found: dict[Slot, Tensor] = {}
+def _compute_key_values(layer: PrefixTuningV2Layer, ids: list[int], start: int) -> dict[PrefixSlot, Tensor]:
+    """Compute the keys and values of a text in the base model's attention, as columns `[n, columns]` for each slot."""
+    found: dict[PrefixSlot, Tensor] = {}
 
     def record(target: AttentionTarget) -> Any:
         def no_prefix(keys: Tensor, values: Tensor, layer_idx: int | None) -> None:
-            slot = target.slot(layer_idx)
+            slot = target.get_slot(layer_idx)
             parts = [keys, values] if slot.shape.value_heads else [keys]
             found[slot] = torch.cat([part[0].transpose(0, 1).flatten(1) for part in parts], dim=1)
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-            call = Call(target.names, args, kwargs)
-            put_in_front(call, target, layer.model, 0, None, no_prefix)
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            call = ModuleCall(target.names, args, kwargs)
+            insert_prefix(call, target, layer.model, 0, None, no_prefix)
             return tuple(call.args), call.kwargs
 
         return hook
@@ -188,56 +196,50 @@ def _keys_and_values(layer: PrefixTuningV2Layer, ids: list[int], start: int) -> 
         hooks += [(position.module, move(position)) for position in layer.positions]
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
     try:
-        _states(layer, None, ids)
+        _hidden_states(layer, None, ids)
     finally:
         for handle in handles:
             handle.remove()
     return found
 
 
-def _states(layer: PrefixTuningV2Layer, adapter_name: str | None, ids: list[int]) -> Tensor:
-    """The backbone's last hidden states `[1, tokens, size]`, with one adapter or none."""
+def _hidden_states(layer: PrefixTuningV2Layer, adapter_name: str | None, ids: list[int]) -> Tensor:
+    """Return the backbone's last hidden states `[1, tokens, size]`, with one adapter or none."""
     base: Any = layer.model
     inputs = torch.tensor([ids], device=base.get_input_embeddings().weight.device)
-    with _only(layer, adapter_name):
+    # Not PEFT's `set_adapter`, which also changes which parameters are trained.
+    with layer.call_with([adapter_name or "__base__"]):
         return base.base_model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False)[0]
 
 
-@contextmanager
-def _only(layer: PrefixTuningV2Layer, adapter_name: str | None) -> Iterator[None]:
-    """Have one adapter act, whichever are active; PEFT's own switches would change what is trained."""
-    with layer.call_with([adapter_name or "__base__"]):
-        yield
-
-
 def _check_exact(layer: PrefixTuningV2Layer, adapter_name: str, text: list[int], input_ids: list[int]) -> None:
-    """Compare the outputs behind the prefix with those behind the text.
+    """Compare the outputs after the prefix with those after the text.
 
     Raises:
-        ValueError: if they differ.
+        ValueError: If they differ.
     """
-    expected = _states(layer, None, text + input_ids)[:, len(text) :]
-    gap = (_states(layer, adapter_name, input_ids) - expected).abs().max().item() / expected.abs().max().item()
-    # Wide enough for the sums of a deep model, and for TF32.
+    expected = _hidden_states(layer, None, text + input_ids)[:, len(text) :]
+    gap = (_hidden_states(layer, adapter_name, input_ids) - expected).abs().max().item() / expected.abs().max().item()
+    # The bound allows for the rounding of a deep model, and for TF32.
     if gap <= max(torch.finfo(expected.dtype).eps ** 0.5, 5e-3):
         return
-    base, why = layer.model, "What it knows of a text is not in its keys and values alone."
-    window = window_of(base)
+    base, why = layer.model, "Its state after a text is more than keys and values."
+    window = attention_window(base)
     if window is not None and len(text) + len(input_ids) > window:
-        why = f"It has layers that look back {window} tokens: a text falls out of that window, a prefix does not."
-    elif layer.layers_without:
-        why = f"Its layers {layer.layers_without} keep no keys and values, and so would not know the text."
+        why = f"It has layers that look back {window} tokens: a text leaves that window, a prefix does not."
+    elif layer.layers_without_prefix:
+        why = f"Its layers {layer.layers_without} keep no keys and values, so they would not see the text."
     raise ValueError(
-        f"{type(base).__name__} cannot start from this text: behind these keys and values its outputs differ by "
-        f"{gap:.1%} from those behind the text. {why}"
+        f"{type(base).__name__} cannot start from this text: after these keys and values its outputs differ by "
+        f"{gap:.1%} from those after the text. {why}"
     )
 
 
 # ---- From another adapter
 
 
-class _Prefix(NamedTuple):
-    """What an adapter is copied from."""
+class _StartPrefix(NamedTuple):
+    """The prefix that is copied into an adapter, of another adapter in the model or a saved one."""
 
     length: int
     shifts: bool
@@ -245,25 +247,30 @@ class _Prefix(NamedTuple):
     encoder: PrefixEncoder
 
 
-def init_from(model: nn.Module, source: str | os.PathLike[str], adapter_name: str = "default") -> None:
-    """Let an adapter start as another one is.
+def init_from(model: nn.Module, source: AnyPath, adapter_name: str = "default") -> None:
+    """Initialize an adapter with the prefix of another one.
 
-    The prefix alone is copied: task heads and other modules of `modules_to_save` stay as they are.
+    Task heads and other modules in `modules_to_save` stay unchanged.
 
     Args:
-        model: a `PeftModel`, or a transformers model with the adapter in it.
-        source: another adapter of the model by its name, or a saved one: a folder, or a name on the Hub.
-        adapter_name: the adapter that is to start. A table can start from an MLP, as the table that that computes.
+        model: A `PeftModel`, or a transformers model with the adapter in it.
+        source: The name of another adapter in the model, or the folder or Hub name of a saved one.
+        adapter_name: The adapter to initialize. For an MLP as the source of a table, the MLP's table is copied.
 
     Raises:
-        ValueError: if there is no such adapter, if the source is none or is damaged, or if it does not fit: another
-            length or other layers, other positions, a table for an MLP, or MLPs of different widths. The adapter is
-            then as it was.
-        OSError: if the Hub cannot be reached.
+        ValueError: If one of the adapters does not exist or is damaged, or they do not fit: different lengths, layers,
+            positions or MLP widths, or a table as the source of an MLP. The adapter is then unchanged.
+        OSError: If the Hub cannot be reached.
+
+    Example:
+        ```python
+        model = get_peft_model(base, PrefixTuningV2Config(task_type="SEQ_CLS", num_virtual_tokens=20))
+        init_from(model, "runs/nli")
+        ```
     """
     layer = _layer_of(model, adapter_name)
-    adapter, layout = layer.adapters[adapter_name], describe(layer.adapters[adapter_name].columns)
-    start = _of_model(layer, source) if source in layer.adapters else _read(source)
+    adapter, layout = layer.adapters[adapter_name], describe_slots(layer.adapters[adapter_name].columns)
+    start = _from_model(layer, str(source)) if source in layer.adapters else _from_saved(source)
     if start.length != adapter.length:
         raise ValueError(
             f"{source} has {start.length} virtual tokens, and adapter {adapter_name!r} has {adapter.length}: make it "
@@ -276,58 +283,45 @@ def init_from(model: nn.Module, source: str | os.PathLike[str], adapter_name: st
         )
     if layer.positions and start.shifts != adapter.shifts:
         raise ValueError(
-            f"{source} was trained with the positions of `shift_positions={start.shifts}`, and fits no others: make "
-            f"adapter {adapter_name!r} with it too."
+            f"{source} was trained with `shift_positions={start.shifts}`, and works with these positions only: make "
+            f"adapter {adapter_name!r} with the same setting."
         )
     _copy(source, start.encoder, layer.encoder_of(adapter_name), adapter_name)
 
 
-def _of_model(layer: PrefixTuningV2Layer, source: Any) -> _Prefix:
+def _from_model(layer: PrefixTuningV2Layer, source: str) -> _StartPrefix:
     adapter = layer.adapters[source]
-    return _Prefix(adapter.length, adapter.shifts, describe(adapter.columns), layer.encoder_of(source))
+    return _StartPrefix(adapter.length, adapter.shifts, describe_slots(adapter.columns), layer.encoder_of(source))
 
 
-def _read(source: str | os.PathLike[str]) -> _Prefix:
-    """Read a saved adapter's prefix."""
-    config = load_config(source, PrefixTuningV2Config)
-    weights = read_weights(Source.of(source).weights())
-    parts = {key.partition(PREFIX)[2]: tensor for key, tensor in weights.items() if f".{PREFIX}" in key}
-    found = {name: tuple(tensor.shape) for name, tensor in parts.items()}
-    # What the config leaves to the model is read off the tensors themselves.
-    last = {name: (shape or (0,))[-1] for name, shape in found.items()}
-    length, hidden_size = config.num_virtual_tokens, last.get("embedding.weight", 0)
-    columns, width = last.get("output.bias", hidden_size), last.get("hidden.bias", 0)
-    shapes = PrefixEncoder.shapes(length, columns, hidden_size, width if config.prefix_projection else None)
-    if found != shapes:
-        raise ValueError(
-            f"{source} is damaged: its prefix has the parts {shorten(found)}, which its config is not of."
-        )
-    encoder = take_encoder(parts, "", config.prefix_projection)
-    return _Prefix(length, config.shift_positions, config.prefix_layout, encoder)
+def _from_saved(source: AnyPath) -> _StartPrefix:
+    saved = open_adapter(source, PrefixTuningV2Config)
+    config, (encoder, _) = saved.config, read_encoder(saved)
+    return _StartPrefix(config.num_virtual_tokens, config.shift_positions, config.prefix_layout, encoder)
 
 
 @torch.no_grad()
-def _copy(source: Any, start: PrefixEncoder, encoder: PrefixEncoder, adapter_name: str) -> None:
-    """Copy parameters, folding an MLP for a table."""
+def _copy(source: AnyPath, start: PrefixEncoder, encoder: PrefixEncoder, adapter_name: str) -> None:
+    """Copy the parameters of an encoder; into a table, the table that `start` computes."""
     if encoder.output is None:
         table = start.fold()
         if table.shape != encoder.embedding.weight.shape:
             raise ValueError(
                 f"{source} has {table.shape[1]} numbers for each virtual token, and adapter {adapter_name!r} has "
-                f"{encoder.embedding.weight.shape[1]}: they are of different base models, or layers."
+                f"{encoder.embedding.weight.shape[1]}: their base models or layers differ."
             )
         encoder.embedding.weight.copy_(table)
         return
     if start.output is None:
         raise ValueError(
-            f"{source} is a table, and adapter {adapter_name!r} has an MLP, which cannot be set to it. Start a table "
-            "(`prefix_projection=False`), or from the adapter as it was trained, before it was folded."
+            f"{source} is a table, and adapter {adapter_name!r} has an MLP, which cannot be set to given keys and "
+            "values. Use a table (`prefix_projection=False`), or the source as it was before it was folded."
         )
     shapes, wanted = ([tuple(module.weight.shape) for module in each if module] for each in (start, encoder))
     if shapes != wanted:
         raise ValueError(
-            f"{source} has an MLP of {shapes}, and adapter {adapter_name!r} of {wanted}: make it with "
-            f"`encoder_hidden_size={shapes[1][0]}`, for the same base model."
+            f"{source} has an MLP with the shapes {shapes}, and adapter {adapter_name!r} one with {wanted}: make it "
+            f"with `encoder_hidden_size={shapes[1][0]}`, for the same base model."
         )
     for own, module in zip(encoder, start, strict=True):
         if own is not None and module is not None:

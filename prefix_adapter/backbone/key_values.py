@@ -1,4 +1,4 @@
-"""Keys and values of attention layers as tensors: their shapes, and how a prefix is joined with them."""
+"""Keys and values of attention layers as tensors: their shapes, and how a prefix is put in front of them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Keys and values.
-Pair = tuple[Tensor, Tensor]
+# Keys and values. One tensor in both places if the keys serve as values too.
+KeyValues = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class KeyValueShape:
-    """Heads and head size of the keys and of the values that one attention layer caches; they may differ (MLA).
+    """Heads and head sizes of the keys and values that one attention layer caches.
 
-    No value heads means that the keys serve as values too.
+    Keys and values may differ (multi-head latent attention). Zero value heads mean that the keys serve as values.
     """
 
     key_heads: int
@@ -25,7 +25,7 @@ class KeyValueShape:
 
     @property
     def key_columns(self) -> int:
-        """Numbers in the key of one token; those of the value follow."""
+        """Numbers in the key of one token."""
         return self.key_heads * self.key_size
 
     @property
@@ -33,9 +33,9 @@ class KeyValueShape:
         """Numbers in the key and the value of one token."""
         return self.key_columns + self.value_heads * self.value_size
 
-    def split(self, prefix: Tensor) -> Pair:
-        """`[batch, n, columns]` to keys `[batch, key_heads, n, key_size]` and values, likewise; no copies."""
-        # Not two slices: the gradient of each would be as large as both.
+    def split(self, prefix: Tensor) -> KeyValues:
+        """Views of a prefix `[batch, n, columns]`: keys `[batch, key_heads, n, key_size]`, and values likewise."""
+        # `split` and not two slices: the gradient of a slice is as large as the whole tensor.
         keys, values = prefix.split([self.key_columns, self.columns - self.key_columns], dim=-1)
         keys = keys.unflatten(-1, (self.key_heads, self.key_size)).transpose(1, 2)
         if not self.value_heads:
@@ -43,10 +43,10 @@ class KeyValueShape:
         return keys, values.unflatten(-1, (self.value_heads, self.value_size)).transpose(1, 2)
 
 
-def split_layers(prefix: Tensor, shapes: list[KeyValueShape]) -> list[Pair]:
-    """`[n, columns]` of several layers to the keys and values of each, as `KeyValueShape.split` has them for one.
+def split_layers(prefix: Tensor, shapes: list[KeyValueShape]) -> list[KeyValues]:
+    """Split `[n, columns of all layers]` into keys and values of each layer, like `KeyValueShape.split` for one layer.
 
-    Of layers that are alike in a few operations for all, in the backward pass too.
+    Layers of one shape share a few operations, in the backward pass too.
     """
     shape = shapes[0]
     if any(s != shape for s in shapes) or (shape.key_heads, shape.key_size) != (shape.value_heads, shape.value_size):
@@ -56,21 +56,21 @@ def split_layers(prefix: Tensor, shapes: list[KeyValueShape]) -> list[Pair]:
     return list(zip(sides[::2], sides[1::2], strict=True))
 
 
-def prepend(prefix: Pair, keys: Tensor, values: Tensor, past: Pair | None = None) -> Pair:
-    """Put a prefix `[1 or batch, heads, n, size]` in front of keys and values `[batch, heads, length, size]`.
+def prepend(prefix: KeyValues, new: KeyValues, past: KeyValues | None = None) -> KeyValues:
+    """Concatenate a prefix `[1 or batch, heads, n, size]`, past tokens and new tokens `[batch, heads, length, size]`.
 
-    Those of the `past` come between the two. A prefix that serves as both gives one tensor that does.
+    The result is one tensor in both places if the prefix is.
     """
-    joined = _join(prefix[0], None if past is None else past[0], keys)
+    keys = _concatenate(prefix[0], None if past is None else past[0], new[0])
     if prefix[0] is prefix[1]:
-        return joined, joined
-    return joined, _join(prefix[1], None if past is None else past[1], values)
+        return keys, keys
+    return keys, _concatenate(prefix[1], None if past is None else past[1], new[1])
 
 
-def _join(prefix: Tensor, past: Tensor | None, states: Tensor) -> Tensor:
-    # In decoding each layer does this for every token, so it asks first what need not be done.
-    if prefix.dtype != states.dtype or prefix.device != states.device:
-        prefix = prefix.to(states.device, states.dtype)
-    if prefix.shape[0] != states.shape[0]:
-        prefix = prefix.expand(states.shape[0], -1, -1, -1)
-    return torch.cat([prefix, states] if past is None else [prefix, past, states], 2)
+def _concatenate(prefix: Tensor, past: Tensor | None, new: Tensor) -> Tensor:
+    # Each layer does this for every generated token, and a conversion that changes nothing takes time too.
+    if prefix.dtype != new.dtype or prefix.device != new.device:
+        prefix = prefix.to(new.device, new.dtype)
+    if prefix.shape[0] != new.shape[0]:
+        prefix = prefix.expand(new.shape[0], -1, -1, -1)
+    return torch.cat([prefix, new] if past is None else [prefix, past, new], 2)

@@ -1,1 +1,1 @@
-"""The files of an adapter: where they are, whether they can be trusted, how they are written."""
+"""The files of an adapter: how they are found, checked and written."""

@@ -1,4 +1,4 @@
-"""Where an adapter's files are, and how they are read without trusting them."""
+"""Where the files of an adapter are, and how to read them without trusting them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from torch import Tensor
 
 from ..messages import shorten
 
-# A safetensors header is JSON, and parsed as a whole: this is room for a hundred thousand tensors.
-_HEADER = 10_000_000
-# A config is JSON too.
-_JSON = 1_000_000
-# Values that are nested deeper than any config are refused, before anything recursive is done with them.
-_DEPTH = 20
+# The header of a safetensors file is JSON that is parsed as a whole. The limit suffices for 100,000 tensors.
+_MAX_HEADER_BYTES = 10_000_000
+_MAX_JSON_BYTES = 1_000_000
+# Deeper nesting is rejected before any recursive code sees the values.
+_MAX_JSON_DEPTH = 20
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -31,13 +30,13 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a config was read, and so where PEFT and transformers will look for the weights.
+class AdapterSource:
+    """The place of a saved adapter, from which PEFT and transformers read its config and its weights.
 
     Attributes:
-        name: a folder, or a name on the Hub.
-        subfolder: a folder within it.
-        options: arguments of `huggingface_hub.hf_hub_download`.
+        name: A folder, or a name on the Hub.
+        subfolder: A folder within it.
+        options: Arguments of `huggingface_hub.hf_hub_download`.
     """
 
     name: str
@@ -45,25 +44,30 @@ class Source:
     options: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
-        return shorten(os.path.join(self.name, self.subfolder or ""))
+        return shorten(os.path.join(self.name, self.subfolder) if self.subfolder else self.name)
 
     @classmethod
-    def of(cls, name: str | os.PathLike[str], subfolder: str | None = None, kwargs: Mapping[str, Any] = {}) -> Source:
-        """From the arguments of a `from_pretrained`."""
+    def of(
+        cls, name: str | os.PathLike[str], subfolder: str | None = None, kwargs: Mapping[str, Any] = {}
+    ) -> AdapterSource:
+        """Make a source from the arguments of a `from_pretrained`; other arguments are ignored."""
         options = ("repo_type", "revision", "cache_dir", "token", "local_files_only")
         return cls(str(name), subfolder or None, {key: kwargs[key] for key in options if key in kwargs})
 
-    def config(self) -> Path:
-        """The config's file, in the Hub's cache if it comes from there.
+    @property
+    def _folder(self) -> Path:
+        return Path(self.name, self.subfolder or "")
+
+    def find_config(self) -> Path:
+        """Return the path of the config file. A file from the Hub is downloaded into its cache.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: If there is none.
         """
-        folder = Path(self.name, self.subfolder or "")
-        if folder.is_dir():
-            if not (folder / CONFIG_NAME).exists():
-                raise ValueError(f"{folder} has no {CONFIG_NAME}: it holds no adapter.")
-            return folder / CONFIG_NAME
+        if self._folder.is_dir():
+            if not (self._folder / CONFIG_NAME).exists():
+                raise ValueError(f"{self._folder} has no {CONFIG_NAME}: it holds no adapter.")
+            return self._folder / CONFIG_NAME
         try:
             return Path(hf_hub_download(self.name, CONFIG_NAME, subfolder=self.subfolder, **self.options))
         except (OSError, ValueError) as error:
@@ -72,26 +76,25 @@ class Source:
                 f"{shorten(str(error), 500)}"
             ) from error
 
-    def weights(self) -> Path:
-        """The file of weights, in the Hub's cache if it comes from there.
+    def find_weights(self) -> Path:
+        """Return the path of the safetensors file. A file from the Hub is downloaded into its cache.
 
         Raises:
-            ValueError: if there is none, or it is a pickle.
-            OSError: if the Hub cannot be reached, and the file is not in its cache.
+            ValueError: If there is none, or the weights are in a pickle.
+            OSError: If the Hub cannot be reached, and the file is not in its cache.
         """
-        folder = Path(self.name, self.subfolder or "")
-        if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
-            return folder / SAFETENSORS_WEIGHTS_NAME
-        if folder.is_dir():
-            raise self._without(pickle=(folder / WEIGHTS_NAME).exists())
+        if (self._folder / SAFETENSORS_WEIGHTS_NAME).exists():
+            return self._folder / SAFETENSORS_WEIGHTS_NAME
+        if self._folder.is_dir():
+            raise self._missing_weights(has_pickle=(self._folder / WEIGHTS_NAME).exists())
         try:
             found = hf_hub_download(self.name, SAFETENSORS_WEIGHTS_NAME, subfolder=self.subfolder, **self.options)
         except LocalEntryNotFoundError:
             if self._has_pickle(online=False):
-                raise self._without(pickle=True) from None
+                raise self._missing_weights(has_pickle=True) from None
             raise
         except EntryNotFoundError:
-            raise self._without(pickle=self._has_pickle(online=True)) from None
+            raise self._missing_weights(has_pickle=self._has_pickle(online=True)) from None
         return Path(found)
 
     def _has_pickle(self, online: bool) -> bool:
@@ -103,16 +106,20 @@ class Source:
             try_to_load_from_cache(self.name, name, cache_dir=self.options.get("cache_dir"), **options), str
         )
 
-    def _without(self, pickle: bool) -> ValueError:
-        if pickle:
+    def _missing_weights(self, has_pickle: bool) -> ValueError:
+        if has_pickle:
             return ValueError(
-                f"{self.name} has its weights in {WEIGHTS_NAME}, a pickle, which can run code when it is read, and is "
-                f"not read here. Ask for {SAFETENSORS_WEIGHTS_NAME}, which `save_pretrained` writes."
+                f"{self.name} has its weights in {WEIGHTS_NAME}. This package reads no pickles, because they can run "
+                f"code. Ask for {SAFETENSORS_WEIGHTS_NAME}, which `save_pretrained` writes."
             )
         return ValueError(
-            f"{self.name} has a config, but no {SAFETENSORS_WEIGHTS_NAME}. Copy or download the adapter as a whole; "
-            "to add a new one with the same settings, make the config with `dataclasses.replace(config)`."
+            f"{self.name} has a config, but no {SAFETENSORS_WEIGHTS_NAME}. Copy or download the whole adapter. "
+            "To add a new adapter with the same settings, make its config with `dataclasses.replace(config)`."
         )
+
+    def damaged_config(self, error: Exception) -> ValueError:
+        """The error to raise for a config from here that cannot be used."""
+        return ValueError(f"The config of {self} is damaged: {shorten(str(error), 500)}")
 
 
 def _damaged(path: Path, why: Any) -> ValueError:
@@ -122,15 +129,16 @@ def _damaged(path: Path, why: Any) -> ValueError:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object: an adapter's or a model's configuration.
+    """Read a JSON file with an object: the configuration of an adapter or a model.
 
     Raises:
-        ValueError: if it is anything else, not text in UTF-8 or absurdly large or deep; the message names the file.
-        OSError: if it cannot be read.
+        ValueError: If the file has any other content, is not UTF-8 text, or is too large or nested too deeply; the
+            message names the file.
+        OSError: If it cannot be read.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is not a file. It should be a configuration, as JSON.")
-    if path.stat().st_size > _JSON:
+        raise ValueError(f"{path} is not a file. It must be a configuration in JSON.")
+    if path.stat().st_size > _MAX_JSON_BYTES:
         raise _damaged(path, f"it has {path.stat().st_size:,} bytes, too many for a configuration")
     try:
         content = json.loads(path.read_bytes().decode("utf-8"))
@@ -139,26 +147,29 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise _damaged(path, "it holds no JSON object")
     level: list[Any] = [content]
-    for _ in range(_DEPTH):
+    for _ in range(_MAX_JSON_DEPTH):
         level = [part for each in level for part in (each.values() if isinstance(each, dict) else each)]
         level = [part for part in level if isinstance(part, (dict, list))]
         if not level:
             return content
-    raise _damaged(path, f"its values are nested more than {_DEPTH} levels deep")
+    raise _damaged(path, f"its values are nested more than {_MAX_JSON_DEPTH} levels deep")
 
 
 def open_weights(path: Path) -> Any:
-    """Open a safetensors file: a context manager, as `safetensors.safe_open` returns it.
+    """Open a safetensors file.
+
+    Returns:
+        The context manager that `safetensors.safe_open` returns.
 
     Raises:
-        ValueError: if it is no whole safetensors file; safetensors itself compares the header with the file's size.
-        OSError: if it cannot be read.
+        ValueError: If it is not a whole safetensors file; safetensors compares the header with the size of the file.
+        OSError: If it cannot be read.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is not a file. It should be the adapter's weights, as safetensors.")
+        raise ValueError(f"{path} is not a file. It must hold the weights of an adapter in the safetensors format.")
     with open(path, "rb") as start:
         header = int.from_bytes(start.read(8), "little")
-    if header > _HEADER:
+    if header > _MAX_HEADER_BYTES:
         raise _damaged(path, f"its header would have {header:,} bytes")
     try:
         return safe_open(path, framework="pt")
@@ -166,19 +177,29 @@ def open_weights(path: Path) -> Any:
         raise _damaged(path, error) from error
 
 
+def read_header(file: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return the shape and the safetensors name of the dtype of each tensor in an open safetensors file."""
+    header = {}
+    for name in file.keys():  # noqa: SIM118 (a handle, not a mapping)
+        entry = file.get_slice(name)
+        header[name] = tuple(entry.get_shape()), entry.get_dtype()
+    return header
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
+    """Read all tensors of a safetensors file.
 
     Raises:
-        ValueError: if the file is damaged, or a tensor has a dtype of 8 bits or of another unusual kind.
-        OSError: if it cannot be read.
+        ValueError: If the file is damaged, or a tensor has an 8-bit float or another unusual dtype.
+        OSError: If it cannot be read.
     """
     weights = {}
     with open_weights(path) as file:
-        for name in file.keys():  # noqa: SIM118 (a handle, not a mapping)
-            dtype = file.get_slice(name).get_dtype()
+        for name, (_, dtype) in read_header(file).items():
             if dtype not in DTYPES:
-                raise ValueError(f"{path}: {shorten(name)} has the dtype {shorten(dtype)}, which is not read here.")
+                raise ValueError(
+                    f"{path}: {shorten(name)} has the dtype {shorten(dtype)}, which this package does not read."
+                )
             weights[name] = read_tensor(file, name, path)
     return weights
 
@@ -187,7 +208,7 @@ def read_tensor(file: Any, name: str, path: Path) -> Tensor:
     """Read one tensor of an open safetensors file.
 
     Raises:
-        ValueError: if the file is damaged there; the message names the file and the tensor.
+        ValueError: If the tensor is damaged; the message names the file and the tensor.
     """
     try:
         return file.get_tensor(name)

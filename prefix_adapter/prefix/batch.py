@@ -1,174 +1,147 @@
-"""Which adapter's prefix goes where: rows with adapters of their own, adapters side by side, layers without."""
+"""Which adapter's prefix goes to which row of a batch, at each attention module."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from itertools import groupby
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backbone.attention import AttentionTarget, Slot
-from ..backbone.key_values import Pair
-
-# The adapters of one row of the batch, from left to right; none for the base model.
-Row = tuple[str, ...]
+from ..backbone.attention import AttentionTarget, PrefixSlot
+from .plan import BatchPlan, PrefixPart, Row
+from .running import AdapterCall
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """What is to be known of an adapter besides its parameters.
+class AdapterInfo:
+    """The facts about an adapter besides its parameters.
 
     Attributes:
-        length: virtual tokens.
-        dropout: probability.
-        shifts: whether it moves the positions of the input behind itself.
-        columns: of its table, by the slots that it fills.
+        length: Number of virtual tokens.
+        dropout: Dropout probability.
+        shifts: Whether it shifts the positions of the input by its length.
+        columns: The columns of its table, by slot.
     """
 
     length: int
     dropout: float
     shifts: bool
-    columns: dict[Slot, slice]
+    columns: dict[PrefixSlot, slice]
 
-    def shift(self, kind: str) -> int:
-        """By how much it moves the positions in the encoder or the decoder: its length, if it has a prefix there."""
+    def get_shift(self, kind: str) -> int:
+        """By how much it shifts positions in the encoder or decoder: its length, if it has a prefix there."""
         return self.length if self.shifts and any(slot.kind == kind for slot in self.columns) else 0
 
-    def fills(self, target: AttentionTarget) -> bool:
-        """Whether it has a prefix for the target."""
+    def has_prefix_for(self, target: AttentionTarget) -> bool:
+        """Whether it has a prefix for an attention module."""
         return any(slot in self.columns for slot in target.slots.values())
 
 
-class PerThread(threading.local):
-    """Attributes that every thread has for itself.
+class BatchPlanner:
+    """Makes the plans of a model's batches, and caches them.
 
-    A copied or unpickled model starts without values: the calls that they belong to are calls of the original.
-    """
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()
-
-
-@dataclass(eq=False)
-class RowCall:
-    """One call of the model in one thread: `forward` or `generate` of a `PeftModel`, or a call of an `AdapterPool`.
-
-    It keeps the adapters with which it began: another thread that switches adapters does not change it.
-
-    Attributes:
-        names: the `adapter_names` of the call; `None` if it takes the active adapters.
-        rows: the adapters of each row; a single entry if all rows have the same.
-        outer: the call of the same thread inside which this one was made.
-        count_rows: whether the number of rows still has to be compared with the number of names.
-        plans: what `make_plan` has made for `names`, by target and batch.
-        pairs: the prefixes of the batch, by slot and batch.
-        expectations: the targets that are to use a prefix.
-    """
-
-    names: list[str] | None
-    rows: list[Row]
-    outer: RowCall | None = None
-    count_rows: bool = False
-    plans: dict[Any, Plan | None] = field(default_factory=dict)
-    pairs: dict[Any, Pair] = field(default_factory=dict)
-    expectations: dict[Any, list[int]] = field(default_factory=dict)
-
-    def switch(self, rows: list[Row]) -> None:
-        """Go on with other adapters."""
-        self.rows, self.plans, self.pairs, self.expectations = rows, {}, {}, {}
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a row's prefix: an adapter's, or blank (`adapter` is `None`), and then hidden."""
-
-    adapter: str | None
-    length: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The prefix of a batch for one target.
-
-    Attributes:
-        length: in tokens, the same for all rows; shorter ones are blank on the left.
-        rows: the pieces of each different row.
-        picked: `[batch]`, the entry of `rows` that each row of the batch takes; `None` for a single entry.
-        visible: bool `[batch, length]`, `None` if nothing is blank.
-    """
-
-    length: int
-    rows: list[tuple[Piece, ...]]
-    picked: Tensor | None
-    visible: Tensor | None
-
-
-def check_names(names: int, batch: int, replica: bool) -> None:
-    """Compare the number of `adapter_names` with that of the rows.
+    The plan for one list of adapters lasts until adapters come or go. Plans of a mixed batch last as long as its
+    `adapter_names`: they are in the `AdapterCall`.
 
     Args:
-        names: how many names there are.
-        batch: how many rows.
-        replica: whether the model is a copy that `nn.DataParallel` has made for a part of the batch.
-
-    Raises:
-        ValueError: if they differ.
+        targets: The attention modules of the model.
+        adapters: The model's adapters, by name.
     """
-    if names != batch:
-        split = " `nn.DataParallel` splits the batch but not the names: call the model without it." if replica else ""
-        raise ValueError(f"`adapter_names` has {names} names for a batch of {batch}.{split}")
+
+    def __init__(self, targets: list[AttentionTarget], adapters: Mapping[str, AdapterInfo]):
+        self._targets, self._adapters = targets, adapters
+        self._plans: dict[Any, BatchPlan | None] = {}
+        self._expected: dict[Any, list[int]] = {}
+
+    def clear(self) -> None:
+        """Drop all cached plans."""
+        self._plans, self._expected = {}, {}
+
+    def plan(self, index: int, states: Tensor, rows: list[Row], call: AdapterCall | None) -> BatchPlan | None:
+        """The plan for an attention module; `None` if it gets no prefix.
+
+        Args:
+            index: The index of the module among the targets.
+            states: Its hidden states `[batch, ...]`.
+            rows: The adapters of each row; a single entry if all rows have the same.
+            call: The running call of this thread.
+        """
+        mixed = len(rows) > 1
+        key = (index, states.device, states.shape[0]) if mixed else (index, rows[0])
+        plans = self._plans if call is None or not mixed else call.plans
+        if key in plans:
+            return plans[key]
+        plan = make_plan(rows, self._adapters, self._targets[index], states)
+        if mixed or plan is None or plan.visible is None:
+            plans[key] = plan
+        return plan
+
+    def get_expected(self, rows: list[Row], call: AdapterCall | None, encoder_rests: bool) -> list[int]:
+        """The indices of the targets that must use a prefix in a forward.
+
+        Args:
+            rows: The adapters of each row.
+            call: The running call of this thread.
+            encoder_rests: Whether the caller passed the encoder's outputs.
+        """
+        key = (encoder_rests, rows[0])
+        cached = self._expected if call is None or len(rows) == 1 else call.expected
+        if key not in cached:
+            adapters = [self._adapters[name] for row in rows for name in row]
+            cached[key] = [
+                index
+                for index, target in enumerate(self._targets)
+                if any(adapter.has_prefix_for(target) for adapter in adapters)
+                and not (encoder_rests and target.kind == "encoder")
+            ]
+        return cached[key]
 
 
-def describe(slots: Iterable[Slot]) -> str:
-    """Slots in words: kind, layers, and heads x size of their keys + values."""
-    parts = []
-    for (kind, shape), group in groupby(slots, key=lambda slot: (slot.kind, slot.shape)):
-        layers = ",".join(str(slot.layer) for slot in group)
-        keys, values = f"{shape.key_heads}x{shape.key_size}", f"{shape.value_heads}x{shape.value_size}"
-        parts.append(f"{kind} {layers}: {keys}+{values}")
-    return "; ".join(parts)
-
-
-def make_plan(rows: list[Row], adapters: dict[str, Adapter], target: AttentionTarget, states: Tensor) -> Plan | None:
-    """What to put in front of a target that is given hidden states `[batch, ...]`; `None` if nothing."""
+def make_plan(
+    rows: list[Row], adapters: Mapping[str, AdapterInfo], target: AttentionTarget, states: Tensor
+) -> BatchPlan | None:
+    """The prefix of a batch at one attention module with hidden states `[batch, ...]`; `None` if there is none."""
     distinct = list(dict.fromkeys(rows))
-    pieces = [_pieces(row, adapters, target) for row in distinct]
-    length = max(sum(piece.length for piece in row) for row in pieces)
-    if not any(piece.adapter for row in pieces for piece in row) and not (length and target.shares_bias):
+    parts = [_get_parts(row, adapters, target) for row in distinct]
+    length = max(sum(part.length for part in row) for row in parts)
+    if not any(part.adapter for row in parts for part in row) and not (length and target.shares_bias):
         return None
-    filled = [_fill(row, length) for row in pieces]
+    padded = [_pad_left(row, length) for row in parts]
     picked = pick_rows([distinct.index(row) for row in rows], states)
     visible = None
-    if any(piece.adapter is None for row in filled for piece in row):
-        shown = [[piece.adapter is not None for piece in row for _ in range(piece.length)] for row in filled]
+    if any(part.adapter is None for row in padded for part in row):
+        shown = [[part.adapter is not None for part in row for _ in range(part.length)] for row in padded]
         visible = torch.tensor(shown, device=states.device)
         visible = visible.expand(states.shape[0], -1) if picked is None else visible[picked]
-    return Plan(length, filled, picked, visible)
+    return BatchPlan(length, padded, picked, visible)
 
 
-def _pieces(row: Row, adapters: dict[str, Adapter], target: AttentionTarget) -> list[Piece]:
-    pieces = []
+def _get_parts(row: Row, adapters: Mapping[str, AdapterInfo], target: AttentionTarget) -> list[PrefixPart]:
+    parts = []
     for name in row:
         adapter = adapters[name]
-        if adapter.fills(target):
-            pieces.append(Piece(name, adapter.length))
+        if adapter.has_prefix_for(target):
+            parts.append(PrefixPart(name, adapter.length))
         elif target.shares_bias and any(slot.kind == target.kind for slot in adapter.columns):
-            # A stack that computes its position bias once for all layers has the same columns in all of them.
-            pieces.append(Piece(None, adapter.length))
-    return pieces
+            # A stack that computes one position bias for all layers needs the same number of columns in all of them.
+            parts.append(PrefixPart(None, adapter.length))
+    return parts
 
 
-def _fill(row: list[Piece], length: int) -> tuple[Piece, ...]:
-    missing = length - sum(piece.length for piece in row)
-    return (Piece(None, missing), *row) if missing else tuple(row)
+def _pad_left(row: list[PrefixPart], length: int) -> tuple[PrefixPart, ...]:
+    missing = length - sum(part.length for part in row)
+    return (PrefixPart(None, missing), *row) if missing else tuple(row)
 
 
 def pick_outputs(outputs: list[Any], batch: int) -> Any:
-    """Row by row out of what a module has returned for each: `[batch or 1, ...]` or `[tokens, size]`, or tuples."""
+    """Combine the outputs that a module has computed for each row's setting: row i of the i-th output.
+
+    Args:
+        outputs: For each row `[batch or 1, ...]` or `[tokens, size]`, or tuples of those.
+        batch: The number of rows.
+    """
     first = outputs[0]
     if isinstance(first, tuple):
         return tuple(pick_outputs(list(parts), batch) for parts in zip(*outputs, strict=True))
@@ -181,15 +154,35 @@ def pick_outputs(outputs: list[Any], batch: int) -> Any:
 
 
 def pick_rows(entries: list[int], states: Tensor) -> Tensor | None:
-    """For each row of a batch `[batch, ...]` its entry, when `entries` has one for each; `None` if all are the same.
+    """The entry for each row of a batch `[batch, ...]`; `None` if all are the same.
+
+    Args:
+        entries: An entry for each name. A batch may have several rows for each name: beams and the choices of a
+            multiple-choice question are next to each other.
+        states: A tensor of the batch.
 
     Raises:
-        ValueError: if the batch is no multiple of their count.
+        ValueError: If the batch is no multiple of the number of names.
     """
     batch = states.shape[0]
     if len(entries) > 1 and batch % len(entries):
         raise ValueError(f"`adapter_names` has {len(entries)} names for a batch of {batch}.")
     if len(set(entries)) == 1:
         return None
-    # Beams, and the choices of a multiple-choice question, stand beside each other.
     return torch.tensor(entries, device=states.device).repeat_interleave(batch // len(entries))
+
+
+def check_name_count(names: int, batch: int, replica: bool) -> None:
+    """Compare the number of `adapter_names` with the number of rows.
+
+    Args:
+        names: The number of names.
+        batch: The number of rows.
+        replica: Whether the model is a copy that `nn.DataParallel` has made for a part of the batch.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    if names != batch:
+        split = " `nn.DataParallel` splits the batch but not the names: call the model without it." if replica else ""
+        raise ValueError(f"`adapter_names` has {names} names for a batch of {batch}.{split}")

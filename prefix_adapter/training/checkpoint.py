@@ -41,7 +41,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..files.check import Spec, check_file
+from ..files.check import check_file
+from ..files.contents import TensorSpec
 from .distributed import gathered_parameters, save_deepspeed_state
 from .files import UNFINISHED, fsync_path, path_in_errors
 from .model import trained_parameters
@@ -124,7 +125,7 @@ def check_weights(model: nn.Module, folder: Path) -> None:
     parameters = trained_parameters(model)
     if names is not None:
         parameters = {saved: parameters[own] for own, saved in names.items()}
-    specs = {name: Spec.of(each) for name, each in parameters.items()}
+    specs = {name: TensorSpec.of(each) for name, each in parameters.items()}
     _check_tensors(_weights_file(folder, names), specs, model)
 
 
@@ -132,7 +133,7 @@ def _weights_file(folder: Path, names: dict[str, str] | None) -> Path:
     return folder / (_WEIGHTS if names is None else SAFETENSORS_WEIGHTS_NAME)
 
 
-def _check_tensors(path: Path, needed: dict[str, Spec], model: nn.Module) -> None:
+def _check_tensors(path: Path, needed: dict[str, TensorSpec], model: nn.Module) -> None:
     try:
         check_file(path, needed, {}, model)
     except ValueError as error:
@@ -332,10 +333,10 @@ def check(folder: Path, model: nn.Module, metric: str | None = None) -> dict[str
     check_weights(model, folder)
     if (folder / _DEEPSPEED).is_dir():
         return state
-    moments: dict[str, Spec] = {}
+    moments: dict[str, TensorSpec] = {}
     for name, parameter in trained_parameters(model).items():
-        moments |= {f"{name}/{key}": Spec.of(parameter) for key in _MOMENTS}
-        moments[f"{name}/step"] = Spec((), torch.float32)
+        moments |= {f"{name}/{key}": TensorSpec.of(parameter) for key in _MOMENTS}
+        moments[f"{name}/step"] = TensorSpec((), torch.float32)
     path = folder / _OPTIMIZER
     _check_tensors(path, moments, model)
     for name, tensor in load_file(path).items():

@@ -1,4 +1,4 @@
-"""Rows from the Hub or from files, under the task's names for their columns."""
+"""Read rows from the Hub or from files, rename their columns, and split them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+from io import BufferedReader
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -18,53 +19,66 @@ if TYPE_CHECKING:
     from .recipe import Data
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": None, ".tsv": None, ".parquet": "parquet"}
-"""The builders of `datasets` that read files; tables of text are read here."""
+"""The builder of `datasets` for each type of file; `None` for types that `_read_csv` reads."""
 FILE_TYPES = ".jsonl, .json, .csv, .tsv or .parquet (.jsonl, .json, .csv and .tsv also as .gz)"
 
 
 class DataError(ValueError):
-    """Rows that cannot be learnt from; the message names the file or split, and the row, counted from 1."""
+    """Rows are invalid or cannot be read. The message names the file or split, and the row, counted from 1."""
 
 
 def load_rows(data: Data, split: str) -> datasets.Dataset:
-    """Read the rows of `data.train`, `data.validation` or `data.test`.
+    """Read the rows of a split.
+
+    Args:
+        data: The source of the rows.
+        split: train, validation or test: the field of `data` that names the split or file.
 
     Returns:
-        The rows, as `rename` gives them.
+        All rows, with the task's column names and class names (see `rename`).
 
     Raises:
-        DataError: if there are none, or a column is missing.
+        DataError: If the rows cannot be read, if there are none, or if a column is missing.
+
+    Example:
+        >>> rows = load_rows(Data(train="train.jsonl", columns={"text": "review"}), "train")
     """
     source = getattr(data, split)
     if data.path is None:
         rows = read_file(source)
     else:
         try:
-            files = _saved(data.path)
+            files = _saved_splits(data.path)
             path = "arrow" if files else data.path
             options = {"data_files": files, "revision": data.revision}
-            options |= _texts_of_csv(datasets.load_dataset_builder(path, data.name, **options), source)
+            options |= _csv_options(datasets.load_dataset_builder(path, data.name, **options), source)
             rows = datasets.load_dataset(path, data.name, split=source, **options)
         except Exception as error:
             raise DataError(f"data.path {data.path!r}, split {source!r}: {type(error).__name__}: {error}") from error
     return rename(rows, data.columns, source)
 
 
-def _saved(folder: str) -> dict[str, str] | None:
-    """Where the splits are that `save_to_disk` left in a folder; `datasets.load_dataset` would guess their names."""
+def _saved_splits(folder: str) -> dict[str, str] | None:
+    """The files of each split in a folder of `save_to_disk`; `datasets.load_dataset` would guess the splits' names."""
     splits = os.path.join(folder, "dataset_dict.json")
     if os.path.isfile(splits):
         with open(splits, encoding="utf-8") as file:
             return {name: os.path.join(folder, name, "*.arrow") for name in json.load(file)["splits"]}
-    alone = os.path.isfile(os.path.join(folder, "state.json"))
-    return {"train": os.path.join(folder, "*.arrow")} if alone else None
+    is_single = os.path.isfile(os.path.join(folder, "state.json"))
+    return {"train": os.path.join(folder, "*.arrow")} if is_single else None
 
 
 def read_file(path: str) -> datasets.Dataset:
     """Read a file of rows.
 
+    Args:
+        path: A file of one of `FILE_TYPES`.
+
     Raises:
-        DataError: if it is missing, empty, of an unknown type or damaged.
+        DataError: If the file is missing, empty, damaged or of an unknown type.
+
+    Example:
+        >>> rows = read_file("train.jsonl")
     """
     if not os.path.isfile(path):
         hint = "" if os.path.splitext(path)[1] else " (for a split of a data set of the Hub, give `data.path` too)"
@@ -78,9 +92,10 @@ def read_file(path: str) -> datasets.Dataset:
         if kind in (".csv", ".tsv"):
             rows = _read_csv(path, "\t" if kind == ".tsv" else ",")
         else:
-            # `datasets` tells by the time of change whether it has read a file before; two versions can have the same.
+            # The digest names the cache entry: two versions of a file can have the same modification time, by which
+            # `datasets` recognises a file.
             rows = datasets.load_dataset(_READERS[kind], _digest(path), data_files=path, split="train")
-            rows.data.validate(full=True)  # nothing else looks at the encoding of JSON's texts
+            rows.data.validate(full=True)  # checks the encoding of JSON strings, which nothing else does
             if kind != ".parquet" and any(map(_is_time, rows.features.values())):
                 rows = datasets.Dataset.from_list(_read_json(path))
     except Exception as error:
@@ -93,17 +108,18 @@ def read_file(path: str) -> datasets.Dataset:
 
 
 def _read_csv(path: str, delimiter: str) -> datasets.Dataset:
-    """Read a file of texts: each cell as it is written, and `None` for an empty one.
+    """Read each cell of a CSV file as text, and an empty cell as `None`.
 
-    The task says what a column means. A reader that guesses makes 1 of 01, a number of 0.0, and nothing of NA.
+    Types are not inferred: inference would turn 01 into 1, 0.0 into a number, and NA into nothing.
 
     Raises:
-        ValueError: if a row has more or fewer cells than the header, or two columns have the same name.
+        ValueError: If there are no rows, if a row has more or fewer cells than the header, or if two columns have the
+            same name.
     """
 
     def options(names: list[str]) -> dict[str, Any]:
         return {
-            # Without threads an error names the row. No row may be longer than a block.
+            # Errors name the row only without threads. A row must fit into a block.
             "read_options": csv.ReadOptions(use_threads=False, block_size=2**26),
             "parse_options": csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
             "convert_options": csv.ConvertOptions(
@@ -125,20 +141,20 @@ def _read_csv(path: str, delimiter: str) -> datasets.Dataset:
     return datasets.Dataset(table)
 
 
-def _texts_of_csv(builder: Any, split: str) -> dict[str, Any]:
-    """What `datasets.load_dataset` is told so that it reads CSV as `_read_csv` does; nothing for other formats.
+def _csv_options(builder: Any, split: str) -> dict[str, Any]:
+    """The options with which `datasets.load_dataset` reads CSV as `_read_csv` does; none for other formats.
 
-    The reader of CSV is known by its having settings of pandas'. Types that the data set declares are kept.
+    Types that the data set declares are kept.
 
     Args:
-        builder: the data set's builder.
-        split: the split, perhaps with a slice behind it.
+        builder: The builder of the data set. That of CSV is recognised by its settings of pandas.
+        split: The split, with or without a slice (`train[:100]`).
     """
     if not hasattr(builder.config, "keep_default_na") or builder.info.features is not None:
         return {}
     files = builder.config.data_files or {}
     name = next((name for name in files if re.match(rf"{re.escape(str(name))}\b", split)), None)
-    if name is None:  # loading will say which splits there are
+    if name is None:  # `load_dataset` raises the error for an unknown split
         return {}
     header = pandas.read_csv(files[name][0], sep=builder.config.sep, nrows=0)
     text = datasets.Value("string")
@@ -150,14 +166,14 @@ def _texts_of_csv(builder: Any, split: str) -> dict[str, Any]:
 
 
 def _is_time(feature: Any) -> bool:
-    """Whether a JSON column was read as one of times. JSON has texts only, and `datasets` takes some for times."""
+    """Whether `datasets` parsed the texts of a JSON column as times. JSON itself has no such type."""
     inner = getattr(feature, "feature", feature)
     return isinstance(inner, datasets.Value) and inner.dtype.startswith(("timestamp", "date", "time"))
 
 
 def _read_json(path: str) -> list[dict[str, Any]]:
-    """The rows of a file of JSON, or of JSON lines, with all texts as they are written."""
-    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+    """The rows of a file of JSON or JSON lines, with all texts as written."""
+    with _open(path) as file:
         text = file.read().decode("utf-8")
     try:
         found = json.loads(text)
@@ -166,40 +182,44 @@ def _read_json(path: str) -> list[dict[str, Any]]:
     return found if isinstance(found, list) else [found]
 
 
+def _open(path: str) -> gzip.GzipFile | BufferedReader:
+    return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
+
+
 def _digest(path: str) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _damaged_line(path: str) -> str | None:
-    """Which line of a file of JSON lines is the first that is none, and why."""
+    """The first line of a file of JSON lines that is not a JSON object, and what is wrong with it."""
     try:
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as lines:
+        with _open(path) as lines:
             for number, line in enumerate(lines, start=1):
                 try:
                     row = json.loads(line) if line.strip() else {}
                 except ValueError as error:
                     return f"line {number}: {getattr(error, 'msg', error)}"
                 if not isinstance(row, dict):
-                    return f"line {number}: it must be an object, it is {row!r}"
+                    return f"line {number}: expected a JSON object, got {row!r}"
     except (OSError, EOFError) as error:
         return str(error)
     return None
 
 
 def rename(rows: datasets.Dataset, columns: dict[str, str], source: str) -> datasets.Dataset:
-    """Give columns the task's names, and classes (`datasets.ClassLabel`) their own in place of their numbers.
+    """Rename columns, and replace the numbers of classes (`datasets.ClassLabel`) by the names of the classes.
 
     Args:
-        rows: the rows.
-        columns: `{ours: theirs}`.
-        source: what the rows are called in error messages.
+        rows: The rows.
+        columns: `{name of the task: name in the data}`. One column of the data can serve as several of the task.
+        source: The name of the rows in error messages.
 
     Raises:
-        DataError: if there are no rows, or a column is missing.
+        DataError: If there are no rows, or a column is missing.
+
+    Example:
+        >>> rows = rename(rows, {"text": "review"}, "train.jsonl")
     """
     if not len(rows):
         raise DataError(f"{source} has no rows.")
@@ -217,11 +237,11 @@ def rename(rows: datasets.Dataset, columns: dict[str, str], source: str) -> data
 
 
 def _name_classes(rows: datasets.Dataset) -> datasets.Dataset:
-    """The rows with the names of classes for their numbers; what has no class (-1) is `None`."""
+    """Replace the numbers of classes by their names, and -1 (no class) by `None`."""
     features, names = rows.features.copy(), {}
     for column, feature in rows.features.items():
-        inner = getattr(feature, "feature", feature)  # of a list
-        # Classes that are called like columns, as COPA's choice1 and choice2, are the numbers of those columns.
+        inner = getattr(feature, "feature", feature)  # the element type of a list
+        # COPA's classes choice1 and choice2 have the names of columns. Their numbers are what the task needs.
         if isinstance(inner, datasets.ClassLabel) and not set(inner.names) <= set(rows.column_names):
             names[column] = dict(enumerate(inner.names))
             text = datasets.Value("string")
@@ -239,33 +259,38 @@ def _name_classes(rows: datasets.Dataset) -> datasets.Dataset:
 
 
 def take(rows: datasets.Dataset, most: int | None, seed: int) -> datasets.Dataset:
-    """`most` of the rows, drawn at random; all of them if there are no more, or if `most` is `None`."""
+    """Draw `most` rows at random. Return all rows if there are no more, or if `most` is `None`."""
     if most is None or most >= len(rows):
         return rows
     return rows.shuffle(seed=seed).select(range(most)).flatten_indices()
 
 
 def hold_out(rows: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Split rows at random into those to learn from and those to choose by.
+    """Split rows at random into training and validation rows.
+
+    Args:
+        rows: The rows.
+        fraction: The share of validation rows; at least one row and at most all but one.
+        seed: The seed of the draw.
 
     Raises:
-        DataError: if there are fewer than two rows.
+        DataError: If there are fewer than two rows.
     """
     if len(rows) < 2:
-        raise DataError("There is one training row: none can be held out. Give `data.validation`, or more rows.")
+        raise DataError("There is only one training row, so none can be held out. Set `data.validation`, or add rows.")
     count = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
     parts = rows.train_test_split(test_size=count, seed=seed)
     return parts["train"].flatten_indices(), parts["test"].flatten_indices()
 
 
 def divide(rows: dict[str, datasets.Dataset], data: Data, seed: int) -> dict[str, datasets.Dataset]:
-    """The rows that a run trains on, chooses by and is measured on, of those that were read.
+    """Hold out validation rows if the recipe names none, and draw at most the maximum number of rows per split.
 
     Args:
-        rows: all rows of the splits that the recipe names; those of other splits than the wanted one may be missing,
-            but to hold out validation rows the training rows must be there.
-        data: where the recipe says how many rows to hold out, and to use at most.
-        seed: the recipe's.
+        rows: All rows of each split. Splits that are not needed can be missing; if the recipe names no validation
+            rows, `validation` needs `train`.
+        data: The settings of the recipe (`validation_fraction`, `max_train_rows`, ...).
+        seed: The seed of the recipe.
     """
     if data.validation is None and "train" in rows:
         rows = dict(rows)
@@ -274,5 +299,5 @@ def divide(rows: dict[str, datasets.Dataset], data: Data, seed: int) -> dict[str
 
 
 def rows_of(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """Columns, row by row."""
+    """Turn columns into rows: `{"a": [1, 2]}` into `[{"a": 1}, {"a": 2}]`."""
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -1,4 +1,4 @@
-"""What a trained adapter is for: measuring it, and answering rows that stream past."""
+"""Load, evaluate and run a trained adapter."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ import torch
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel
 
-from ..training import checkpoint, outputs
+from . import checkpoint, outputs
+from .adapter_recipe import load_adapter_recipe
 from .data import DataError, divide, load_rows
 from .evaluation import answer_rows, evaluate
 from .files import atomic_write, check_new, fsync_path
 from .loop import training_accelerator
 from .model import load_base, load_tokenizer, wrap
-from .recipe import NO_ADAPTER, Recipe, RecipeError, load_adapter_recipe, load_recipe
+from .recipe import NO_ADAPTER, Recipe, RecipeError, load_recipe
 from .tasks import TASK_CLASSES
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 _SPLITS = ("test", "validation", "train")
 PARTIAL = ".partial"
-"""What is added to the name of a file of answers until all rows are answered."""
+"""The suffix of an output file of `predict` until all rows are answered."""
 
 
 def load_trained(
@@ -45,62 +46,74 @@ def load_trained(
     config: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Recipe, Task, nn.Module]:
-    """Load what `train` left.
+    """Load an adapter that `train` wrote, with its base model and task.
 
-    Only harmless settings are taken from the recipe in the adapter's folder: see `recipe.load_adapter_recipe`.
+    The recipe in the adapter's folder is untrusted: only harmless settings are read from it (`load_adapter_recipe`).
 
     Args:
-        adapter: the folder, or the adapter's name on the Hub.
-        model: the base model, if it is not where the recipe says.
-        revision: the adapter's revision on the Hub.
-        config: a recipe that you trust, in place of the one in the adapter's folder; all of it is used.
-        trust_remote_code: run the Python code that the base model's repository contains.
+        adapter: The folder that `train` wrote, or the name of the adapter on the Hub.
+        model: The base model, a folder or a name on the Hub; by default that of the recipe.
+        revision: The revision of the adapter on the Hub.
+        config: A recipe that you trust. It replaces the recipe in the adapter's folder, and all of it is used.
+        trust_remote_code: Whether to run Python code from the base model's repository.
 
     Returns:
-        Its recipe, its task with labels, and the model in eval mode, on the CPU.
+        The recipe, the task with its labels, and the model in eval mode, on the CPU.
 
     Raises:
-        RecipeError: if there is no adapter, or none that `train` left, or its recipe sets what only you may set.
+        RecipeError: If there is no adapter of `train`, or if its recipe sets what only the caller can set.
+
+    Example:
+        >>> recipe, task, model = load_trained("runs/ner")
+        >>> answer_rows(task, model, {"tokens": [["A", "sentence"]]}, 8, torch.device("cpu"))
     """
-    folder = Path(adapter)
-    if config is not None:
-        overrides: dict[str, Any] = {"trust_remote_code": trust_remote_code, **({"model": model} if model else {})}
-        recipe = load_recipe(config, **overrides)
-    else:
-        if folder.is_dir():
-            path = folder / outputs.RECIPE
-            if not path.is_file():
-                raise RecipeError(
-                    f"{folder} has no {outputs.RECIPE}: `prefix-adapter train` did not leave this adapter."
-                )
-        else:
-            try:
-                path = Path(hf_hub_download(str(adapter), outputs.RECIPE, revision=revision))
-            except (OSError, ValueError) as error:
-                raise RecipeError(f"There is no folder {str(adapter)!r}, and on the Hub: {error}") from error
-        recipe = load_adapter_recipe(path, model=model, rows=folder.is_dir(), trust_remote_code=trust_remote_code)
+    recipe = _recipe_of(adapter, model, revision, config, trust_remote_code)
     task = TASK_CLASSES[recipe.task](recipe, load_tokenizer(recipe))
     base, new = load_base(recipe, task)
     if recipe.adapter["peft_type"] in NO_ADAPTER:
         whole = wrap(recipe, task, base, new)
-        checkpoint.load_weights(whole, folder)
+        checkpoint.load_weights(whole, Path(adapter))
         return recipe, task, whole.eval()
     try:
         if getattr(PeftConfig.from_pretrained(str(adapter), revision=revision), "megatron_config", None):
-            raise ValueError("`megatron_core` in its configuration would import a module of the author's choice.")
+            raise ValueError("`megatron_core` in its configuration names a module to import, which is not allowed.")
         wrapped = PeftModel.from_pretrained(base, str(adapter), revision=revision)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{adapter}: there is no finished adapter to load: {error}") from error
     return recipe, task, wrapped.eval()
 
 
+def _recipe_of(
+    adapter: str | os.PathLike[str],
+    model: str | None,
+    revision: str | None,
+    config: str | os.PathLike[str] | None,
+    trust_remote_code: bool,
+) -> Recipe:
+    """Read the recipe for an adapter; see `load_trained`."""
+    if config is not None:
+        overrides = {} if model is None else {"model": model}
+        return load_recipe(config, trust_remote_code=trust_remote_code, **overrides)
+    folder = Path(adapter)
+    if folder.is_dir():
+        path = folder / outputs.RECIPE
+        if not path.is_file():
+            raise RecipeError(f"{folder} has no {outputs.RECIPE}: it was not written by `prefix-adapter train`.")
+    else:
+        try:
+            path = Path(hf_hub_download(str(adapter), outputs.RECIPE, revision=revision))
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"There is no folder {str(adapter)!r}, and on the Hub: {error}") from error
+    return load_adapter_recipe(path, model=model, rows=folder.is_dir(), trust_remote_code=trust_remote_code)
+
+
 class Metrics(dict[str, float]):
-    """Metrics by name, and which rows they were measured on.
+    """Metrics by name, and the rows that they were computed on.
 
     Attributes:
-        split: test, validation or train, for rows of the run; `None` for another file.
-        source: the file of the rows, or the data set and its split.
-        rows: the number of rows.
+        split: test, validation or train for rows of the run; `None` for another file.
+        source: The file of the rows, or the data set and its split.
+        rows: The number of rows.
     """
 
     split: str | None
@@ -120,45 +133,49 @@ def evaluate_adapter(
     config: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Metrics:
-    """Measure a trained adapter on rows with solutions; run by `accelerate launch`, the processes share the work.
+    """Evaluate a trained adapter on rows with targets. Under `accelerate launch` the processes share the work.
 
     Args:
-        adapter: the folder that `train` left, or the adapter's name on the Hub.
-        data: a file, of which all rows are used; or `test`, `validation` or `train` for the rows that the run used as
-            such, also those that it held out or drew. By default the run's test rows, or if it had none its
-            validation rows.
-        model: the base model, if it is not where the recipe says.
-        revision: the adapter's revision on the Hub.
-        batch_size: features of a forward pass; the recipe's by default.
-        predictions: a JSONL file for the rows with their answers.
-        overwrite: whether a file at `predictions` may be replaced.
-        config: a recipe that you trust, in place of the one in the adapter's folder; all of it is used.
-        trust_remote_code: run the Python code that the base model's repository contains.
+        adapter: The folder that `train` wrote, or the name of the adapter on the Hub.
+        data: A file, of which all rows are used; or `test`, `validation` or `train` for exactly the rows that the run
+            used. By default the test rows of the run, or its validation rows if it had no test rows.
+        model: The base model, a folder or a name on the Hub; by default that of the recipe.
+        revision: The revision of the adapter on the Hub.
+        batch_size: Features per forward pass; by default the recipe's `eval_batch_size`.
+        predictions: A JSONL file to write the rows with their predictions to.
+        overwrite: Whether an existing file `predictions` is replaced.
+        config: A recipe that you trust. It replaces the recipe in the adapter's folder, and all of it is used.
+        trust_remote_code: Whether to run Python code from the base model's repository.
 
     Returns:
-        The metrics, which also say what they were measured on.
+        The metrics by name, with the rows that they were computed on.
 
     Raises:
-        RecipeError: if there is no such adapter.
-        DataError: if there is something wrong with the rows, or `predictions` is the file of the rows.
-        OSError: if the answers cannot be written.
+        RecipeError: If there is no such adapter.
+        DataError: If the rows are invalid, or if `predictions` is the file of the rows.
+        FileExistsError: If `predictions` exists and `overwrite` is false.
+        OSError: If the predictions cannot be written.
+
+    Example:
+        >>> metrics = evaluate_adapter("runs/ner", "other.jsonl")
+        >>> metrics["f1"], metrics.rows
     """
     if predictions is not None:
         if data is not None and data not in _SPLITS:
-            _check_apart(data, Path(predictions))
+            _check_not_source(data, Path(predictions))
         check_new(Path(predictions), overwrite)
     recipe, task, trained = load_trained(adapter, model, revision, config=config, trust_remote_code=trust_remote_code)
     if (data is None or data in _SPLITS) and config is None and not os.path.isdir(adapter):
         raise RecipeError(
-            f"{adapter}: which rows to read is not taken from an adapter on the Hub. Give a file of rows, or a recipe "
-            "that you trust (--config, in Python `config=`)."
+            f"{adapter}: the source of the rows is not taken from an adapter on the Hub. Name a file of rows, or a "
+            "recipe that you trust (--config, in Python `config=`)."
         )
     if data is None:
         data = "test" if recipe.data.test else "validation"
     if data in _SPLITS:
         if predictions is not None and recipe.data.path is None:
             for file in filter(None, (recipe.data.train, recipe.data.validation, recipe.data.test)):
-                _check_apart(file, Path(predictions))
+                _check_not_source(file, Path(predictions))
         split, source, rows = data, *_rows_of_run(recipe, data)
     else:
         split, source = None, data
@@ -173,17 +190,17 @@ def evaluate_adapter(
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(target) as scratch, scratch.open("wb") as out:
                 for row, answer in zip(rows, answers, strict=True):
-                    out.write(_line({**row, **answer}))
+                    out.write(_json_line({**row, **answer}))
     metrics = Metrics(found)
     metrics.split, metrics.source, metrics.rows = split, source, len(rows)
     return metrics
 
 
 def _rows_of_run(recipe: Recipe, split: str) -> tuple[str, Dataset]:
-    """The rows that a run used as its test, validation or training rows, and what they are called."""
+    """The name and the rows of a split, as a run used it."""
     data = recipe.data
     if split == "test" and data.test is None:
-        raise RecipeError("`data.test`: the run had no test rows; give a file, or `validation`.")
+        raise RecipeError("`data.test`: the run had no test rows. Name a file, or evaluate on `validation`.")
     read = "train" if split == "validation" and data.validation is None else split
     name = getattr(data, read)
     source = name if data.path is None else f"{data.path}, split {name}"
@@ -207,54 +224,58 @@ def predict(
     config: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
 ) -> int:
-    """Answer the rows of a JSONL file, however many there are: `chunk_size` of them are in memory at a time.
+    """Predict the rows of a JSONL file of any size, `chunk_size` rows at a time.
 
-    The answers are written as they come, into `<target>.partial`, which gets the name `target` when all rows are
-    answered. After an error it stays as it is, with the answers to all rows before the one that the error names.
+    The rows with their predictions are written to `<target>.partial`, which is renamed to `target` when all rows are
+    done. After an error the `.partial` file has the predictions for all rows before the row that the error names.
 
     Args:
-        adapter: the folder that `train` left, or the adapter's name on the Hub.
-        source: a file with a JSON object in each line, or `-` for standard input.
-        target: a file for the same lines with `prediction` and more added, or `-` for standard output.
-        model: the base model, if it is not where the recipe says.
-        revision: the adapter's revision on the Hub.
-        batch_size: features of a forward pass; the recipe's by default.
-        chunk_size: rows that are read, answered and written together; those of similar length share a batch.
-        device: where to compute; a GPU if there is one.
-        overwrite: whether files at `target` and `<target>.partial` may be replaced.
-        config: a recipe that you trust, in place of the one in the adapter's folder; all of it is used.
-        trust_remote_code: run the Python code that the base model's repository contains.
+        adapter: The folder that `train` wrote, or the name of the adapter on the Hub.
+        source: A file with one JSON object per line, or `-` for standard input.
+        target: A file for the same rows with `prediction` (and, for some tasks, more) added, or `-` for standard
+            output.
+        model: The base model, a folder or a name on the Hub; by default that of the recipe.
+        revision: The revision of the adapter on the Hub.
+        batch_size: Features per forward pass; by default the recipe's `eval_batch_size`.
+        chunk_size: Number of rows that are read and predicted together. Those of similar length share a batch.
+        device: The device to compute on; by default a GPU if there is one.
+        overwrite: Whether existing files `target` and `<target>.partial` are replaced.
+        config: A recipe that you trust. It replaces the recipe in the adapter's folder, and all of it is used.
+        trust_remote_code: Whether to run Python code from the base model's repository.
 
     Returns:
         The number of rows.
 
     Raises:
-        RecipeError: if there is no such adapter, or no such device.
-        DataError: for the first row that cannot be answered, or if `target` is `source`; all rows before it are
-            answered.
-        FileExistsError: if `target` or `<target>.partial` exists.
-        OSError: if a file cannot be read or written.
-        KeyboardInterrupt: on a Ctrl-C; as for the others, the message says how many rows were answered.
+        RecipeError: If there is no such adapter or no such device.
+        DataError: For the first invalid row, after all rows before it are written; or if `target` is `source`.
+        FileExistsError: If `target` or `<target>.partial` exists and `overwrite` is false.
+        OSError: If a file cannot be read or written.
+        KeyboardInterrupt: On Ctrl-C. Like the other errors, it says how many rows are written.
+
+    Example:
+        >>> predict("runs/ner", "sentences.jsonl", "tagged.jsonl")
+        1000
     """
     if str(source) != "-" and (not os.path.exists(source) or os.path.isdir(source)):
         raise DataError(f"There is no file {str(source)!r}.")
-    answers = _Answers(None if str(target) == "-" else Path(target))
+    answers = _AnswerWriter(None if str(target) == "-" else Path(target))
     answers.check(source, overwrite)
     recipe, task, trained = load_trained(adapter, model, revision, config=config, trust_remote_code=trust_remote_code)
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         trained.to(place)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
-        raise RecipeError(f"`device`: nothing can be computed on {device!r}: {str(error).splitlines()[0]}") from error
-    with answers.writing(overwrite), _reading(source) as lines:
-        rows = _rows(lines, str(source), task, recipe.data.columns)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without this device
+        raise RecipeError(f"`device`: {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    with answers.writing(overwrite), _open_source(source) as lines:
+        rows = _parse_rows(lines, str(source), task, recipe.data.columns)
         problem: DataError | None = None
         while problem is None:
             chunk: list[tuple[dict[str, Any], dict[str, Any]]] = []
             try:
                 for row in islice(rows, chunk_size):
                     chunk.append(row)
-            except DataError as error:  # the rows before it are answered first
+            except DataError as error:  # raised below, after the rows before it are answered
                 problem = error
             if not chunk:
                 break
@@ -268,12 +289,12 @@ def predict(
 
 
 @dataclass
-class _Answers:
-    """The file that answers are written to as they come, or standard output.
+class _AnswerWriter:
+    """Writes answered rows to a file, through `<file>.partial`, or to standard output.
 
     Attributes:
-        target: the file; `None` for standard output.
-        count: how many rows are answered.
+        target: The file; `None` for standard output.
+        count: The number of rows written so far.
     """
 
     target: Path | None
@@ -283,29 +304,29 @@ class _Answers:
 
     @property
     def partial(self) -> Path | None:
-        """Where the answers are until all rows are answered; `None` if they go straight to where they belong."""
+        """The file to write to until all rows are answered; `None` to write to the target itself."""
         if self.target is None or (self.target.exists() and not self.target.is_file()):
             return None  # a terminal, a pipe or a device
-        final = Path(os.path.realpath(self.target))  # a link stays one
+        final = Path(os.path.realpath(self.target))  # replace the file behind a link, not the link
         return final.with_name(final.name + PARTIAL)
 
     def check(self, source: str | os.PathLike[str], overwrite: bool) -> None:
-        """See whether the answers to a file may be written.
+        """Check that the files can be written.
 
         Raises:
-            DataError: if they would take the place of the rows.
-            FileExistsError: if there is a file that may not be replaced.
-            IsADirectoryError: if the target is a folder.
+            DataError: If one of them is the file of the rows.
+            FileExistsError: If one of them exists and `overwrite` is false.
+            IsADirectoryError: If the target is a folder.
         """
         for path in (self.target, self.partial):
             if path is not None:
                 if str(source) != "-" and self.partial:
-                    _check_apart(source, path)
+                    _check_not_source(source, path)
                 check_new(path, overwrite)
 
     @contextmanager
     def writing(self, overwrite: bool) -> Iterator[None]:
-        """Open the file, and give it its name at the end. An error says how many rows were answered."""
+        """Open the file, and rename it at the end. Errors get a note of how many rows were answered."""
         partial = self.partial
         if self.target is not None:
             place = partial or self.target
@@ -320,25 +341,25 @@ class _Answers:
         except (DataError, OSError, KeyboardInterrupt) as error:
             kind = OSError if isinstance(error, OSError) else type(error)
             text = str(error).rstrip(".") or "Stopped"
-            raise kind(f"{text}. {self._what_there_is(partial)}") from error
+            raise kind(f"{text}. {self._progress(partial)}") from error
         except BaseException as error:
-            error.add_note(self._what_there_is(partial))
+            error.add_note(self._progress(partial))
             raise
         finally:
-            if partial is not None and partial.exists():  # the rows are not all answered
+            if partial is not None and partial.exists():  # not renamed: drop a line that is half written
                 os.truncate(partial, self._size) if self.count else partial.unlink()
 
-    def _what_there_is(self, partial: Path | None) -> str:
+    def _progress(self, partial: Path | None) -> str:
         where = f": the answers are in {partial}" if partial is not None and self.count else ""
         return f"{self.count} rows were answered before{where}."
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Write some answered rows."""
-        lines = b"".join(map(_line, rows))
+        """Write answered rows."""
+        lines = b"".join(map(_json_line, rows))
         if self._file is not None:
             self._file.write(lines)
             self._file.flush()
-        elif hasattr(sys.stdout, "buffer"):  # whatever encoding the terminal has
+        elif hasattr(sys.stdout, "buffer"):  # UTF-8, whatever the encoding of the terminal
             sys.stdout.buffer.write(lines)
             sys.stdout.buffer.flush()
         else:
@@ -346,25 +367,25 @@ class _Answers:
         self.count, self._size = self.count + len(rows), self._size + len(lines)
 
 
-def _check_apart(source: str | os.PathLike[str], target: Path) -> None:
-    """See that a file to be written is not the file that is read, by whatever names.
-
-    Raises:
-        DataError: if it is.
-    """
+def _check_not_source(source: str | os.PathLike[str], target: Path) -> None:
+    """Raise a DataError if the file to write is the file of the rows, under any name."""
     if os.path.exists(source) and target.exists() and os.path.samefile(source, target):
-        raise DataError(f"{target} is the file of the rows: the answers would take its place. Choose another name.")
+        raise DataError(f"{target} is the file of the rows, which would be lost. Choose another name.")
 
 
-def _line(row: dict[str, Any]) -> bytes:
-    """A line of JSON in UTF-8. What UTF-8 does not have, one half of a pair of surrogates, is written as an escape."""
+def _json_line(row: dict[str, Any]) -> bytes:
+    """A line of JSON in UTF-8. Half a surrogate pair has no UTF-8 form and is written as an escape."""
     return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-def _rows(
+def _parse_rows(
     lines: Iterable[str | bytes], source: str, task: Task, columns: dict[str, str]
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each row as it is in the file, and under the task's names for its columns."""
+    """Yield each row as it is in the file, and with the task's column names.
+
+    Raises:
+        DataError: For the first line that is not a valid row.
+    """
     optional: set[str] | None = None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -372,9 +393,9 @@ def _rows(
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{source}, line {number}: no JSON: {error}.") from error
+            raise DataError(f"{source}, line {number}: invalid JSON: {error}.") from error
         if not isinstance(row, dict):
-            raise DataError(f"{source}, line {number}: a JSON object was expected, got {row!r:.80}.")
+            raise DataError(f"{source}, line {number}: expected a JSON object, got {row!r:.80}.")
         own = {**row, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
         for name, meaning in task.columns.items():
             if name not in own:
@@ -385,25 +406,27 @@ def _rows(
             optional = given
         if given != optional:
             raise DataError(
-                f"{source}, line {number}: it has {sorted(given)}, and the first row has {sorted(optional)}."
+                f"{source}, line {number}: it has the optional columns {sorted(given)}, but the first row has "
+                f"{sorted(optional)}."
             )
-        problem = task.problem(own, False) or _not_unicode(own, [*task.columns, *given])
+        problem = task.problem(own, False) or _surrogate_problem(own, [*task.columns, *given])
         if problem:
             raise DataError(f"{source}, line {number}: {problem}")
         yield row, own
 
 
-def _not_unicode(row: dict[str, Any], names: Iterable[str]) -> str | None:
+def _surrogate_problem(row: dict[str, Any], names: Iterable[str]) -> str | None:
+    """Describe a text with half a surrogate pair, which tokenizers cannot read; `None` if there is none."""
     for name in names:
         try:
             json.dumps(row[name], ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            return f"{name!r} has {error.object[error.start]!a}, one half of a character."
+            return f"{name!r} has {error.object[error.start]!a}, half of a surrogate pair."
     return None
 
 
 @contextmanager
-def _reading(path: str | os.PathLike[str]) -> Iterator[Iterable[str | bytes]]:
+def _open_source(path: str | os.PathLike[str]) -> Iterator[Iterable[str | bytes]]:
     if str(path) == "-":
         yield getattr(sys.stdin, "buffer", sys.stdin)
     else:

@@ -22,7 +22,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
-from ..adapters.saved import new_folder
+from ..files.whole import new_folder
 from . import checkpoint, outputs, reports
 from .batches import JointBatches
 from .data import DataError

@@ -1,4 +1,4 @@
-"""A recipe: everything that decides what a training run does, as YAML or on the command line."""
+"""The recipe: all settings of a training run, read from YAML, from the command line or from Python."""
 
 from __future__ import annotations
 
@@ -30,34 +30,46 @@ TASKS = (
     "seq2seq-lm",
 )
 NO_ADAPTER = ("FULL", "HEAD")
-"""What `adapter.peft_type` may say besides a PEFT type: train all of the model, or its task head alone."""
-_CODE = ("allow_all_kernels", "use_kernels", "kernel_config")
-"""Arguments of `from_pretrained` with which transformers downloads and runs kernels."""
+"""Values of `adapter.peft_type` that are no PEFT methods: full fine-tuning, or training the task head alone."""
+_KERNEL_KWARGS = ("allow_all_kernels", "use_kernels", "kernel_config")
+"""Arguments of `from_pretrained` that make transformers download and run kernels."""
+_HOW_TO_TRUST = (
+    "If you trust the code of the base model's repository, set --trust_remote_code, or in Python "
+    "`trust_remote_code=True`."
+)
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be run; the message names the key."""
+    """A recipe is invalid or cannot be run. The message names the key."""
 
 
 @dataclass
 class Data:
-    """Where the rows come from.
+    """The source of the rows: a data set of the Hub, a folder, or files.
 
     Args:
-        path: A data set of the Hub or a folder that `datasets.load_dataset` reads. Without it `train`, `validation`
-            and `test` are files: .jsonl, .json, .csv, .tsv or .parquet, the text ones also as .gz.
+        path: A data set of the Hub, or a folder that `datasets.load_dataset` reads. Without it `train`, `validation`
+            and `test` are files: .jsonl, .json, .csv, .tsv or .parquet (all but .parquet also as .gz).
         name: The configuration of a data set of the Hub.
         revision: The revision of a data set of the Hub: a branch, tag or commit.
-        train: The split, or the file, to learn from.
-        validation: The split or file that the best checkpoint is chosen on. If it is not given, `validation_fraction`
-            of the training rows are held out.
-        test: The split or file that the finished adapter is measured on, once.
-        validation_fraction: Share of the training rows to hold out when there is no `validation`; in (0, 1).
-        columns: What the data calls the task's columns, `{ours: theirs}`, for instance `{text: premise}`.
-        max_train_rows: Use so many rows at most, drawn with the recipe's seed.
-        max_validation_rows: As `max_train_rows`, for the validation rows.
-        max_test_rows: As `max_train_rows`, for the test rows.
-        num_proc: Processes that tokenize.
+        train: The split or file to train on.
+        validation: The split or file that selects the best checkpoint. Without it `validation_fraction` of the
+            training rows are held out.
+        test: The split or file on which the finished adapter is evaluated, once.
+        validation_fraction: Share of the training rows to hold out if there is no `validation`; between 0 and 1.
+        columns: The names of the task's columns in the data, `{name of the task: name in the data}`, for instance
+            `{text: premise}`.
+        max_train_rows: Maximum number of training rows. They are drawn at random with the recipe's `seed`.
+        max_validation_rows: Maximum number of validation rows, drawn like the training rows.
+        max_test_rows: Maximum number of test rows, drawn like the training rows.
+        num_proc: Number of processes for tokenization.
+
+    Raises:
+        RecipeError: If a value has the wrong type or is out of range.
+
+    Example:
+        >>> Data(path="rajpurkar/squad", train="train", validation="validation")
+        >>> Data(train="train.jsonl", columns={"text": "review", "label": "stars"})
     """
 
     path: Optional[str] = None
@@ -76,61 +88,74 @@ class Data:
     def __post_init__(self) -> None:
         _check_types(self, "data.")
         for name in ("max_train_rows", "max_validation_rows", "max_test_rows", "num_proc"):
-            if getattr(self, name) is not None:
-                _require(f"data.{name}", getattr(self, name), least=1)
-        _require("data.validation_fraction", self.validation_fraction, above=0, below=1)
+            _check_range(f"data.{name}", getattr(self, name), least=1)
+        _check_range("data.validation_fraction", self.validation_fraction, above=0, below=1)
 
 
 @dataclass
 class Recipe:
-    """All settings of a training run. Names are those of `TrainingArguments` where it has one.
+    """All settings of a training run. Keys have the names of transformers' `TrainingArguments` where there is one.
 
     Args:
-        task: What is learnt; each task has its own columns, head, loss and metrics.
+        task: The task. Each task has its own columns, head, loss and metrics.
         model: The base model: a name on the Hub or a folder.
-        output_dir: The folder for the adapter, its card, curve, metrics and checkpoints.
-        data: Where the rows come from.
-        adapter: A PEFT configuration as a mapping. `peft_type` is PREFIX_TUNING_V2 unless it says otherwise; the other
-            keys are the configuration's own (`num_virtual_tokens`, `prefix_projection`, ...), with its defaults; but a
-            table beside a new task head starts at `init_std: 0.5`. For comparisons, `peft_type` may be any type of
-            PEFT's, FULL (everything is trained) or HEAD (the task head alone).
-        init_from: The saved adapter, a folder or a name on the Hub, whose prefix training starts from. `adapter` must
-            have its `num_virtual_tokens`, and what else shapes a prefix; the task head starts anew.
-        init_text: The text whose keys and values the prefix starts as, for causal-lm. Its tokens are the virtual
-            tokens: `num_virtual_tokens` may be left out.
-        model_kwargs: Passed on to `from_pretrained` of the base model (`dtype`, `attn_implementation`, `revision`,
+        output_dir: The folder for the adapter, its model card, curve, metrics and checkpoints.
+        data: The source of the rows.
+        adapter: A PEFT configuration as a mapping. The default `peft_type` is PREFIX_TUNING_V2. The other keys are
+            fields of the configuration (`num_virtual_tokens`, `prefix_projection`, ...) and have its defaults, except
+            that a table next to a new task head starts at `init_std: 0.5`. For comparison, `peft_type` can be any
+            other PEFT method, FULL (full fine-tuning) or HEAD (the task head alone).
+        init_from: A saved adapter (folder or name on the Hub). The prefix starts as a copy of its prefix, so `adapter`
+            must set the same `num_virtual_tokens` and other settings of its shape. The task head starts from random
+            weights.
+        init_text: A text, for causal-lm only. The prefix starts as the keys and values of its tokens, so
+            `num_virtual_tokens` is their number and can be left out.
+        model_kwargs: Arguments for `from_pretrained` of the base model (`dtype`, `attn_implementation`, `revision`,
             `hidden_dropout_prob` of a BERT, ...).
-        task_kwargs: Settings of the task; `prefix-adapter train --help` lists them.
-        max_length: Tokens of an input at most; the task's own default if not given.
-        batch_size: Rows of an optimizer step, over all processes and accumulation steps together, so that a recipe
-            means the same on one GPU and on eight.
-        gradient_accumulation_steps: In how many parts each process computes its share of a batch.
-        eval_batch_size: Rows of a forward pass of one process in evaluation.
-        num_train_epochs: Passes over the training rows.
-        max_steps: Stop after so many optimizer steps, whatever `num_train_epochs` says.
-        group_by_length: Put rows of similar length into one batch, which saves padding.
-        learning_rate: Of the adapter. By default 3e-2 for a table of prefixes, 1e-3 for an MLP, 2e-3 for LoRA, 3e-5
-            for FULL, 1e-2 for what else PEFT has.
-        head_learning_rate: Of the task head. By default 2e-2 beside an adapter or alone, `learning_rate` with FULL.
-        weight_decay: AdamW's, for the adapter and the head.
-        max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
-        lr_scheduler_type: A name that `transformers.get_scheduler` knows, or `exponential`, which multiplies the rate
-            by `lr_scheduler_kwargs: {gamma: ...}` after every epoch.
-        lr_scheduler_kwargs: Further settings of the schedule.
-        warmup_ratio: Share of the steps in which the rate rises from 0.
-        seed: Of the initial weights, the order of the rows and dropout.
-        mixed_precision: Accelerate's: no, fp16 or bf16. By default what `accelerate launch` was told.
+        task_kwargs: Settings of the task. `prefix-adapter train --help` lists them.
+        max_length: Maximum number of tokens of an input. The default depends on the task.
+        batch_size: Rows per optimizer step, summed over all processes and accumulation steps. So a recipe means the
+            same on one GPU and on eight.
+        gradient_accumulation_steps: Number of parts in which each process computes its share of a batch.
+        eval_batch_size: Rows per forward pass and process in evaluation.
+        num_train_epochs: Number of passes over the training rows.
+        max_steps: Maximum number of optimizer steps; takes precedence over `num_train_epochs`.
+        group_by_length: Batch rows of similar length, to save padding.
+        learning_rate: Learning rate of the adapter. Default: 3e-2 for a table, 1e-3 for an MLP, 2e-3 for LoRA, 3e-5
+            for FULL, 1e-2 for other PEFT methods.
+        head_learning_rate: Learning rate of the task head. Default: 2e-2; with FULL, `learning_rate`.
+        weight_decay: Weight decay of AdamW, for adapter and head.
+        max_grad_norm: Maximum norm of the gradients, which are clipped to it; 0 for no clipping.
+        lr_scheduler_type: A name that `transformers.get_scheduler` knows, or `exponential`, which multiplies the
+            learning rates after every epoch by `gamma` in `lr_scheduler_kwargs`.
+        lr_scheduler_kwargs: Further arguments of the scheduler.
+        warmup_ratio: Share of the steps in which the learning rates rise from 0; from 0 to 1.
+        seed: Seed of the initial weights, the order of the rows and dropout.
+        mixed_precision: Accelerate's `mixed_precision`: no, fp16 or bf16. Default: the setting of `accelerate launch`.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
-        eval_steps: Evaluate and write a checkpoint every so many steps; by default after every epoch.
-        save_steps: Write a checkpoint every so many steps besides.
-        logging_steps: Record the loss every so many steps.
-        metric_for_best_model: The metric of the validation rows that decides which checkpoint is best; the task's own
-            by default, `loss` for the lowest loss.
-        early_stopping_patience: Stop after so many evaluations without a better one.
-        report_to: Accelerate's trackers, for instance `[tensorboard]`, written to `output_dir/logs`.
-        labels: The labels, in the order of the head's outputs; read from the training rows if not given.
-        trust_remote_code: Run the Python code that the base model's repository contains. No file can set this: it is
-            an option of the command line and an argument in Python, and is not saved with the recipe.
+        eval_steps: Evaluate and write a checkpoint every `eval_steps` steps. Default: after every epoch.
+        save_steps: Write an additional checkpoint every `save_steps` steps.
+        logging_steps: Record the loss every `logging_steps` steps.
+        metric_for_best_model: The metric on the validation rows that selects the best checkpoint, or `loss` for the
+            lowest loss. The default depends on the task.
+        early_stopping_patience: Stop after this many evaluations without an improvement.
+        report_to: Trackers of Accelerate, for instance `[tensorboard]`. They write to `output_dir/logs`.
+        labels: The labels, in the order of the head's outputs. Default: the labels in the training rows.
+        trust_remote_code: Run Python code from the base model's repository. No file can set this: it is an option of
+            the command line and an argument in Python, and it is not saved with the recipe.
+
+    Raises:
+        RecipeError: If a value has the wrong type or is out of range, or if two values contradict each other.
+
+    Example:
+        >>> recipe = Recipe(
+        ...     task="sequence-classification",
+        ...     model="bert-base-cased",
+        ...     output_dir="runs/topics",
+        ...     data=Data(train="train.jsonl", validation="dev.jsonl"),
+        ...     adapter={"num_virtual_tokens": 20},
+        ... )
+        >>> results = train(recipe)
     """
 
     task: Literal[TASKS]  # type: ignore[valid-type]
@@ -170,31 +195,27 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        self._check_code()
+        self._check_remote_code()
         kind = self.adapter.get("peft_type", "PREFIX_TUNING_V2")
         if not isinstance(kind, str):
             raise RecipeError(f"`adapter.peft_type` must be the name of a method, got {kind!r}.")
         self.adapter = {**self.adapter, "peft_type": kind.upper()}
-        self._check_start()
-        for name in ("learning_rate", "head_learning_rate"):
-            if getattr(self, name) is not None:
-                _require(name, getattr(self, name), above=0)
-        for name in ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "logging_steps"):
-            _require(name, getattr(self, name), least=1)
-        for name in ("max_length", "max_steps", "eval_steps", "save_steps", "early_stopping_patience"):
-            if getattr(self, name) is not None:
-                _require(name, getattr(self, name), least=1)
-        _require("num_train_epochs", self.num_train_epochs, above=0)
-        for name in ("weight_decay", "max_grad_norm", "warmup_ratio"):
-            _require(name, getattr(self, name), least=0)
-        _require("warmup_ratio", self.warmup_ratio, most=1)
-        _require("seed", self.seed, least=0)
+        self._check_initial_prefix()
+        for name in ("learning_rate", "head_learning_rate", "num_train_epochs"):
+            _check_range(name, getattr(self, name), above=0)
+        counts = ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_length", "max_steps")
+        for name in (*counts, "eval_steps", "save_steps", "logging_steps", "early_stopping_patience"):
+            _check_range(name, getattr(self, name), least=1)
+        for name in ("weight_decay", "max_grad_norm", "warmup_ratio", "seed"):
+            _check_range(name, getattr(self, name), least=0)
+        _check_range("warmup_ratio", self.warmup_ratio, most=1)
         if self.labels is not None and len(set(self.labels)) < max(len(self.labels), 1):
             raise RecipeError(f"`labels` must be different from each other, got {self.labels}.")
         if len({type(label) for label in self.labels or []}) > 1:
             raise RecipeError(f"`labels` must be all strings or all integers, got {self.labels}.")
 
-    def _check_start(self) -> None:
+    def _check_initial_prefix(self) -> None:
+        """Check `init_from` and `init_text`."""
         given = [name for name in ("init_from", "init_text") if getattr(self, name) is not None]
         for name in given:
             if not getattr(self, name).strip():
@@ -202,35 +223,29 @@ class Recipe:
             if self.adapter["peft_type"] != "PREFIX_TUNING_V2":
                 raise RecipeError(f"`{name}` is for PREFIX_TUNING_V2, not for {self.adapter['peft_type']}.")
         if len(given) > 1:
-            raise RecipeError("`init_from` and `init_text`: a prefix can start from one of them only.")
+            raise RecipeError("`init_from` and `init_text` are both set; set only one of them.")
         if self.init_text is not None and self.task != "causal-lm":
-            raise RecipeError(f"`init_text` is for causal-lm: the model of {self.task} reads no text in front.")
+            raise RecipeError(f"`init_text` is for causal-lm, not for {self.task}.")
         if self.init_text is not None and self.adapter.get("prefix_projection"):
             raise RecipeError(
-                "`adapter.prefix_projection`: an MLP cannot start from `init_text`. Leave it out, for a table."
+                "`adapter.prefix_projection`: an MLP cannot start from `init_text`. Leave it out to train a table."
             )
 
-    def _check_code(self) -> None:
-        """Refuse settings with which transformers runs code from a repository, unless the caller trusts it."""
+    def _check_remote_code(self) -> None:
+        """Reject settings that make transformers run code from a repository, unless the caller trusts it."""
         if "trust_remote_code" in self.model_kwargs:
-            raise RecipeError(
-                "`model_kwargs.trust_remote_code`: leave it out. If you trust the code of the base model's "
-                "repository, say so with --trust_remote_code, or in Python with `trust_remote_code=True`."
-            )
-        for name in self.model_kwargs:
-            attention = name == "attn_implementation" and "/" in str(self.model_kwargs[name])
-            if (attention or name in _CODE) and not self.trust_remote_code:
-                raise RecipeError(
-                    f"`model_kwargs.{name}`: {self.model_kwargs[name]!r} runs code from a repository. If you trust "
-                    "it, say so with --trust_remote_code, or in Python with `trust_remote_code=True`."
-                )
+            raise RecipeError(f"`model_kwargs.trust_remote_code` is not allowed. {_HOW_TO_TRUST}")
+        for name, value in self.model_kwargs.items():
+            is_repository = name == "attn_implementation" and "/" in str(value)
+            if (is_repository or name in _KERNEL_KWARGS) and not self.trust_remote_code:
+                raise RecipeError(f"`model_kwargs.{name}`: {value!r} runs code from a repository. {_HOW_TO_TRUST}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
-        """The recipe of plain values, as `to_dict` gives them.
+        """Create a recipe from plain values, as `to_dict` returns them.
 
         Raises:
-            RecipeError: if a key is unknown or missing, or has an impossible value; the message names it.
+            RecipeError: If a key is unknown or missing, or has an invalid value.
         """
         _check_keys(values)
         needed = [each.name for each in dataclasses.fields(cls) if each.default is each.default_factory is MISSING]
@@ -239,20 +254,20 @@ class Recipe:
         return cls(**{**values, "data": Data(**values.get("data", {}))})
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain values, for YAML or JSON."""
+        """Return the recipe as plain values, for YAML or JSON."""
         return dataclasses.asdict(self)
 
     def with_values(self, values: dict[str, Any], without: Iterable[str] = ()) -> Recipe:
-        """A copy with other values.
+        """Return a copy with other values.
 
         Args:
-            values: the values, by keys with dots for nested ones: `{"adapter.num_virtual_tokens": 8}`.
-            without: such keys, which get their defaults first.
+            values: The new values, with dots for nested keys: `{"adapter.num_virtual_tokens": 8}`.
+            without: Keys that are reset to their defaults first.
 
         Raises:
-            RecipeError: if there is no such key, or it cannot have the value.
+            RecipeError: If a key is unknown, or has an invalid value.
         """
-        return Recipe.from_dict(_set(self.to_dict(), values, without))
+        return Recipe.from_dict(_set_nested(self.to_dict(), values, without))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as YAML."""
@@ -260,36 +275,41 @@ class Recipe:
 
 
 def write_values(values: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write the values of a recipe as YAML, `trust_remote_code` as false: no file can set it."""
-    text = yaml.dump({**values, "trust_remote_code": False}, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    """Write the values of a recipe as YAML. `trust_remote_code` is written as false, since no file can set it."""
+    text = yaml.dump({**values, "trust_remote_code": False}, Dumper=_YamlDumper, sort_keys=False, allow_unicode=True)
     Path(path).write_text(text, encoding="utf-8")
 
 
 def say(text: str) -> None:
-    """Print a line for the user to standard error, in the first of the processes that a launcher started."""
+    """Print a line to standard error, only in the first of the processes that a launcher started."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(text, file=sys.stderr, flush=True)
 
 
-def _set(contents: dict[str, Any], values: dict[str, Any], without: Iterable[str] = ()) -> dict[str, Any]:
-    """Set values by keys with dots for nested ones."""
+def _set_nested(contents: dict[str, Any], values: dict[str, Any], without: Iterable[str] = ()) -> dict[str, Any]:
+    """Remove the keys `without` from `contents`, then set `values`; keys have dots for nested mappings."""
 
-    def holder(key: str) -> dict[str, Any]:
-        place = contents
-        for parent in key.split(".")[:-1]:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise RecipeError(f"`{key}`: `{parent}` is no mapping, it is {place!r}.")
-        return place
+    def parent_of(key: str) -> dict[str, Any]:
+        mapping = contents
+        for name in key.split(".")[:-1]:
+            mapping = mapping.setdefault(name, {})
+            if not isinstance(mapping, dict):
+                raise RecipeError(f"`{key}`: `{name}` must be a mapping, got {mapping!r}.")
+        return mapping
 
     for key in without:
-        holder(key).pop(key.rpartition(".")[2], None)
+        parent_of(key).pop(key.rpartition(".")[2], None)
     for key, value in values.items():
-        holder(key)[key.rpartition(".")[2]] = dataclasses.asdict(value) if isinstance(value, Data) else value
+        parent_of(key)[key.rpartition(".")[2]] = dataclasses.asdict(value) if isinstance(value, Data) else value
     return contents
 
 
 def _check_types(owner: Data | Recipe, prefix: str = "") -> None:
+    """Check each field against its type hint, and convert paths to strings.
+
+    Raises:
+        RecipeError: If a value has another type, or is not finite.
+    """
     for name, hint in get_type_hints(type(owner)).items():
         value = getattr(owner, name)
         if isinstance(value, os.PathLike):
@@ -299,7 +319,7 @@ def _check_types(owner: Data | Recipe, prefix: str = "") -> None:
         try:
             type_validator(name, float(value) if number else value, hint)
         except TypeError as error:
-            # YAML's truth values are the likeliest slip: `labels: [no, yes]`, `mixed_precision: no`.
+            # YAML reads no as false, a common mistake: `labels: [no, yes]`, `mixed_precision: no`.
             quotes = " (YAML reads no, yes, off and on as truth values: put them in quotes)"
             quotes = quotes if re.search("True|False", repr(value)) else ""
             raise RecipeError(f"`{prefix}{name}` must be {formatannotation(hint)}, got {value!r}{quotes}.") from error
@@ -308,6 +328,7 @@ def _check_types(owner: Data | Recipe, prefix: str = "") -> None:
 
 
 def _check_keys(values: dict[str, Any]) -> None:
+    """Raise a RecipeError if a key of a recipe, or of its `data`, is unknown."""
     data = values.get("data", {})
     if not isinstance(data, dict):
         raise RecipeError(f"`data` must be a mapping, got {data!r}.")
@@ -318,10 +339,18 @@ def _check_keys(values: dict[str, Any]) -> None:
                 raise RecipeError(f"`{prefix}{key}`: there is no such key; there are {', '.join(known)}.")
 
 
-def _require(
-    key: str, value: float, *, least: float | None = None, above: float | None = None, most: float | None = None,
+def _check_range(
+    key: str,
+    value: float | None,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
     below: float | None = None,
-) -> None:  # fmt: skip
+) -> None:
+    """Raise a RecipeError if a value is out of range. `None` means that the key is not set."""
+    if value is None:
+        return
     if least is not None and not value >= least:
         raise RecipeError(f"`{key}` must be at least {least}, got {value}.")
     if above is not None and not value > above:
@@ -333,16 +362,24 @@ def _require(
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
+    """The names of the recipes in the package, in alphabetical order.
+
+    Example:
+        >>> "bert-large-rte" in recipe_names()
+        True
+    """
     folder = resources.files(__package__) / "recipes"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def recipe_path(name: str | os.PathLike[str]) -> str:
-    """The path of a recipe: a file of the user's, or by its name one that comes with the package.
+    """The path of a recipe.
+
+    Args:
+        name: A file, or the name of a recipe of the package.
 
     Raises:
-        RecipeError: if there is neither.
+        RecipeError: If there is neither.
     """
     if os.path.isfile(name):
         return str(name)
@@ -351,35 +388,35 @@ def recipe_path(name: str | os.PathLike[str]) -> str:
     raise RecipeError(f"There is no file {str(name)!r} and no recipe of that name; there are {recipe_names()}.")
 
 
-_FILE_BYTES, _FILE_NODES = 1_000_000, 100_000
+_MAX_FILE_BYTES, _MAX_FILE_VALUES = 1_000_000, 100_000
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-2 is a number, a date is a text, and a key that occurs twice is an error.
+class _YamlLoader(yaml.SafeLoader):
+    """Reads YAML in which 1e-2 is a number, a date is a text, and a repeated key is an error.
 
-    Aliases may repeat parts of a file, up to `_FILE_NODES` values in all: a few lines of aliases of aliases would
-    otherwise become more values than any memory holds.
+    A file can have up to `_MAX_FILE_VALUES` values, aliases expanded: a few lines of nested aliases could otherwise
+    expand to more values than fit into memory.
     """
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
         if node is not None:
-            self._count(node, {})
+            self._count_values(node, {})
         return node
 
-    def _count(self, node: Any, counts: dict[int, int | None]) -> int:
-        """How many values a node holds, every alias counted as a copy of what it names."""
+    def _count_values(self, node: Any, counts: dict[int, int | None]) -> int:
+        """The number of values in a node, aliases expanded."""
         if id(node) not in counts:
-            counts[id(node)] = None
+            counts[id(node)] = None  # a node that is met again before it is counted contains itself
             inner = node.value if isinstance(node, yaml.CollectionNode) else []
             parts = (part for each in inner for part in (each if isinstance(each, tuple) else (each,)))
-            counts[id(node)] = 1 + sum(self._count(part, counts) for part in parts)
+            counts[id(node)] = 1 + sum(self._count_values(part, counts) for part in parts)
         found = counts[id(node)]
         if found is None:
             raise yaml.MarkedYAMLError(problem="a value contains itself", problem_mark=node.start_mark)
-        if found > _FILE_NODES:
+        if found > _MAX_FILE_VALUES:
             raise yaml.MarkedYAMLError(
-                problem=f"it has more than {_FILE_NODES:,} values, repetitions counted", problem_mark=node.start_mark
+                problem=f"more than {_MAX_FILE_VALUES:,} values, aliases expanded", problem_mark=node.start_mark
             )
         return found
 
@@ -392,43 +429,43 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class Dumper(yaml.SafeDumper):
-    """Puts in quotes what `_Loader` would not read as a text, and writes no aliases."""
+class _YamlDumper(yaml.SafeDumper):
+    """Writes YAML without aliases, and quotes texts that `_YamlLoader` would read as another type."""
 
-    def ignore_aliases(self, data: Any) -> bool:  # noqa: D102 (PyYAML's)
+    def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-for _kind in (_Loader, Dumper):
-    _kind.add_implicit_resolver(
+for _class in (_YamlLoader, _YamlDumper):
+    _class.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
     )
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_str)
+_YamlLoader.add_constructor("tag:yaml.org,2002:timestamp", _YamlLoader.construct_yaml_str)
 
 
 def read_values(name: str | os.PathLike[str]) -> dict[str, Any]:
-    """The values of a YAML file, or of a recipe that comes with the package.
+    """Read the values of a recipe without checking them.
+
+    Args:
+        name: A YAML file, or the name of a recipe of the package.
 
     Raises:
-        RecipeError: if there is no such file, if it is too large or no mapping, or if it sets `trust_remote_code`.
+        RecipeError: If there is no such file, if it is too large or not a mapping, or if it sets `trust_remote_code`.
     """
     path = recipe_path(name)
-    if os.path.getsize(path) > _FILE_BYTES:
-        raise RecipeError(f"{path} is no recipe: it has more than {_FILE_BYTES:,} bytes.")
+    if os.path.getsize(path) > _MAX_FILE_BYTES:
+        raise RecipeError(f"{path} is no recipe: it has more than {_MAX_FILE_BYTES:,} bytes.")
     try:
         with open(path, encoding="utf-8") as file:
-            values = yaml.load(file, _Loader)
+            values = yaml.load(file, _YamlLoader)
     except RecursionError as error:
         raise RecipeError(f"{path} cannot be read: its values are nested too deeply.") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a number of thousands of digits
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a number of thousands of digits
         raise RecipeError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is no recipe: it must be a mapping of keys to values.")
     if values.get("trust_remote_code"):
-        raise RecipeError(
-            f"{path}: `trust_remote_code`: a file cannot say that a repository's code may run. If you trust the code, "
-            "say so with --trust_remote_code, or in Python with `trust_remote_code=True`."
-        )
+        raise RecipeError(f"{path}: `trust_remote_code` cannot be set in a file. {_HOW_TO_TRUST}")
     return values
 
 
@@ -445,16 +482,20 @@ class _ReadRecipe(argparse.Action):
 
 
 def add_recipe_arguments(parser: ArgumentParser) -> None:
-    """Give a parser the option `--config` and one option for each field of a recipe."""
-    parser.add_argument("--config", action=_ReadRecipe, help="A recipe (YAML, or a name); later options override it.")
+    """Add the option `--config`, and one option for each key of a recipe, to a parser of jsonargparse."""
+    parser.add_argument(
+        "--config",
+        action=_ReadRecipe,
+        help="A recipe: a YAML file, or the name of a recipe of the package. Options after it override it.",
+    )
     parser.add_class_arguments(Recipe)
 
 
 def recipe_from(parsed: Namespace) -> Recipe:
-    """The recipe among the parsed arguments of `add_recipe_arguments`.
+    """Create a recipe from the parsed options of `add_recipe_arguments`.
 
     Raises:
-        RecipeError: if a value is impossible; the message names the key.
+        RecipeError: If a value is invalid.
     """
     values = {each.name: parsed[each.name] for each in dataclasses.fields(Recipe)}
     return Recipe.from_dict({**values, "data": dict(vars(values["data"]))})
@@ -464,132 +505,17 @@ def load_recipe(name: str | os.PathLike[str], **overrides: Any) -> Recipe:
     """Read a recipe from YAML.
 
     Args:
-        name: a file, or the name of a recipe that comes with the package.
-        **overrides: values that take the place of the file's, with dots for nested ones:
-            `**{"data.train": "a.jsonl"}`.
+        name: A file, or the name of a recipe of the package.
+        **overrides: Values that replace those of the file, with dots for nested keys.
 
     Raises:
-        RecipeError: if the file is no valid recipe; the message names the key.
+        RecipeError: If the file is not a valid recipe. The message names the file and the key.
+
+    Example:
+        >>> recipe = load_recipe("bert-large-rte", output_dir="runs/rte", **{"adapter.num_virtual_tokens": 8})
     """
     values = read_values(name)
     try:
-        return Recipe.from_dict(_set(values, overrides))
+        return Recipe.from_dict(_set_nested(values, overrides))
     except RecipeError as error:
         raise RecipeError(f"{name}: {error}") from error
-
-
-# ---- The recipe in an adapter's folder
-
-_HARMLESS = ("task", "model", "labels", "max_length", "eval_batch_size", "mixed_precision", "seed")
-"""The keys that are taken from the recipe in an adapter's folder, besides `data` and those below."""
-_DTYPES = ("auto", "float32", "float16", "bfloat16")
-_HARMLESS_MODEL_KWARGS: dict[str, Any] = {
-    "dtype": lambda value: value in _DTYPES,
-    "torch_dtype": lambda value: value in _DTYPES,
-    "attn_implementation": lambda value: value in ("eager", "sdpa", "flash_attention_2", "flex_attention"),
-    "revision": lambda value: isinstance(value, str),
-}
-_HARMLESS_GENERATION_KWARGS = (
-    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"),
-    *("no_repeat_ngram_size", "early_stopping", "min_new_tokens", "renormalize_logits"),
-)
-_MOST = {"eval_batch_size": 1024, "max_length": 1_000_000, "num_beams": 64, "max_answer_length": 1000}
-_MOST_OF_OTHERS = 100_000
-
-
-def load_adapter_recipe(
-    path: str | os.PathLike[str],
-    *,
-    model: str | None = None,
-    rows: bool = False,
-    trust_remote_code: bool = False,
-) -> Recipe:
-    """Read the recipe in the folder of an adapter, which somebody else may have written.
-
-    Only settings are taken that an adapter needs to be used and that can do no harm: the task, the base model's name,
-    labels, the names of columns, lengths and batch sizes within bounds, the dtype and the like. Other keys are left
-    out; a setting that would change what the model computes and is not on the list is refused.
-
-    Args:
-        path: the file.
-        model: the base model, in place of the recipe's.
-        rows: also take where the run's rows are.
-        trust_remote_code: whether the base model's repository may run its code; the file cannot set it.
-
-    Raises:
-        RecipeError: if it is no recipe, or sets something that is refused.
-    """
-    values = read_values(path)
-    kept = {key: values[key] for key in _HARMLESS if key in values}
-    kept["trust_remote_code"] = trust_remote_code
-    if model is not None:
-        kept["model"] = model
-    data, adapter = values.get("data", {}), values.get("adapter", {})
-    known = {each.name for each in dataclasses.fields(Data)} - {"num_proc"} if rows else {"columns"}
-    if isinstance(data, dict):
-        kept["data"] = {key: value for key, value in data.items() if key in known}
-    if isinstance(adapter, dict) and "peft_type" in adapter:
-        kept["adapter"] = {"peft_type": adapter["peft_type"]}
-    try:
-        kept["model_kwargs"] = _harmless_model_kwargs(values.get("model_kwargs", {}), trust_remote_code)
-        kept["task_kwargs"] = _harmless_task_kwargs(values.get("task_kwargs", {}))
-        for key in ("max_length", "eval_batch_size"):
-            _check_bound(key, kept.get(key))
-        return Recipe.from_dict({"output_dir": os.path.dirname(path) or ".", **kept})
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from error
-
-
-def _harmless_model_kwargs(settings: Any, trust_remote_code: bool) -> dict[str, Any]:
-    if not isinstance(settings, dict):
-        raise RecipeError(f"`model_kwargs` must be a mapping, got {_short(settings)}.")
-    kept = {}
-    for key, value in settings.items():
-        if key == "trust_remote_code":
-            if value and not trust_remote_code:
-                raise RecipeError(
-                    "`model_kwargs.trust_remote_code`: the adapter's recipe asks for the code of the base model's "
-                    "repository to be run, which only you can allow: with --trust_remote_code, or in Python with "
-                    "`trust_remote_code=True`."
-                )
-        elif re.search("dropout|pdrop", str(key)):
-            continue  # it is for training alone
-        elif key in _HARMLESS_MODEL_KWARGS and _HARMLESS_MODEL_KWARGS[key](value):
-            kept[key] = value
-        else:
-            raise _refused(f"model_kwargs.{key}", value)
-    return kept
-
-
-def _harmless_task_kwargs(settings: Any) -> dict[str, Any]:
-    if not isinstance(settings, dict):
-        raise RecipeError(f"`task_kwargs` must be a mapping, got {_short(settings)}.")
-    for key, value in settings.items():
-        if key == "generation_kwargs" and isinstance(value, dict):
-            for name, each in value.items():
-                if name not in _HARMLESS_GENERATION_KWARGS or not isinstance(each, (bool, int, float)):
-                    raise _refused(f"task_kwargs.generation_kwargs.{name}", each)
-                _check_bound(f"task_kwargs.generation_kwargs.{name}", each)
-        elif value is None or isinstance(value, (bool, int, float, str)):
-            _check_bound(f"task_kwargs.{key}", value)
-        else:
-            raise _refused(f"task_kwargs.{key}", value)
-    return settings
-
-
-def _check_bound(key: str, value: Any) -> None:
-    most = _MOST.get(key.rpartition(".")[2], _MOST_OF_OTHERS)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) <= most:
-        raise _refused(key, value, f" (more than {most:,})")
-
-
-def _refused(key: str, value: Any, why: str = "") -> RecipeError:
-    return RecipeError(
-        f"`{key}`: {_short(value)} is not taken from an adapter's folder{why}. If you trust this recipe, name it "
-        "yourself: --config FILE, or in Python `config=`."
-    )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -242,4 +242,4 @@ def write_card(folder: Path, recipe: Recipe, results: dict[str, Any]) -> None:
     card.save(folder / CARD)
     if recipe.adapter["peft_type"] == "PREFIX_TUNING_V2":
         config = PeftConfig.from_pretrained(str(folder))
-        write_model_card(folder, config)
+        write_model_card(folder, config.num_virtual_tokens, config.task_type, config.base_model_name_or_path)

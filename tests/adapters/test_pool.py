@@ -154,7 +154,10 @@ def test_refused(folders, tmp_path):
     file.write_bytes(file.read_bytes()[:-9])
     for wrong, words in (
         (tmp_path / "lora", "LORA adapter, not one of PREFIX_TUNING_V2"),
-        (save(tmp_path, "bert", "long", task="TOKEN_CLS"), "for TOKEN_CLS, and those in the pool are for SEQ_CLS"),
+        (
+            save(tmp_path, "bert", "long", task="TOKEN_CLS"),
+            "for TOKEN_CLS, and the adapters in the pool are for SEQ_CLS",
+        ),
         (save(tmp_path, "llama", "some"), "is an adapter for CAUSAL_LM"),
         (damaged, "is damaged"),
     ):

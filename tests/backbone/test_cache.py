@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from prefix_adapter import PrefixTuningV2Config, get_peft_model
-from prefix_adapter.backbone import attention as attention_module
 from prefix_adapter.backbone import cache as cache_module
+from prefix_adapter.backbone import masks as masks_module
 from prefix_adapter.backbone.cache import PrefixCache
 
 TOKENS = tiny.ids(2, 12, seed=3)
@@ -65,7 +65,7 @@ def write_data(step, model, cache):
     """The same past autograd's back: that has to be said."""
     for parameter in model.base_model.prefix_layer.parameters():
         parameter.data.mul_(1.1)
-    model.base_model.prefix_layer.forget()
+    model.base_model.prefix_layer.clear_cache()
 
 
 def switch(step, model, cache):
@@ -104,8 +104,8 @@ BETWEEN = [write, write_data, switch, switch_to_one_as_long, side_by_side, disab
     [*((each, DYNAMIC) for each in [*BETWEEN, crop]), *((each, STATIC) for each in BETWEEN)],
 )
 def test_a_plain_cache_is_as_any_other(between, classes, frozen, small, monkeypatch):
-    monkeypatch.setattr(cache_module, "_SMALL", small)
-    monkeypatch.setattr(cache_module, "_SPARE", 2)  # so that there is no more room now and then
+    monkeypatch.setattr(cache_module, "_MIN_BUFFER_BYTES", small)
+    monkeypatch.setattr(cache_module, "_SPARE_TOKENS", 2)  # so that there is no more room now and then
     results = []
     for cache_class in classes:
         model = wrapped(names=("default", "other", "as long"))
@@ -122,7 +122,7 @@ def test_a_plain_cache_is_as_any_other(between, classes, frozen, small, monkeypa
 @pytest.mark.parametrize("settings", [{}, MLP], ids=["table", "mlp"])
 def test_a_cache_goes_on_from_a_copy(settings, cache_class, monkeypatch):
     """A prompt that is computed once and copied, as transformers' guide to caches has it; and with a copied model."""
-    monkeypatch.setattr(cache_module, "_SMALL", 0)
+    monkeypatch.setattr(cache_module, "_MIN_BUFFER_BYTES", 0)
     model = wrapped(**settings)
     model.requires_grad_(False)
     expected = in_steps(model, AnyOtherCache())
@@ -140,7 +140,7 @@ def test_a_cache_goes_on_from_a_copy(settings, cache_class, monkeypatch):
 
 def test_a_layer_that_is_shared_by_two_caches_is_written_by_one(monkeypatch):
     """A copy that shares tensors with the original, and both go on: what the base model's own cache can take."""
-    monkeypatch.setattr(cache_module, "_SMALL", 0)
+    monkeypatch.setattr(cache_module, "_MIN_BUFFER_BYTES", 0)
     model, cache = wrapped(), DynamicCache(config=tiny.config("llama"))
     with torch.no_grad():
         model(input_ids=TOKENS[:, :8], past_key_values=cache)
@@ -160,7 +160,7 @@ def test_a_layer_that_is_shared_by_two_caches_is_written_by_one(monkeypatch):
 
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
 def test_a_cache_of_inference_mode_goes_on_outside(cache_class, monkeypatch):
-    monkeypatch.setattr(cache_module, "_SMALL", 0)
+    monkeypatch.setattr(cache_module, "_MIN_BUFFER_BYTES", 0)
     model = wrapped()
     expected = in_steps(model, AnyOtherCache())
     cache = new_cache(cache_class, model)
@@ -183,7 +183,7 @@ def test_a_cache_of_inference_mode_goes_on_outside(cache_class, monkeypatch):
 @pytest.mark.parametrize("layer_class", [DynamicLayer, StaticLayer])
 def test_the_layer_is_left_as_its_own_update_leaves_it(layer_class, shared, grad, graph, small, monkeypatch):
     """What we do in place of `update` of the two layers: should it come to do more than that, this fails."""
-    monkeypatch.setattr(cache_module, "_SMALL", small)
+    monkeypatch.setattr(cache_module, "_MIN_BUFFER_BYTES", small)
     sides = 1 if shared else 2
     prefix = [torch.randn(1, 2, 5, 4) for _ in range(sides)]
     prefix = prefix[0], prefix[-1]
@@ -205,7 +205,7 @@ def test_the_layer_is_left_as_its_own_update_leaves_it(layer_class, shared, grad
             assert (both[0] is both[1]) == shared or layer_class is StaticLayer or not grad
             for joined, part, before in zip(both, expected, prefix, strict=True):
                 assert torch.equal(joined, torch.cat([before.expand(2, -1, -1, -1), part], dim=2))
-            ours = {name: value for name, value in vars(done_by_us.layers[0]).items() if name != "prefix_room"}
+            ours = {name: value for name, value in vars(done_by_us.layers[0]).items() if name != "prefix_buffer"}
             assert ours.keys() == vars(own).keys()
             for name, value in vars(own).items():
                 same = torch.equal(ours[name], value) if isinstance(value, torch.Tensor) else ours[name] == value
@@ -232,7 +232,7 @@ class Written(TorchDispatchMode):
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
 def test_a_token_does_not_copy_the_context(cache_class, frozen, monkeypatch):
-    monkeypatch.setattr(cache_module, "_SMALL", 0)  # what is small may be copied
+    monkeypatch.setattr(cache_module, "_MIN_BUFFER_BYTES", 0)  # what is small may be copied
     model = wrapped()
     model.requires_grad_(not frozen)
 
@@ -257,13 +257,13 @@ def test_a_token_does_not_copy_the_context(cache_class, frozen, monkeypatch):
 
 
 def test_masks_are_widened_once_for_all_layers(monkeypatch):
-    model, calls, widen = wrapped(), [], attention_module.widen_mask
+    model, calls, widen = wrapped(), [], masks_module.widen_mask
 
     def count(*args):
         calls.append(args)
         return widen(*args)
 
-    monkeypatch.setattr(attention_module, "widen_mask", count)
+    monkeypatch.setattr(masks_module, "widen_mask", count)
     mask = torch.ones_like(TOKENS)
     mask[0, :4] = 0
     with torch.no_grad():

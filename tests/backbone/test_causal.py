@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.integrations import sdpa_attention
 
 from prefix_adapter import PrefixTuningV2Config, get_peft_model
-from prefix_adapter.backbone import attention, causal
+from prefix_adapter.backbone import causal, masks
 from prefix_adapter.backbone.causal import CausalMask
 
 TOKENS, LENGTH = 40, 3
@@ -32,7 +32,7 @@ def tensors(heads=4, groups=4, keys=LENGTH + TOKENS, size=8, values=8, dtype=tor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 10**9], ids=["square", "mask"])
 def test_it_is_attention_with_the_mask(shapes, settings, dtype, rows, monkeypatch):
-    monkeypatch.setattr(causal, "_ROWS_FOR_A_MASK", rows)
+    monkeypatch.setattr(causal, "_MIN_TOKENS_PER_PREFIX_TOKEN", rows)
     results = []
     for mask in (CausalMask(TOKENS, LENGTH, torch.device("cpu")), by_hand()):
         inputs = tensors(**shapes, dtype=dtype)
@@ -86,7 +86,7 @@ def test_a_mask_to_everything_else():
 
 @pytest.mark.parametrize("rows", [0, 10**9], ids=["square", "mask"])
 def test_of_repeated_keys_one_is_kept(rows, monkeypatch):
-    monkeypatch.setattr(causal, "_ROWS_FOR_A_MASK", rows)
+    monkeypatch.setattr(causal, "_MIN_TOKENS_PER_PREFIX_TOKEN", rows)
     results = []
     for mask in (CausalMask(TOKENS, LENGTH, torch.device("cpu"), groups=2), by_hand()):
         queries, keys, values = tensors(groups=2)
@@ -108,7 +108,7 @@ def test_of_repeated_keys_one_is_kept(rows, monkeypatch):
 @pytest.mark.parametrize("flash", [True, False])
 def test_on_a_device_keys_stay_repeated_unless_flash_attention_shares_them(flash, rows, monkeypatch):
     """Neither with a mask nor where flash attention cannot run would a kernel of CUDA's take fewer keys."""
-    monkeypatch.setattr(causal, "_ROWS_FOR_A_MASK", rows)
+    monkeypatch.setattr(causal, "_MIN_TOKENS_PER_PREFIX_TOKEN", rows)
     monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda params: flash and params.enable_gqa)
     inputs = [each.to("meta") for each in tensors()]
     sdpa, called = F.scaled_dot_product_attention, []
@@ -162,7 +162,7 @@ def test_where_it_is_used(kind, monkeypatch):
     assert masks(input_ids=long, attention_mask=padded)[1] == {torch.Tensor}
     for target in model.base_model.prefix_layer.targets:
         target.groups = 1
-    monkeypatch.setattr(causal, "_ROWS_FOR_A_MASK", 10**9)
+    monkeypatch.setattr(causal, "_MIN_TOKENS_PER_PREFIX_TOKEN", 10**9)
     right, kinds = masks(input_ids=long)
     assert kinds == {torch.Tensor}
     torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-5)
@@ -208,12 +208,12 @@ def test_heads_that_are_repeated_in_another_way_are_left_alone(monkeypatch):
 
 def test_a_mask_is_made_once_for_all_layers(monkeypatch):
     config = PrefixTuningV2Config(task_type="CAUSAL_LM", num_virtual_tokens=5)
-    model, calls, make = get_peft_model(tiny.model("llama", "AutoModelForCausalLM"), config), [], attention._make_mask
+    model, calls, make = get_peft_model(tiny.model("llama", "AutoModelForCausalLM"), config), [], masks._make_mask
 
     def count(*args):
         calls.append(args)
         return make(*args)
 
-    monkeypatch.setattr(attention, "_make_mask", count)
+    monkeypatch.setattr(masks, "_make_mask", count)
     model(input_ids=tiny.ids())
     assert len(calls) == 1 < model.config.num_hidden_layers

@@ -4,6 +4,7 @@ import inspect
 import re
 import tomllib
 import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from prefix_adapter import PrefixTuningV2Config, UnsupportedBackboneError, get_peft_model
-from prefix_adapter.backbone.attention import CACHE_ARGUMENTS
-from prefix_adapter.backbone.find import cache_argument
+from prefix_adapter.backbone.calls import CACHE_ARGUMENTS
+from prefix_adapter.backbone.find import find_cache_argument
 
 SMALL = {
     "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -86,6 +87,19 @@ def test_a_module_that_does_not_do_what_it_should_is_refused(broken, why):
         get_peft_model(model, PrefixTuningV2Config())
 
 
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_modules_with_the_same_settings_are_tried_out_once(offloaded):
+    """The weights of a large model are not read again and again, in particular not those of an offloaded one."""
+    model, calls = tiny.model("bert", num_hidden_layers=4), Counter()
+    if offloaded:
+        pytest.importorskip("accelerate").cpu_offload(model, torch.device("cpu"))
+    for index, layer in enumerate(model.encoder.layer):
+        layer.attention.self.query.register_forward_hook(lambda *_, index=index: calls.update([index]))
+    model.encoder.layer[2].attention.self.is_causal = True  # another setting
+    get_peft_model(model, PrefixTuningV2Config())
+    assert calls[0] == calls[2] > 4 and calls[1] == calls[3] == 1
+
+
 def test_unknown_attention_implementations_are_refused():
     model = tiny.model("llama", attn="sdpa")
     model.config._attn_implementation = "flex_attention"
@@ -146,7 +160,7 @@ def test_a_cache_is_found_by_what_it_is(kind, typed):
     wrapped = get_peft_model(expected, PrefixTuningV2Config(prefix_dropout=0.0))
     names = [target.name for target in expected.prefix_tuning_v2.targets]
     plain = type(model.get_submodule(names[0]))
-    argument = cache_argument(model.get_submodule(names[0]))
+    argument = find_cache_argument(model.get_submodule(names[0]))
 
     class Renamed(plain):
         def __call__(self, *args, **kwargs):
@@ -176,7 +190,7 @@ def test_an_older_name_of_the_cache_is_accepted():
     """A caller's module may use the old name, which transformers renames inside `forward` only."""
     model = tiny.model("llama")
     attention = model.layers[0].self_attn
-    if cache_argument(attention) != "cache":
+    if find_cache_argument(attention) != "cache":
         pytest.skip("this transformers has the old name alone")
     get_peft_model(model, PrefixTuningV2Config(init_std=1.0, prefix_dropout=0.0))
     seen = torch.randn(1, 4, 32)
@@ -206,7 +220,7 @@ def test_positions_that_cannot_be_moved_are_refused(monkeypatch):
 
 
 def test_a_refusal_by_an_untested_transformers_says_so(monkeypatch):
-    monkeypatch.setattr("prefix_adapter.backbone.find.transformers.__version__", "5.99.0")
+    monkeypatch.setattr("prefix_adapter.backbone.unsupported.transformers.__version__", "5.99.0")
     with pytest.raises(
         UnsupportedBackboneError, match=r"transformers 5\.99\.0 is installed.*pip install 'transformers"
     ):

@@ -1,6 +1,7 @@
-"""What must hold of a prefix on any backbone: each check has a reference that is not the package's own code.
+"""Checks of a prefix on any backbone. The reference of each check does not use the code of the package.
 
-A check takes a `Case` and raises `AssertionError` if it does not hold, `Skip` if it does not apply.
+A check receives a `Case`. It raises `AssertionError` if it fails, `Skip` if it does not apply. Its docstring is copied
+to docs/backbones.md.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ NEW_TOKENS = 5
 
 
 class Skip(Exception):
-    """The check does not apply to this model; the message says why."""
+    """Raised by a check that does not apply to this model; the message is the reason."""
 
 
 @dataclass
 class Case:
-    """A model type with a task, wrapped anew for each check."""
+    """A model type with a task. Each check builds and wraps its own model."""
 
     model_type: str
     task: str
@@ -45,7 +46,7 @@ class Case:
         return tiny_model(self.model_type, self.task, seed=self.seed, attn_implementation=self.attn, dropout=dropout)
 
     def wrapped(self, **changes: Any) -> nn.Module:
-        """A wrapped model in eval mode, its prefix drawn large enough to be seen."""
+        """Return a wrapped model in eval mode, with a prefix that is large enough to change the outputs visibly."""
         settings = {"num_virtual_tokens": TOKENS, "prefix_dropout": 0.0, **self.config, **changes}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -72,8 +73,8 @@ def redraw(model: nn.Module, seed: int, std: float = 1.0) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
-def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """All the floating outputs that a task head computes, side by side `[batch, ...]`."""
+def outputs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """Return all logits of a task head, concatenated `[batch, ...]`; without logits, the first output."""
     result = model(**inputs, return_dict=True)
     parts = [v for k, v in result.items() if isinstance(v, Tensor) and "logits" in k]
     if not parts:
@@ -94,7 +95,7 @@ def close(ours: Tensor, reference: Tensor, what: str, tolerance: float = TOLERAN
 
 
 def differs(one: Tensor, other: Tensor, what: str) -> None:
-    # Against the usual size: some heads put -1e6 on what cannot be an answer.
+    # Relative to the median, because some heads set impossible answers to -1e6.
     assert (one - other).abs().max().item() > 1e-4 * other.abs().median().item(), f"{what}: no difference"
 
 
@@ -102,7 +103,7 @@ def differs(one: Tensor, other: Tensor, what: str) -> None:
 
 
 def effect_and_gradients(case: Case) -> None:
-    """The prefix changes the output, and every element of every layer's K and V gets a gradient, in eval and train."""
+    """The prefix changes the output. Each element of each layer's K and V gets a gradient, in eval and train mode."""
     model = case.wrapped()
     inputs = case.inputs(model)
     with torch.no_grad():
@@ -124,8 +125,8 @@ def effect_and_gradients(case: Case) -> None:
 
 
 def disabling(case: Case) -> None:
-    """Disabling restores the base bit for bit, and so does unloading."""
-    # Frozen as PEFT does: torch takes other kernels for weights that need no gradient.
+    """Disabling and unloading the adapter restore the outputs of the base model bit for bit."""
+    # Frozen as by PEFT: torch uses other kernels for weights that need no gradient.
     base = case.base().eval().requires_grad_(False)
     inputs = case.inputs(base)
     with torch.no_grad():
@@ -137,11 +138,11 @@ def disabling(case: Case) -> None:
 
 
 def masked_prefix(case: Case) -> None:
-    """Beside a row with a prefix, a row whose prefix is hidden by the mask computes what the base computes."""
+    """In a batch with a row that has a prefix, a row with a masked prefix gives the outputs of the base model."""
     model = case.wrapped()
     inputs = case.inputs(model)
     with torch.no_grad():
-        mixed = outputs_mixed(model, inputs, ["default", "__base__"])
+        mixed = outputs(model, {**inputs, "adapter_names": ["default", "__base__"]})
         ours = outputs(model, inputs)
         with model.disable_adapter():
             base = outputs(model, inputs)
@@ -151,7 +152,7 @@ def masked_prefix(case: Case) -> None:
 
 
 def mixed_shifts(case: Case) -> None:
-    """Rows whose adapters move positions by different lengths, or not at all, compute what each computes alone."""
+    """Rows whose adapters shift positions by different lengths, or not at all, give the same outputs as alone."""
     try:
         model = case.wrapped(shift_positions=True)
     except ValueError as error:
@@ -165,7 +166,7 @@ def mixed_shifts(case: Case) -> None:
     with torch.no_grad():
         inputs = case.inputs(model, batch=3)
         try:
-            mixed = outputs_mixed(model, inputs, names)
+            mixed = outputs(model, {**inputs, "adapter_names": names})
         except ValueError as error:
             if "cannot share a batch" in str(error):
                 raise Skip("one set of positions for all rows: refused") from error
@@ -179,14 +180,8 @@ def mixed_shifts(case: Case) -> None:
     differs(mixed[:2], base[:2], "effect")
 
 
-def outputs_mixed(model: nn.Module, inputs: dict[str, Tensor], names: list[str]) -> Tensor:
-    result = model(**inputs, adapter_names=names, return_dict=True)
-    parts = [v for k, v in result.items() if isinstance(v, Tensor) and "logits" in k]
-    return torch.cat([part.float().flatten(1) for part in parts], dim=1)
-
-
 def eager_and_sdpa(case: Case) -> None:
-    """Both attention implementations agree, with and without a mask."""
+    """Eager and sdpa attention give the same outputs, with and without a mask."""
     if not case.base()._supports_sdpa:
         raise Skip("no sdpa")
     results: dict[str, list[Tensor]] = {}
@@ -208,12 +203,12 @@ def eager_and_sdpa(case: Case) -> None:
     for index, what in enumerate(("mask of ones", "no mask", "padding")):
         base_gap = (results["eager"][index + 3] - results["sdpa"][index + 3]).abs().max().item()
         if base_gap > TOLERANCE:
-            continue  # the base's own implementations disagree here
+            continue  # the implementations of the base model itself disagree here
         close(results["sdpa"][index], results["eager"][index], what)
 
 
 def padding(case: Case) -> None:
-    """Padding on either side changes nothing for a real token, as far as the base model keeps to that itself."""
+    """Padding on either side does not change the outputs of real tokens, if this holds for the base model."""
     if case.task not in ("CAUSAL_LM", "MASKED_LM", "TOKEN_CLS"):
         raise Skip("no output for each token")
     model = case.wrapped()
@@ -257,7 +252,7 @@ def pad(inputs: dict[str, Tensor], by: int, side: str) -> dict[str, Tensor]:
 
 
 def reload(case: Case, folder: Any = None) -> None:
-    """A saved adapter computes the same bit for bit on a fresh base."""
+    """A saved adapter gives the same outputs bit for bit on a fresh base model."""
     import tempfile
 
     model = case.wrapped(prefix_projection=True)
@@ -271,7 +266,7 @@ def reload(case: Case, folder: Any = None) -> None:
 
 
 def checkpointing(case: Case) -> None:
-    """Gradient checkpointing, reentrant and not, gives the same gradients as none."""
+    """Gradient checkpointing, reentrant or not, gives the same gradients as without it."""
     if not case.base().supports_gradient_checkpointing:
         raise Skip("no gradient checkpointing")
     grads = {}
@@ -287,7 +282,7 @@ def checkpointing(case: Case) -> None:
             result = outputs(model, inputs)
         except ValueError as error:
             if reentrant and "use_reentrant" in str(error):
-                continue  # refused in clear words: gradients would be lost
+                continue  # rejected with an explanation, because gradients would be lost
             raise
         (result * torch.randn(result.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
         grads[reentrant] = layer_of(model).prefix_tuning_v2_embedding["default"].weight.grad
@@ -298,7 +293,7 @@ def checkpointing(case: Case) -> None:
 
 
 def _base_checkpoints(case: Case, reentrant: bool) -> bool:
-    """Whether the base model itself can be trained with gradient checkpointing as it is."""
+    """Return whether the base model itself can be trained with gradient checkpointing."""
     base = case.base().train()
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     base.enable_input_require_grads()
@@ -310,8 +305,8 @@ def _base_checkpoints(case: Case, reentrant: bool) -> bool:
 
 
 def one_pass(case: Case) -> None:
-    """[prefix; x] in one pass: with the prefix set to the keys and values of real tokens p, the output on x is the
-    model's own on [p; x]. Positions are shifted, so that x stands where it stands behind p."""
+    """With the keys and values of real tokens p as the prefix, the output for x equals the base model's output for
+    [p; x] in one pass. Positions are shifted, so that x has the same positions as after p."""
     if case.task != "CAUSAL_LM":
         raise Skip("no decoder")
     base = case.base().eval()
@@ -333,8 +328,8 @@ def one_pass(case: Case) -> None:
             raise
         layer = layer_of(model)
         cache = getattr(cache, "self_attention_cache", cache)
-        if layer.layers_without or any(hasattr(stored, "conv_states") for stored in cache.layers):
-            raise Skip("hybrid: it has a state too")
+        if layer.layers_without_prefix or any(hasattr(stored, "conv_states") for stored in cache.layers):
+            raise Skip("hybrid: some layers have a state")
         windows = [getattr(target.module, "sliding_window", None) for target in layer.targets]
         if any(window and window < inputs["input_ids"].shape[1] for window in windows):
             raise Skip("its window hides p from the end of x")
@@ -358,7 +353,7 @@ def _can_generate(case: Case) -> nn.Module:
 
 
 def _generate(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """The sequences, and the logits of every step."""
+    """Return the sequences, and the logits of every step."""
     kwargs = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **kwargs}
     inputs = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
     torch.manual_seed(0)
@@ -381,54 +376,54 @@ def _agrees(case: Case, padded: bool, one: dict[str, Any], other: dict[str, Any]
             raise Skip(f"the base model cannot: {type(error).__name__}") from error
     (sequences, logits), (others, other_logits) = base
     if not torch.equal(sequences, others) or (logits - other_logits).abs().max() > TOLERANCE * logits.abs().max():
-        raise Skip("the base model's own differ")
+        raise Skip("the base model itself gives different results")
     try:
         (sequences, logits), (others, other_logits) = (_generate(model, inputs, **kwargs) for kwargs in (one, other))
     except ValueError as error:
         if "padded on the left by different lengths" in str(error):
-            raise Skip("refused in clear words: uneven left padding") from error
+            raise Skip("rejected with an explanation: uneven left padding") from error
         raise
     assert torch.equal(sequences, others), f"{what}: {sequences.tolist()} is not {others.tolist()}"
     close(logits, other_logits, what)
 
 
 def generate_greedy(case: Case) -> None:
-    """Greedy search with a cache finds what it finds without."""
+    """Greedy search gives the same tokens and logits with and without a cache."""
     _agrees(case, False, {}, {"use_cache": False}, "greedy")
 
 
 def generate_left_padded(case: Case) -> None:
-    """Likewise for a left-padded batch."""
+    """The same for greedy search on a left-padded batch."""
     _agrees(case, True, {}, {"use_cache": False}, "left-padded")
 
 
 def generate_beams(case: Case) -> None:
-    """Likewise for beam search."""
+    """The same for beam search on a left-padded batch."""
     _agrees(case, True, {"num_beams": 3}, {"num_beams": 3, "use_cache": False}, "beams")
 
 
 def generate_sampling(case: Case) -> None:
-    """Likewise for sampling with a seed."""
+    """The same for sampling with a seed on a left-padded batch."""
     _agrees(case, True, {"do_sample": True}, {"do_sample": True, "use_cache": False}, "sampling")
 
 
 def generate_static(case: Case) -> None:
-    """A static cache gives what a dynamic one gives."""
+    """A static cache gives the same as a dynamic cache."""
     _agrees(case, True, {"cache_implementation": "static", "disable_compile": True}, {}, "static cache")
 
 
 def generate_prompt_lookup(case: Case) -> None:
-    """Prompt-lookup decoding, which crops the cache after each guess, gives what greedy search gives."""
+    """Prompt-lookup decoding, which crops the cache after each guess, gives the same as greedy search."""
     _agrees(case, False, {"prompt_lookup_num_tokens": 2}, {}, "prompt lookup", batch=1)
 
 
 def embeddings(case: Case) -> None:
-    """`inputs_embeds` in place of `input_ids` gives the same."""
+    """`inputs_embeds` gives the same outputs as `input_ids`."""
     model = case.wrapped()
     inputs = case.inputs(model)
 
     def embedded() -> dict[str, Tensor]:
-        # Anew for each call: some backbones change them in place.
+        # Computed for each call, because some backbones change them in place.
         embeddings = base_of(model).get_input_embeddings()(inputs["input_ids"])
         return {"inputs_embeds": embeddings, **{k: v for k, v in inputs.items() if k != "input_ids"}}
 
@@ -438,7 +433,7 @@ def embeddings(case: Case) -> None:
     except Exception as error:
         raise Skip(f"the base model cannot: {type(error).__name__}") from error
     if gap > TOLERANCE:
-        raise Skip("the base model's own differ")
+        raise Skip("the base model itself gives different results")
     with torch.no_grad():
         ours = outputs(model, inputs)
         close(outputs(model, embedded()), ours, "embeddings")
@@ -447,7 +442,7 @@ def embeddings(case: Case) -> None:
 
 
 def compiled(case: Case) -> None:
-    """`torch.compile` finds one graph where it finds one in the base model, and it computes the same."""
+    """`torch.compile` compiles the model into one graph if it does so for the base model, with the same outputs."""
     base = case.base().eval().requires_grad_(False)
     inputs = case.inputs(base)
     try:
@@ -466,10 +461,10 @@ def compiled(case: Case) -> None:
 
 
 def causal_rule(case: Case) -> None:
-    """Where no mask is needed but for the prefix, attention by the kernel's own rules is that with a mask."""
+    """If only the prefix needs a mask, attention by the kernel's causal rule gives the same as with that mask."""
 
     def run(tokens_for_a_mask: float, groups: bool) -> tuple[Tensor, Tensor]:
-        with unittest.mock.patch.object(causal, "_ROWS_FOR_A_MASK", tokens_for_a_mask):
+        with unittest.mock.patch.object(causal, "_MIN_TOKENS_PER_PREFIX_TOKEN", tokens_for_a_mask):
             torch.manual_seed(0)
             model = case.wrapped()
             for target in layer_of(model).targets:
@@ -485,7 +480,7 @@ def causal_rule(case: Case) -> None:
     with unittest.mock.patch.object(CausalMask, "_attend", _noting(CausalMask._attend, used)):
         ours = [run(0, True), run(math.inf, True)]
     if not any(output is not None for output in used):
-        raise Skip("it is never asked")
+        raise Skip("attention never uses the rule")
     want, want_gradient = run(math.inf, False)
     for outputs_, gradient in ours:
         close(outputs_, want, "outputs")
@@ -501,7 +496,7 @@ def _noting(function: Callable[..., Any], results: list[Any]) -> Callable[..., A
 
 
 def two_turns(case: Case) -> None:
-    """A user's own cache over two turns gives what one pass over both gives."""
+    """Two turns with a user's own cache give the same logits as one pass over both."""
     if case.task != "CAUSAL_LM":
         raise Skip("no decoder")
     model = case.wrapped()
@@ -520,12 +515,12 @@ def two_turns(case: Case) -> None:
             except Exception as error:
                 raise Skip(f"the base model cannot: {type(error).__name__}") from error
         if gap > TOLERANCE:
-            raise Skip("the base model's own differ")
+            raise Skip("the base model itself gives different results")
         close(in_turns(), token_logits(model, {"input_ids": ids})[:, 3:], "two turns")
 
 
 def far_window(case: Case) -> None:
-    """A token far beyond a sliding window still sees the prefix directly: its last layer's prefix alone changes it."""
+    """A token far beyond a sliding window still attends to the prefix: one layer's prefix alone changes its output."""
     if case.task != "CAUSAL_LM":
         raise Skip("no decoder")
     model = case.wrapped()

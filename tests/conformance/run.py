@@ -1,4 +1,4 @@
-"""Hold the adapter against the checks on every text model type of the installed transformers.
+"""Run the conformance checks on every text model type of the installed transformers.
 
 python tests/conformance/run.py [--types bert llama ...] [--tasks CAUSAL_LM ...] [--jobs 2] [--json FILE]
 """
@@ -23,7 +23,7 @@ def _run_job(job: tuple) -> dict:
 
 
 def run_one(model_type: str, task: str, names: list[str] | None = None) -> dict:
-    """The result of one model type and task: `refused`, `not built`, or what each check said."""
+    """Run the checks on one model type and task; return the status and the result of each check."""
     import checks
     import torch
     import transformers
@@ -41,7 +41,7 @@ def run_one(model_type: str, task: str, names: list[str] | None = None) -> dict:
         model = case.wrapped()
         layer = checks.layer_of(model)
         result["kinds"] = sorted({target.kind for target in layer.targets})
-        result["without"] = layer.layers_without
+        result["without"] = layer.layers_without_prefix
     except NotBuilt as error:
         return {**result, "status": "not built", "why": str(error)}
     except UnsupportedBackboneError as error:
@@ -61,7 +61,7 @@ def run_one(model_type: str, task: str, names: list[str] | None = None) -> dict:
 
 
 def main() -> None:
-    """Run from the command line."""
+    """Run the command."""
     from zoo import tasks_of, text_model_types
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -77,7 +77,7 @@ def main() -> None:
         tasks = [task for task in tasks_of(model_type) if not args.tasks or task in args.tasks]
         pairs += [(model_type, task) for task in (tasks[:1] if args.first_task else tasks)]
     results = []
-    # Fresh processes now and then: models of 200 types leave memory behind.
+    # Processes are replaced after 50 jobs, because the models of 200 types do not free all their memory.
     with get_context("spawn").Pool(args.jobs, maxtasksperchild=50) as pool:
         for result in pool.imap_unordered(_run_job, [(*pair, args.checks) for pair in pairs]):
             results.append(result)

@@ -15,50 +15,53 @@ from checks import CHECKS
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "backbones.md"
 HEAD = """# Backbones
 
-This page is written by a command, from its results:
+This page lists the model types that work, those that are rejected with the reason, and the known limits. It was
+written by this command:
 
 ```bash
 python tests/conformance/run.py --json results.json && python tests/conformance/table.py results.json
 ```
 
-It holds the adapter against {checks} checks on a tiny random model of every text model type of
-transformers {transformers} (peft {peft}, torch {torch}, CPU), for each of its tasks: {pairs} combinations.
-Of {types} types {works} work, {refused} are refused at wrap time with the reason, {failed} fail a check, and
-{unbuilt} could not be built here.
+The command runs {checks} checks on a tiny random model of every text model type of transformers {transformers} (peft
+{peft}, torch {torch}, CPU), for each of its tasks: {pairs} combinations. Of {types} types {works} work, {refused} are
+rejected at wrap time with the reason, {failed} fail a check, and {unbuilt} could not be built here.
 
-A check is skipped where it does not apply, or where the backbone itself fails it without an adapter. What each one
-does is said by its docstring in `tests/conformance/checks.py`:
+A check is skipped if it does not apply, or if the backbone fails it without an adapter. The checks stand in
+`tests/conformance/checks.py`:
 
 {descriptions}
 
 ## Known limits
 
-- State-space, convolution and linear-attention layers of hybrids have no keys and values and get no prefix; wrapping
-  says which. The same holds for layers that attend to another layer's keys and values (Gemma 3n, Gemma 4): they see
-  that layer's prefix.
-- Models that hand keys and values on from layer to layer cannot be trained with *reentrant* gradient checkpointing,
-  which would lose gradients: that is an error which says so.
-- `attn_implementation="flex_attention"` is refused, and so is flash attention with a sliding window.
-- MPT's ALiBi biases are the same for all rows of a batch, so rows that are padded on the left by different lengths are
-  refused in the forward; Bloom's and Falcon's are not.
-- A left-padded row equals the row alone where `position_ids` say where its tokens are, as `generate` does, and without
-  them on backbones with rotary or ALiBi positions. RoFormer takes no `position_ids`: pad it on the right. With
-  `shift_positions=True` padding counts, as in PEFT.
-- A token generated beyond the last learned position ends in PyTorch's own index error, as without an adapter.
+- In hybrids, state-space, convolution and linear-attention layers have no keys and values, and get no prefix. Wrapping
+  names these layers. Layers that attend to another layer's keys and values (Gemma 3n, Gemma 4) get no prefix of their
+  own: they attend to that layer's prefix.
+- Models that pass keys and values from layer to layer cannot be trained with *reentrant* gradient checkpointing, which
+  would lose gradients. There is an error that says so.
+- `attn_implementation="flex_attention"` is rejected, and so is flash attention with a sliding window.
+- MPT's ALiBi biases are the same for all rows of a batch. Rows that are padded on the left by different lengths are
+  therefore rejected in the forward pass. Bloom and Falcon support such rows.
+- A left-padded row equals the row alone if `position_ids` skip the padding, as in `generate`. Backbones with rotary or
+  ALiBi positions do not need them. RoFormer takes no `position_ids`: pad it on the right. With `shift_positions=True`
+  padding counts as positions, as in PEFT.
+- Vision-language models with multi-axis positions (Qwen2-VL and similar) compute the positions of images themselves,
+  and these are kept. Rows padded on the left are correct with images and with text alone.
+- Tensor parallelism (`tp_plan`) is rejected when wrapping and loading; use DDP or FSDP2.
+- A token generated beyond the last trained position raises PyTorch's own index error, as without an adapter.
 
-## When a newer transformers refuses everything
+## If a newer transformers rejects every model
 
-transformers renames arguments now and then: what was `past_key_values` until 5.23 is `cache` in 5.24. The cache is
-found by its type, or by what the probe hands over: another name alone changes nothing, another kind of cache may. The
-package is bounded above by the newest minor version of transformers that passes the suite (`pip show prefix-adapter`).
-With a newer one, installed in spite of the bound, a refusal ends with the versions that were tested and the command
-that installs them. `bash tests/newest.sh` in a checkout installs the newest of everything and runs the suite.
+transformers sometimes renames arguments: `past_key_values` of 5.23 is `cache` in 5.24. The package finds the cache by
+its type, or as the object that the probe passed in. A new name alone therefore changes nothing, but a new kind of
+cache may. The newest minor version of transformers that passes the suite is the upper bound of the dependency (see
+`pip show prefix-adapter`). If a newer one is installed anyway, the error names the tested versions and the command
+that installs them. `bash tests/newest.sh` in a checkout installs the newest released versions and runs the suite.
 
 ## Types that work
 
 {table}
 
-## Types that are refused
+## Types that are rejected
 
 {refusals}
 
@@ -69,7 +72,7 @@ that installs them. `bash tests/newest.sh` in a checkout installs the newest of 
 
 
 def main() -> None:
-    """Write the page."""
+    """Write docs/backbones.md."""
     results = json.loads(Path(sys.argv[1]).read_text())
     by_type = defaultdict(list)
     for result in results:

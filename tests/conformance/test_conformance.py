@@ -1,4 +1,4 @@
-"""The conformance checks on some model types; `run.py` beside this file holds the adapter against all of them."""
+"""The conformance checks on some model types; `run.py` in this folder runs them on all types."""
 
 import sys
 from pathlib import Path
@@ -10,9 +10,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from run import run_one
 from zoo import tasks_of, text_model_types
 
-# One of each kind: encoders, decoders with grouped-query and multi-query attention, ALiBi, learned positions with an
-# offset, head sizes of their own, latent attention, sliding windows, shared keys and values, masks of their own, masks
-# that mean the opposite, hybrids, and encoder-decoders with relative, learned and sinusoidal positions.
+# One type of each kind: encoders; decoders with grouped-query and multi-query attention, ALiBi, learned positions with
+# an offset, unusual head sizes, latent attention, sliding windows, shared keys and values, their own masks, inverted
+# masks; hybrids; encoder-decoders with relative, learned and sinusoidal positions.
 WORKS = [
     ("bert", "MULTIPLE_CHOICE"), ("roberta", "CAUSAL_LM"), ("electra", "TOKEN_CLS"), ("roformer", "MASKED_LM"),
     ("megatron-bert", "SEQ_CLS"), ("gpt2", "QUESTION_ANS"), ("llama", "CAUSAL_LM"), ("mistral", "CAUSAL_LM"),
@@ -38,6 +38,6 @@ def test_refused(model_type):
 
 
 def test_all_types_are_found():
-    """A new model type of transformers is picked up without an edit; few mean that the search broke."""
+    """New model types of transformers are found automatically; a small number means that the search is broken."""
     types = text_model_types()
     assert len(types) > 200 and {name for name, _ in WORKS} | set(REFUSED) <= set(types)

@@ -11,11 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Tiny random models of every text model type that the installed transformers knows.
+"""Build tiny random models of every text model type of the installed transformers.
 
-The types are found from the auto mappings of transformers, and their configurations are made small by rules on the
-names of their fields, so that a new release of transformers is picked up without an edit. What no rule can know is in
-`OVERRIDES` (values of a type's configuration) and `EXCLUDED` (types that are not run at all), a reason beside each.
+The types come from the auto mappings of transformers. Rules on the names of configuration fields make the models
+small, so that new releases of transformers need no edit. `OVERRIDES` has configuration values that no rule can find,
+`EXCLUDED` the types that are not run, each with a reason.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from transformers.utils import logging as transformers_logging
 
 
 class NotBuilt(Exception):
-    """A tiny model of this type cannot be made here; the message says why."""
+    """Raised if a tiny model of a type cannot be built here; the message is the reason."""
 
 
 TASKS: dict[str, dict[str, str]] = {
@@ -65,18 +65,18 @@ WINDOW = 8
 NUM_LABELS = 3
 
 EXCLUDED: dict[str, str] = {
-    "bros": "needs the boxes of the words (bbox) beside their ids",
+    "bros": "needs the bounding boxes of the words (bbox) as well as token ids",
     "gemma4_assistant": "a drafter: reads the keys and values of another model, and takes no token ids",
     "gemma4_unified_assistant": "a drafter: reads the keys and values of another model, and takes no token ids",
-    "lxmert": "needs visual features beside the token ids",
+    "lxmert": "needs visual features as well as token ids",
     "musicgen": "its tokens are audio codes, several codebooks in one batch",
     "musicgen_melody": "its tokens are audio codes, several codebooks in one batch",
-    "voxtral_realtime": "needs audio features beside the token ids",
+    "voxtral_realtime": "needs audio features as well as token ids",
 }
-"""Model types that the mappings hold and that cannot be fed with token ids alone, with the reason."""
+"""Model types of the mappings that do not run on token ids alone, with the reason."""
 
 OVERRIDES: dict[str, dict[str, Any]] = {
-    # Layer kinds that the type's code has and its default configuration leaves out.
+    # Layer kinds that the type supports and its default configuration does not use.
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "laguna": {
@@ -90,24 +90,24 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
     "ministral": {"layer_types": ["full_attention", "sliding_attention"]},
     "zaya": {"layer_types": ["hybrid", "hybrid_sliding"], "sliding_window": WINDOW},
-    # The layers that share their weights only show with two of them.
+    # Layers that share their weights need two of them.
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
-    # Compressed entries must appear within a short sequence.
+    # Compressed cache entries must occur within a short sequence.
     "deepseek_v4": {
         "num_hidden_layers": 3,
         "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
         "mlp_layer_types": ["hash_moe", "moe", "moe"],
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
     },
-    # Sizes that are tied to each other by a formula of the type's own.
+    # Sizes that depend on each other by a formula of the type.
     "dots3_note_text": {"head_dim": 24},
     "esmc": {"num_key_value_heads": HEADS},
     "funnel": {"block_sizes": [1, 1, 1]},
     "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
     "lilt": {"hidden_size": 48},
     "neomme": {"head_dim": 16},
-    "reformer": {"axial_pos_embds": False},  # axial positions want every training sequence at full length
+    "reformer": {"axial_pos_embds": False},  # axial positions need training sequences of full length
     "markuplm": {"max_depth": 4},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 1, "depths": [1] * 7},  # doubles at each of its stages
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},  # widths are rounded up to multiples of 64
@@ -130,11 +130,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "xmod": {"default_language": "en_XX"},
 }
-"""Model type -> values of its configuration that no rule on names can find, also where it is part of another type's
-configuration. Nested dicts go to nested configurations."""
+"""Model type -> configuration values that no rule on names can find. They also apply where the type is part of another
+type's configuration. Nested dicts apply to nested configurations."""
 
-# The first rule whose pattern matches a field's whole name gives its small value. Only ints above the small value are
-# replaced, so that a rule never makes a model larger than its default.
+# The first rule whose pattern matches the whole name of a field gives its small value. Only larger ints are replaced,
+# so that a rule never makes a model larger than its default.
 _SIZE_RULES: tuple[tuple[re.Pattern[str], int], ...] = tuple(
     (re.compile(pattern), value)
     for pattern, value in (
@@ -171,7 +171,7 @@ _SIZE_RULES: tuple[tuple[re.Pattern[str], int], ...] = tuple(
     )
 )
 
-# Fields that a default configuration may leave without a value, and without which its model cannot be made.
+# Fields that the model needs and that a default configuration may leave unset.
 _UNSET = re.compile(r"vocab_size|head_dim|\w*key_value_heads|\w*experts_per_tok(en)?|n_routed_experts|num_experts")
 _TOKEN_ID = re.compile(r"(\w*_)?token_(id|ids|index)|(pad|bos|eos|unk|mask|image|audio|\w+_pad)_(id|idx|index)")
 _LAYER_INDEX_LIST = re.compile(r"\w*(layers|layer_ids|layer_indices|idxs|indices|indexes)")
@@ -182,7 +182,7 @@ _BASE_FIELDS = {field.name for field in dataclasses.fields(PreTrainedConfig)}
 
 @functools.cache
 def _model_class(model_type: str, task: str) -> type[PreTrainedModel]:
-    """The model class of this type for this task."""
+    """Return the model class of this type for this task."""
     if model_type not in TASKS[task]:
         raise NotBuilt(f"{model_type} has no model for {task}")
     name = TASKS[task][model_type]
@@ -194,7 +194,7 @@ def _model_class(model_type: str, task: str) -> type[PreTrainedModel]:
 
 
 def _takes_text(model_class: type[PreTrainedModel]) -> bool:
-    """Whether the model's main input is a sequence of token ids."""
+    """Return whether the model's main input is a sequence of token ids."""
     if getattr(model_class, "main_input_name", "input_ids") != "input_ids":
         return False
     return "input_ids" in inspect.signature(model_class.forward).parameters
@@ -210,24 +210,24 @@ def _tasks_of(model_type: str) -> tuple[str, ...]:
             if not _takes_text(_model_class(model_type, task)):
                 continue
         except NotBuilt:
-            pass  # a missing package must show as such when the model is built, not make the type vanish
+            pass  # keep the type: building the model then reports the missing package
         found.append(task)
     return tuple(found)
 
 
 def tasks_of(model_type: str) -> list[str]:
-    """The tasks, in the order of `TASKS`, for which this type has a model that is fed with text."""
+    """Return the tasks, in the order of `TASKS`, for which this type has a model with text input."""
     return list(_tasks_of(model_type))
 
 
 def text_model_types() -> list[str]:
-    """All model types, sorted, that have a model fed with text for at least one of the tasks."""
+    """Return all model types, sorted, that have a model with text input for at least one task."""
     types = sorted(set().union(*TASKS.values()))
     return [model_type for model_type in types if model_type not in EXCLUDED and tasks_of(model_type)]
 
 
 def _small_int(name: str, value: int) -> int:
-    """The small value of an int field, or the value itself where no rule matches."""
+    """Return the small value of an int field, or the value itself if no rule matches."""
     for pattern, small in _SIZE_RULES:
         if pattern.fullmatch(name):
             return min(value, small) if value > 0 else value
@@ -235,13 +235,13 @@ def _small_int(name: str, value: int) -> int:
 
 
 class _Shrinker:
-    """Makes one tree of configurations small; ids of special tokens are kept equal where they were equal."""
+    """Makes a tree of configurations small. Equal ids of special tokens stay equal."""
 
     def __init__(self) -> None:
         self.token_ids: dict[int, int] = {}
 
     def token_id(self, value: Any) -> Any:
-        """An id inside the small vocabulary: itself if it fits, else one from the end of the vocabulary."""
+        """Return an id in the small vocabulary: the same id if it fits, else one from the end of the vocabulary."""
         if isinstance(value, (list, tuple)):
             return [self.token_id(item) for item in value]
         if not isinstance(value, int) or isinstance(value, bool) or value < VOCAB - 40:
@@ -249,7 +249,7 @@ class _Shrinker:
         return self.token_ids.setdefault(value, VOCAB - 1 - len(self.token_ids))
 
     def shrink(self, default: PreTrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of the configuration class of `default` which make a small version of it."""
+        """Return the arguments of the configuration class of `default` that make a small version of it."""
         config_class = type(default)
         declared = {field.name: field for field in dataclasses.fields(config_class)}
         names = {stored: name for name, stored in config_class.attribute_map.items() if name in declared}
@@ -286,7 +286,7 @@ class _Shrinker:
 
     @staticmethod
     def _head_widths(values: dict[str, Any], kwargs: dict[str, Any]) -> None:
-        """Widths of heads that follow from other sizes, or that the type sets apart from hidden size / heads."""
+        """Set head widths that depend on other sizes, or that differ from hidden size / heads in the default."""
         hidden, heads, width = (values.get(name) for name in ("hidden_size", "num_attention_heads", "head_dim"))
         if (
             "head_dim" in kwargs
@@ -298,9 +298,9 @@ class _Shrinker:
         ):
             kwargs["head_dim"] = 2 * HIDDEN // HEADS
         if "kv_lora_rank" in values and "num_key_value_heads" in kwargs:
-            kwargs["num_key_value_heads"] = HEADS  # latent attention: one key per query head
+            kwargs["num_key_value_heads"] = HEADS  # latent attention has one key head per query head
         expand = values.get("mamba_expand", values.get("expand"))
-        if isinstance(expand, int):  # state space heads: together as wide as the expanded hidden size
+        if isinstance(expand, int):  # all state-space heads together have the expanded hidden size
             for name in ("mamba_d_head", "mamba_head_dim", "mamba_headdim", *(() if heads else ("head_dim",))):
                 if name in kwargs:
                     kwargs[name] = expand * HIDDEN // HEADS
@@ -309,7 +309,7 @@ class _Shrinker:
 
     @staticmethod
     def _rope(parameters: dict, kwargs: dict) -> None:
-        """Sections of multi-modal rotary embeddings must sum to the rotary width."""
+        """Make the sections of multi-modal rotary embeddings sum to the rotary width."""
         parameters = copy.deepcopy(parameters)
         for part in [parameters, *[p for p in parameters.values() if isinstance(p, dict)]]:
             section = part.get("mrope_section")
@@ -321,7 +321,7 @@ class _Shrinker:
                 kwargs["rope_parameters"] = parameters
 
     def _layers(self, default: PreTrainedConfig, values: dict, kwargs: dict, names: dict[str, str]) -> None:
-        """Keep as few layers as show every kind of layer, with the per-layer lists cut down to them."""
+        """Keep the fewest layers that include every kind of layer, and cut the per-layer lists accordingly."""
         stored = type(default).attribute_map.get("num_hidden_layers", "num_hidden_layers")
         count_name = names.get(stored, stored)
         count = values.get(count_name)
@@ -336,12 +336,12 @@ class _Shrinker:
             ints = all(isinstance(item, int) and not isinstance(item, bool) for item in value)
             rising = ints and list(value) == sorted(set(value)) and all(0 <= item < count for item in value)
             if rising and _LAYER_INDEX_LIST.fullmatch(name):
-                if name in declared:  # else it is derived from another list, and will be again
+                if name in declared:  # otherwise the list is derived from another one
                     index_lists[name] = set(value)
             elif len(value) == count:
                 per_layer[name] = list(value)
             elif _PATTERN_LIST.fullmatch(name) and 2 <= len(value) <= 8 and all(isinstance(i, str) for i in value):
-                kwargs[count_name] = len(value)  # a pattern that the layers repeat
+                kwargs[count_name] = len(value)  # the layers repeat this pattern
         overrides = getattr(default, "_heterogeneity_spec", None)
         overrides = getattr(overrides, "per_layer_overrides", None) or {}
 
@@ -364,7 +364,7 @@ class _Shrinker:
                 seen |= kind
         if shared:
             kwargs["num_kv_shared_layers"] = sum(index >= count - shared for index in keep)
-        elif "num_kv_shared_layers" in values:  # off by default, but the type can: share
+        elif "num_kv_shared_layers" in values:  # the type supports sharing, and its default does not use it
             keep = keep or [0]
             kwargs["num_kv_shared_layers"] = len(keep)
             keep = keep + keep
@@ -391,7 +391,7 @@ class _Shrinker:
 
     @staticmethod
     def _scaled(name: str, value: Any, default: Any, kwargs: dict) -> Any:
-        """A layer's own value of a size: as far from the small default as it was from the default, at most twice."""
+        """Return a layer's own value of a size: twice the small default if it is above the default, half if below."""
         if not isinstance(value, int) or isinstance(value, bool):
             return value
         small = kwargs.get(name, _small_int(name, value))
@@ -407,26 +407,26 @@ def _set_dropout(config: PreTrainedConfig, dropout: float) -> None:
             if _DROPOUT.fullmatch(name) and isinstance(value, (int, float)) and not isinstance(value, bool):
                 try:
                     setattr(part, name, dropout)
-                except StrictDataclassFieldValidationError:  # a few are declared as ints
+                except StrictDataclassFieldValidationError:  # some are declared as ints
                     setattr(part, name, int(dropout))
-        part.classifier_dropout = dropout  # not declared by every type whose heads read it
+        part.classifier_dropout = dropout  # some types do not declare it although their heads read it
 
 
 def tiny_config(model_type: str, task: str, dropout: float | None = None) -> PreTrainedConfig:
-    """A small configuration of this type; `dropout` sets every dropout probability in it."""
+    """Return a small configuration of this type; `dropout` sets all its dropout probabilities."""
     model_class = _model_class(model_type, task)
     config_class = CONFIG_MAPPING[model_type]
     own_class = model_class.config_class
     if own_class is not None and own_class in config_class.sub_configs.values():
-        # A wrapper's entry for a model of its text part alone: the wrapper's configuration is never seen by the model.
+        # The mapping names the text model of a multi-modal type, which takes the configuration of the text part.
         config_class = own_class
     kwargs = _Shrinker().shrink(config_class(), {})
-    kwargs["num_labels"] = 2 if task == "QUESTION_ANS" else NUM_LABELS  # of a span: its start and its end
+    kwargs["num_labels"] = 2 if task == "QUESTION_ANS" else NUM_LABELS  # the start and the end of a span
     config = config_class(**kwargs)
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id
     if task == "CAUSAL_LM" and not config.is_encoder_decoder and getattr(config, "is_decoder", True) is False:
-        config.is_decoder = True  # the heads of encoders read from left to right only if they are told so
+        config.is_decoder = True  # encoders are causal only with this setting
     text = config.get_text_config()
     if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = 0
@@ -444,7 +444,7 @@ def _tree(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' remarks on special tokens, absent kernels and the like."""
+    """Suppress the log messages and warnings of transformers."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -457,7 +457,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """A fixed random state, and memory that is NaN where a model leaves a parameter without a value."""
+    """Fix the random state, and fill uninitialised memory with NaN to detect parameters without a value."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     with torch.random.fork_rng(devices=[]):
@@ -471,7 +471,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 @torch.no_grad()
 def _redraw(model: nn.Module, seed: int) -> None:
-    """Draw anew each parameter that its initialisation leaves so small or so even that it would not show."""
+    """Draw new values for parameters whose initial values are too small or too uniform to affect the outputs."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(parameter: Tensor, std: float) -> Tensor:
@@ -494,7 +494,7 @@ def _redraw(model: nn.Module, seed: int) -> None:
 
 @functools.cache
 def _run_error(model_type: str, task: str) -> str | None:
-    """Why the plain model cannot be run on text alone, or None."""
+    """Return why the plain model cannot run on text alone, or `None` if it can."""
     model = _built(model_type, task, 0, None, None)
     inputs = tiny_inputs(model, task)
     ids = inputs["input_ids"].clone()
@@ -504,16 +504,16 @@ def _run_error(model_type: str, task: str) -> str | None:
         with torch.no_grad(), _quiet():
             outputs, changed = model(**inputs), model(**{**inputs, "input_ids": ids})
     except Exception as error:
-        return f"its forward fails on text alone: {type(error).__name__}: {error}"
+        return f"its forward pass fails on text alone: {type(error).__name__}: {error}"
     name = "start_logits" if task == "QUESTION_ANS" else "logits"
     if name not in outputs:
-        return f"its outputs hold no {name}"
+        return f"its outputs have no {name}"
     if not bool(torch.isfinite(outputs[name]).all()):
         return "its outputs are not finite"
     pooled = task in ("SEQ_CLS", "MULTIPLE_CHOICE")
     after = slice(None) if pooled or model.config.is_encoder_decoder else slice(2, None)
     if torch.equal(outputs[name][:, after], changed[name][:, after]):
-        return "its positions do not see each other here"
+        return "its positions do not attend to each other here"
     return None
 
 
@@ -542,10 +542,17 @@ def tiny_model(
     attn_implementation: str | None = None,
     dropout: float | None = None,
 ) -> PreTrainedModel:
-    """A tiny random model, in eval mode and the same for the same seed.
+    """Build a tiny random model in eval mode. The same seed gives the same model.
 
-    Raises `NotBuilt`, with the reason, where the type cannot be built here or does not run on text alone.
-    `dropout` sets every dropout probability of the configuration; by default they stay what the type's says.
+    Args:
+        model_type: transformers' model type.
+        task: A key of `TASKS`.
+        seed: The seed of the weights.
+        attn_implementation: transformers' `attn_implementation`; `None` for the default.
+        dropout: Sets all dropout probabilities of the configuration; `None` keeps those of the type.
+
+    Raises:
+        NotBuilt: If the type cannot be built here, or does not run on text alone.
     """
     model = _built(model_type, task, seed, attn_implementation, dropout)
     error = _run_error(model_type, task)
@@ -554,16 +561,8 @@ def tiny_model(
     return model
 
 
-def peft_task(model: PreTrainedModel, task: str) -> str:
-    """The task type by which PEFT would wrap this model.
-
-    transformers lists speech models with a decoder alone as sequence to sequence models; they take no decoder inputs.
-    """
-    return "CAUSAL_LM" if task == "SEQ_2_SEQ_LM" and not model.config.is_encoder_decoder else task
-
-
 def _special_ids(config: PreTrainedConfig) -> set[int]:
-    """Every id that the configuration gives a meaning to."""
+    """Return the ids of all special tokens in the configuration."""
     found: set[int] = set()
     for part in _tree(config):
         for name, value in vars(part).items():
@@ -574,7 +573,7 @@ def _special_ids(config: PreTrainedConfig) -> set[int]:
 
 
 def _ordinary_ids(model: PreTrainedModel) -> Tensor:
-    """The ids of the vocabulary without a special meaning."""
+    """Return the ids of the vocabulary that are not special tokens."""
     vocab = getattr(model.config.get_text_config(), "vocab_size", None)
     special = _special_ids(model.config)
     return torch.tensor([i for i in range(3, vocab if isinstance(vocab, int) else VOCAB) if i not in special])
@@ -583,7 +582,7 @@ def _ordinary_ids(model: PreTrainedModel) -> Tensor:
 def tiny_inputs(
     model: PreTrainedModel, task: str, batch: int = 2, length: int = 7, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Inputs of `batch` sequences of `length` ordinary tokens, without padding."""
+    """Return inputs of `batch` sequences of `length` ordinary tokens, without padding."""
     config = model.config
     text = config.get_text_config()
     allowed = _ordinary_ids(model)
@@ -596,10 +595,10 @@ def tiny_inputs(
     input_ids = draw(*shape)
     eos = getattr(text, "eos_token_id", None)
     if config.is_encoder_decoder and task == "SEQ_CLS" and isinstance(eos, int):
-        input_ids[..., -1] = eos  # the head reads the position of the last one, and wants as many in every sequence
+        input_ids[..., -1] = eos  # the head reads the last one, and needs the same number of them in every sequence
     sep = getattr(text, "sep_token_id", None)
     if task in ("QUESTION_ANS", "MULTIPLE_CHOICE") and isinstance(sep, int) and length > 5:
-        # question, two separators, context, separator: some heads find the question by them
+        # Question, two separators, context, separator: some heads find the question by the separators.
         input_ids[..., [length // 2 - 1, length // 2, -1]] = sep
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if config.is_encoder_decoder and task == "SEQ_2_SEQ_LM":

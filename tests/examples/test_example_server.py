@@ -386,7 +386,7 @@ def test_an_adapter_that_is_rewritten_while_it_is_read(worker, folder, adapters,
 
     with monkeypatch.context() as context:
         context.setattr(worker.pool, "load", meanwhile)
-        assert refused(worker, "two") == (503, "Adapter 'two' is being written; ask again.")
+        assert refused(worker, "two") == (503, "Adapter 'two' is being written; retry.")
     assert ask(worker, "two") == alone(adapters, "seven", "w6 w7")
 
 
@@ -428,8 +428,8 @@ class Live:
         model = tiny.model("bert", CLASSIFIER)
         processes._worker = Worker("classify", model, tokenizer_of(), adapters, settings)
         with pytest.MonkeyPatch.context() as context:
-            gone = [0] * settings.max_batch
-            context.setattr(example, "new_process", lambda *_: (ThreadPoolExecutor(1), gone))
+            abandoned = [0] * settings.max_batch
+            context.setattr(example, "new_process", lambda *_: (ThreadPoolExecutor(1), abandoned))
             self.service = example.Service("classify", "bert", adapters, settings)
         app = example.create_app(self.service)
         options = example.uvicorn_options(settings)
@@ -532,17 +532,17 @@ JSON = b'{"adapter": "two", "text": "w6"%s}'
         ([], 422, "body: Input should be"),
         (b"", 422, "body: Field required"),
         (b"null", 422, "body: "),
-        (b"{", 400, "no valid JSON"),
-        (JSON % b', "n": NaN', 400, "NaN is no number of JSON"),
-        (JSON % b', "n": -Infinity', 400, "-Infinity is no number of JSON"),
+        (b"{", 400, "not valid JSON"),
+        (JSON % b', "n": NaN', 400, "NaN is not a JSON number"),
+        (JSON % b', "n": -Infinity', 400, "-Infinity is not a JSON number"),
         (JSON % b', "n": 1e400', 422, "n: Extra inputs"),
-        (JSON % (b', "n": ' + b"9" * 9000), 400, "no valid JSON"),
+        (JSON % (b', "n": ' + b"9" * 9000), 400, "not valid JSON"),
         (JSON % b', "text": "w7"', 400, "occurs twice"),
         (b'{"text": "\\ud800"}', 422, "text: Input should be a valid string"),
         (b'{"adapter": "\\ud800", "text": "w6"}', 422, "adapter: Input should be a valid string"),
         (JSON % b', "\\ud800": 1', 422, "Input should be a valid string"),
-        (b'{"text": "\xff\xfe"}', 400, "no valid JSON"),
-        ('{"text": "w6"}'.encode("utf-16"), 400, "no valid JSON"),
+        (b'{"text": "\xff\xfe"}', 400, "not valid JSON"),
+        ('{"text": "w6"}'.encode("utf-16"), 400, "not valid JSON"),
         (b"[" * 29_000, 400, "nested too deeply"),
         (b'{"a":' * 5000, 400, "nested too deeply"),
         (b'{"text": "' + b"w" * 30_000 + b'"}', 413, "30,000 bytes"),
@@ -765,10 +765,10 @@ def test_clients_that_vanish(live, held):
     for connection in connections[1:]:
         connection.sendall(request(json.dumps(GOOD).encode()))
     assert wait_until(lambda: len(live.service.waiting) == 4)
-    assert not live.service.gone[0]
+    assert not live.service.abandoned[0]
     for connection in connections:
         connection.close()
-    assert wait_until(lambda: not live.service.waiting and live.service.gone[0])
+    assert wait_until(lambda: not live.service.waiting and live.service.abandoned[0])
     release.set()
     assert wait_until(lambda: live.count("/classify", 499) == gone + 5)
     assert len(batches) == 1 and works(live)
@@ -793,7 +793,7 @@ def test_too_slow(live, held, monkeypatch):
     monkeypatch.setattr(live.service, "settings", dataclasses.replace(SETTINGS, answer_seconds=0.3))
     answer = live.exchange(request(json.dumps(GOOD).encode()))
     assert status_and_body(answer)[0] == 503 and "retry-after" in answer.lower()
-    assert live.service.gone[0]
+    assert live.service.abandoned[0]
     release.set()
     monkeypatch.undo()
     assert works(live)

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from prefix_adapter import AdapterPool, PrefixTuningV2Config, export_peft, fold, import_peft
-from prefix_adapter.adapters.info import describe
+from prefix_adapter.adapters.saved import describe_adapter
 from prefix_adapter.cli import main
 
 WEIGHTS, CONFIG, PICKLE = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
@@ -803,7 +803,7 @@ def pool_load(folder):
 
 
 READERS = {
-    "info": describe,
+    "info": describe_adapter,
     "fold": lambda folder: fold(folder, folder.parent / "folded"),
     "export": lambda folder: export_peft(folder, folder.parent / "peft", "no/base"),
     "import": lambda folder: import_peft(folder, folder.parent / "ours", "no/base"),
@@ -848,8 +848,8 @@ def test_a_damaged_config_is_named(name, reader, folder):
 
 def test_a_small_mlp_of_a_huge_table(folder):
     """A file of a few MB would be folded into one of 2 TB."""
-    reconfigure(folder, prefix_projection=True, encoder_hidden_size=1)
     numbers = 2**19
+    reconfigure(folder, prefix_projection=True, encoder_hidden_size=1, num_virtual_tokens=numbers)
     parts = {"embedding.weight": (numbers, 1), "hidden.weight": (1, 1), "hidden.bias": (1,)}
     parts |= {"output.weight": (numbers, 1), "output.bias": (numbers,)}
     save_file({KEY + name: torch.zeros(shape) for name, shape in parts.items()}, folder / WEIGHTS)

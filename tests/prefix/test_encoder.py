@@ -55,12 +55,12 @@ def test_all_layers_at_once_are_each_by_itself(shapes):
 def test_join_puts_the_prefix_in_front_in_the_type_of_what_is_there():
     prefix = torch.randn(1, 5, 10)
     keys, values = torch.randn(3, 2, 7, 3).bfloat16(), torch.randn(3, 1, 7, 4).bfloat16()
-    joined_keys, joined_values = prepend(SHAPE.split(prefix), keys, values)
+    joined_keys, joined_values = prepend(SHAPE.split(prefix), (keys, values))
     assert joined_keys.shape == (3, 2, 12, 3) and joined_values.dtype == torch.bfloat16
     assert torch.equal(joined_keys[:, :, 5:], keys) and torch.equal(joined_values[:, :, 5:], values)
     assert torch.equal(joined_keys[2, 1, 4], prefix[0, 4, 3:6].bfloat16())
     shared = KeyValueShape(2, 3, 0, 0)
-    one, other = prepend(shared.split(torch.randn(1, 5, 6)), keys, keys)
+    one, other = prepend(shared.split(torch.randn(1, 5, 6)), (keys, keys))
     assert one is other and one.shape == (3, 2, 12, 3)
 
 

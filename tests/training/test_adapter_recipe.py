@@ -23,7 +23,8 @@ from prefix_adapter.training import (
     predict,
     train,
 )
-from prefix_adapter.training.recipe import load_adapter_recipe, read_values
+from prefix_adapter.training.adapter_recipe import load_adapter_recipe
+from prefix_adapter.training.recipe import read_values
 
 CODE = """
 open({mark!r}, "w").close()

@@ -246,12 +246,17 @@ def test_generation_in_evaluation(bases):
     ("row", "task_kwargs", "solved", "message"),
     [
         ({"text": ""}, {}, True, "row 1: 'text' is empty"),
-        ({"text": None}, {}, True, "row 1: 'text' must be a text, it is None"),
-        ({"prompt": 3, "text": "w1"}, {}, True, "row 1: 'prompt' must be a text, it is 3"),
-        ({"prompt": "w1", "text": "w1"}, {"packing": True}, True, "row 1: it has a prompt: `task_kwargs.packing`"),
-        ({"text": "w1"}, {"generate": True}, True, "row 1: there is no 'prompt' from which to generate"),
-        ({"prompt": " "}, {}, False, "row 1: there is no 'prompt' from which to generate"),
-        ({"text": "w1"}, {}, False, "row 1: there is no 'prompt' from which to generate"),
+        ({"text": None}, {}, True, "row 1: 'text' must be a text, got None"),
+        ({"prompt": 3, "text": "w1"}, {}, True, "row 1: 'prompt' must be a text, got 3"),
+        (
+            {"prompt": "w1", "text": "w1"},
+            {"packing": True},
+            True,
+            "row 1: the row has a prompt, but `task_kwargs.packing`",
+        ),
+        ({"text": "w1"}, {"generate": True}, True, "row 1: there is no 'prompt' to generate from"),
+        ({"prompt": " "}, {}, False, "row 1: there is no 'prompt' to generate from"),
+        ({"text": "w1"}, {}, False, "row 1: there is no 'prompt' to generate from"),
         ({"completion": "w1"}, {}, True, r"has no column 'text'.*data.columns: \{text: ...\}"),
     ],
 )
@@ -265,10 +270,10 @@ def test_bad_rows(bases, row, task_kwargs, solved, message):
     ("task_kwargs", "message"),
     [
         ({"max_new_tokens": 0}, "`task_kwargs.max_new_tokens` must be an integer of at least 1, got 0"),
-        ({"max_new_tokens": 24}, r"more than `task_kwargs.max_new_tokens` \(24\), got 24"),
-        ({"generation_kwargs": {"beams": 2}}, "`task_kwargs.generation_kwargs.beams`: there is no such setting"),
-        ({"generation_kwargs": {"max_new_tokens": 2}}, "setting of its own: `task_kwargs.max_new_tokens`"),
-        ({"generation_kwargs": {"num_return_sequences": 2}}, "there is no such setting"),
+        ({"max_new_tokens": 24}, r"above `task_kwargs.max_new_tokens` \(24\), got 24"),
+        ({"generation_kwargs": {"beams": 2}}, "`task_kwargs.generation_kwargs.beams`: .*no such setting"),
+        ({"generation_kwargs": {"max_new_tokens": 2}}, "set `task_kwargs.max_new_tokens` instead"),
+        ({"generation_kwargs": {"num_return_sequences": 2}}, "cannot be set"),
         ({"pack": True}, "`task_kwargs.pack`: causal-lm has no such setting"),
     ],
 )

@@ -241,7 +241,7 @@ def test_errors_of_the_program_keep_their_traceback(monkeypatch):
     def fail(*arguments):
         raise KeyError("a mistake of ours")
 
-    monkeypatch.setattr("prefix_adapter.adapters.info.describe", fail)
+    monkeypatch.setattr("prefix_adapter.adapters.saved.describe_adapter", fail)
     with pytest.raises(KeyError, match="a mistake of ours"):
         main(["info", "x"])
 

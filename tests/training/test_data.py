@@ -178,7 +178,7 @@ def test_a_file_that_has_changed_is_read_anew(write):
         ("a.jsonl", "\n" + as_lines(ROWS) + '{"text": "a", "la', "line 5: Unterminated string"),
         ("a.jsonl", as_lines(ROWS * 3000) + "{]\n", "line 9001: Expecting property name"),
         ("a.jsonl", as_lines(ROWS).encode() + b'{"text": "\xe9", "label": "x"}\n', "line 4: 'utf-8' codec"),
-        ("a.jsonl", as_lines(ROWS) + '"a"\n', "line 4: it must be an object, it is 'a'"),
+        ("a.jsonl", as_lines(ROWS) + '"a"\n', "line 4: expected a JSON object, got 'a'"),
         ("a.jsonl.gz", gzip.compress(as_lines(ROWS).encode() + b"{]\n", mtime=0), "line 4: Expecting property name"),
         ("a.jsonl.gz", gzip.compress(as_lines(ROWS).encode(), mtime=0)[:-12], "cannot be read as jsonl"),
         ("a.jsonl.gz", as_lines(ROWS), "Not a gzipped file"),

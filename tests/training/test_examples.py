@@ -1,4 +1,4 @@
-"""The examples that are no test of a task of their own, run as a user runs them, on small slices."""
+"""The examples that no test of a task covers, run as a user runs them, on a few rows."""
 
 import json
 import os

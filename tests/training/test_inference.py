@@ -72,16 +72,16 @@ def test_predict_streams_from_and_to_the_terminal(trained, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"{", "line 3: no JSON"),
-        (b"[1]", "line 3: a JSON object was expected"),
-        (b"[" * 100_000, "line 3: no JSON"),
-        (b'{"sentence": "\xff"}', "line 3: no JSON"),
+        (b"{", "line 3: invalid JSON"),
+        (b"[1]", "line 3: expected a JSON object"),
+        (b"[" * 100_000, "line 3: invalid JSON"),
+        (b'{"sentence": "\xff"}', "line 3: invalid JSON"),
         (b'{"id": 1}', "line 3: 'sentence' is missing"),
         (b'{"sentence": null}', "line 3: 'text' must be a text"),
         (b'{"sentence": " "}', "line 3: 'text' is empty"),
         (b'{"sentence": 5}', "line 3: 'text' must be a text"),
-        (b'{"sentence": "w1 \\ud800"}', r"line 3: 'text' has '.ud800', one half of a character"),
-        (b'{"sentence": "w1", "text_pair": "w2"}', "line 3: it has"),
+        (b'{"sentence": "w1 \\ud800"}', r"line 3: 'text' has '.ud800', half of a surrogate pair"),
+        (b'{"sentence": "w1", "text_pair": "w2"}', "line 3: it has the optional columns"),
     ],
 )
 def test_a_bad_line_is_named_and_the_answers_before_it_stay(trained, tmp_path, line, message, chunk_size):

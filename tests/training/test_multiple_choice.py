@@ -2,17 +2,14 @@
 
 import gzip
 import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import save_base, write_rows
 from datasets import Dataset
 from sklearn.metrics import accuracy_score
+from test_examples import example
 from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
 from prefix_adapter import PeftModel
@@ -21,7 +18,6 @@ from prefix_adapter.training.evaluation import answer_rows, make_features
 from prefix_adapter.training.model import load_base, load_tokenizer, wrap
 from prefix_adapter.training.tasks.multiple_choice import MultipleChoice
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
@@ -96,13 +92,13 @@ def test_choices_in_a_list_or_in_columns(tiny_bert):
         ({"text": ""}, "'text' is empty"),
         ({"text": None}, "'text' must be a text"),
         ({"question": None}, "'question' must be a text"),
-        ({"choice2": None, "choice3": None}, "two choices or more"),
-        ({"choice2": None}, "a choice must be a text, it is None"),
+        ({"choice2": None, "choice3": None}, "at least two choices"),
+        ({"choice2": None}, "a choice must be a text that is not empty, got None"),
         ({"choice3": "  "}, "a choice must be a text"),
-        ({"label": "3"}, "from 0 to 2, or its text, it is '3'"),
+        ({"label": "3"}, "from 0 to 2, or its text, got '3'"),
         ({"label": "-1"}, "from 0 to 2"),
-        ({"label": "nothing"}, "it is 'nothing'"),
-        ({"label": None}, "it is None"),
+        ({"label": "nothing"}, "got 'nothing'"),
+        ({"label": None}, "got None"),
         ({"choice1": "same", "choice3": "same", "label": "same"}, r"can mean each of the choices \[0, 2\]"),
         ({"choice1": "1", "label": "1"}, r"can mean each of the choices \[0, 1\]"),
     ],
@@ -225,19 +221,12 @@ def test_a_run(tiny_bert, tmp_path):
 
 def test_example(shared, minilm, tmp_path):
     output = tmp_path / "out"
-    files = {
-        name: shared / "data" / "copa" / f"{file}.jsonl.gz"
-        for name, file in (("train", "train"), ("validation", "val"))
-    }
-    command = [sys.executable, ROOT / "examples" / "multiple_choice.py", "--model", minilm, "--output", output]
-    for name, file in files.items():
-        command += [f"--{name}", file]
-    command += ["--max-rows", 8, "--epochs", 2]
-    paths = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, encoding="utf-8", timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "accuracy" in done.stdout
+    data = shared / "data" / "copa"
+    shown = example(
+        *("multiple_choice.py", "--train", data / "train.jsonl.gz", "--validation", data / "val.jsonl.gz"),
+        *("--model", minilm, "--output", output, "--max-rows", 8, "--epochs", 2),
+    )
+    assert "accuracy" in shown
     found = {path.name for path in output.iterdir()}
     assert found >= {"adapter_model.safetensors", "adapter_config.json", "README.md", "results.json", "curve.png"}
     assert json.loads((output / "results.json").read_text())["rows"] == {"train": 8, "validation": 8}

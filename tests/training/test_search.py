@@ -33,6 +33,7 @@ from prefix_adapter.training import (
     load_recipe,
     train,
 )
+from prefix_adapter.training.search_space import DEFAULT_SPACE
 
 module = importlib.import_module("prefix_adapter.training.search")
 Search, search = module.Search, module.search
@@ -72,7 +73,7 @@ def fake(monkeypatch):
             return {"validation": metrics}
 
         monkeypatch.setattr(module, "train", train)
-        monkeypatch.setattr(module, "_draw", lambda *arguments: None)
+        monkeypatch.setattr(module, "_draw_plots", lambda *arguments: None)
         monkeypatch.setattr(module, "clear_device_cache", lambda **settings: None)
         return seen
 
@@ -263,7 +264,7 @@ def test_default_space_of_a_prefix_that_starts_from_something(recipe, fake, mlp)
         (["adapter.num_virtual_tokens"], {"adapter.prefix_projection", "learning_rate", "adapter.prefix_dropout"}),
         (["learning_rate", "adapter.prefix_dropout"], {"adapter.prefix_projection", "adapter.num_virtual_tokens"}),
         (["adapter.prefix_projection"], {"learning_rate", "adapter.num_virtual_tokens", "adapter.prefix_dropout"}),
-        (["adapter.encoder_hidden_size", "seed"], {*module._SPACE}),
+        (["adapter.encoder_hidden_size", "seed"], {*DEFAULT_SPACE}),
     ],
 )
 def test_the_default_space_leaves_what_is_fixed(recipe, fake, fixed, varied):
@@ -272,7 +273,7 @@ def test_the_default_space_leaves_what_is_fixed(recipe, fake, fixed, varied):
         {"learning_rate": 5e-4, "adapter.prefix_dropout": 0.25, "adapter.num_virtual_tokens": 300}
     )
     search(start, Search(n_trials=8, sampler="random", pruner="none", fixed=fixed))
-    for key in (*module._SPACE, "seed"):
+    for key in (*DEFAULT_SPACE, "seed"):
         found = {_value(own, key) for own in seen}
         assert (found != {_value(start, key)}) == (key in varied), key
     if "adapter.prefix_projection" in fixed:
@@ -292,8 +293,8 @@ def test_what_is_fixed_and_varied_is_refused(recipe):
         search(recipe, Search(RATES, fixed=["learning_rate"]))
     with pytest.raises(RecipeError, match=r"`adapter` is set, and `space` varies `adapter.num_virtual_tokens`"):
         search(recipe, Search({"adapter.num_virtual_tokens": [1, 2]}, fixed=["adapter"]))
-    with pytest.raises(RecipeError, match=r"all that the default one varies is set"):
-        search(recipe, Search(fixed=[*module._SPACE]))
+    with pytest.raises(RecipeError, match=r"you set all keys that the default space varies"):
+        search(recipe, Search(fixed=[*DEFAULT_SPACE]))
 
 
 @pytest.mark.parametrize(
@@ -430,7 +431,7 @@ BAD = [
     ({}, "space` is empty"),
     ({"learning_rat": [1e-3]}, "space.learning_rat`"),
     ({"adapter.num_tokens": [8]}, "space.adapter.num_tokens`.*no such setting"),
-    ({"learning_rate.x": [1]}, "space.learning_rate.x`.*no mapping"),
+    ({"learning_rate.x": [1]}, "space.learning_rate.x`.*must be a mapping"),
     ({"data.train": ["a", "b"]}, "space.data.train`.*same in all"),
     ({"output_dir": ["a", "b"]}, "space.output_dir`.*same in all"),
     ({"batch_size": 8}, "space.batch_size`.*list of choices"),
@@ -508,10 +509,10 @@ def test_whose_folder(recipe, fake, tmp_path):
     search(recipe, Search(RATES, n_trials=1))
     with pytest.raises(RecipeError, match=r"`output_dir`.*holds a search.*--resume"):
         search(recipe, Search(RATES, n_trials=1))
-    with pytest.raises(RecipeError, match=r"`space`: .* was begun with"):
+    with pytest.raises(RecipeError, match=r"`space`: .* was started with"):
         search(recipe, Search({"learning_rate": [1e-3]}, n_trials=2), resume=True)
     recipe.batch_size = 4
-    with pytest.raises(RecipeError, match=r"`batch_size`: .* was begun with 8, not 4"):
+    with pytest.raises(RecipeError, match=r"`batch_size`: .* was started with 8, not 4"):
         search(recipe, Search(RATES, n_trials=2), resume=True)
     recipe.batch_size = 8
     with pytest.raises(RecipeError, match=r"`study_name`: .* no search 'other' to resume"):

@@ -79,7 +79,7 @@ def test_what_is_too_long(bases):
     features = task.features({"text": [words(*range(9))], "target": [words(*range(20, 29))]}, [0], True)
     assert task.tokenizer.decode(features["input_ids"][0]) == "w0 w1 w2 </s>"
     assert task.tokenizer.decode(features["labels"][0]) == "w20 w21 </s>"
-    assert task.generation()["max_new_tokens"] == 3
+    assert task.generate_kwargs()["max_new_tokens"] == 3
 
 
 @torch.no_grad()
@@ -165,8 +165,8 @@ def test_rouge_knows_other_letters_than_english_ones(bases):
     [
         ({"text": " ", "target": "w1"}, True, "row 2: 'text' is empty"),
         ({"text": "w1", "target": ""}, True, "row 2: 'target' is empty"),
-        ({"text": "w1", "target": None}, True, "row 2: 'target' must be a text, it is None"),
-        ({"text": None}, False, "row 2: 'text' must be a text, it is None"),
+        ({"text": "w1", "target": None}, True, "row 2: 'target' must be a text, got None"),
+        ({"text": None}, False, "row 2: 'text' must be a text, got None"),
         ({"text": "w1"}, True, r"has no column 'target' .*data.columns: \{target: ...\}"),
         ({"target": "w1"}, False, "has no column 'text'"),
     ],
@@ -182,8 +182,8 @@ def test_bad_rows(bases, row, solved, message):
     [
         ({"max_target_length": 0}, "`task_kwargs.max_target_length` must be an integer of at least 1, got 0"),
         ({"num_beams": 1.5}, "`task_kwargs.num_beams` must be an integer of at least 1, got 1.5"),
-        ({"generation_kwargs": {"num_beams": 2}}, "setting of its own: `task_kwargs.num_beams`"),
-        ({"generation_kwargs": {"lenght_penalty": 2}}, "`task_kwargs.generation_kwargs.lenght_penalty`: there is no"),
+        ({"generation_kwargs": {"num_beams": 2}}, "set `task_kwargs.num_beams` instead"),
+        ({"generation_kwargs": {"lenght_penalty": 2}}, "`task_kwargs.generation_kwargs.lenght_penalty`: .*no such"),
         ({"generation_kwargs": {"early_stopping": "soon"}}, "`task_kwargs.generation_kwargs`: .*early_stopping"),
         ({"beams": 2}, "`task_kwargs.beams`: seq2seq-lm has no such setting"),
     ],

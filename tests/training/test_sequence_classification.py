@@ -250,7 +250,7 @@ def test_floats_are_numbers(tiny_bert):
 
 @pytest.mark.parametrize("bad", ["", "high", "nan", "inf", "1,5"])
 def test_what_is_no_number(tiny_bert, bad):
-    with pytest.raises(DataError, match=r"row 3: 'label' must be a finite number, it is"):
+    with pytest.raises(DataError, match=r"row 3: 'label' must be a finite number, got"):
         task_for(tiny_bert, ["1.5", "2", bad], problem_type="regression")
     assert math.isnan(number_of(True)) and math.isnan(number_of(None)) and number_of("-1e-3") == -0.001
 
@@ -290,16 +290,16 @@ def with_row(**changes) -> list[dict]:
             r"has no column 'text' .*'sentence'.*`data.columns: \{text: \.\.\.\}`",
             {},
         ),
-        ([{"text": "w1", "labels": "a"}], r"has no column 'label' \(the solution\)", {}),
-        (with_row(text=None), r"row 6: 'text' must be a text, it is None", {}),
-        (with_row(text=...), r"row 6: 'text' must be a text, it is None", {}),
-        (with_row(text=7), r"row 6: 'text' must be a text, it is 7", {}),
-        (with_row(text=["w1"]), r"row 6: 'text' must be a text, it is \['w1'\]", {}),
+        ([{"text": "w1", "labels": "a"}], r"has no column 'label' \(the target\)", {}),
+        (with_row(text=None), r"row 6: 'text' must be a text, got None", {}),
+        (with_row(text=...), r"row 6: 'text' must be a text, got None", {}),
+        (with_row(text=7), r"row 6: 'text' must be a text, got 7", {}),
+        (with_row(text=["w1"]), r"row 6: 'text' must be a text, got \['w1'\]", {}),
         (with_row(text=" \n"), r"row 6: 'text' is empty", {}),
-        (with_row(text_pair="w9"), r"row 1: 'text_pair' must be a text, it is None", {}),
+        (with_row(text_pair="w9"), r"row 1: 'text_pair' must be a text, got None", {}),
         (with_row(label=None), r"row 6: 'label' is missing", {}),
         (with_row(label=1), r"row 6: the label 1 is a int; labels must be strings in all rows, or integers", {}),
-        (with_row(label=["a"]), r"row 6: 'label' must be one label, it is \['a'\]", {}),
+        (with_row(label=["a"]), r"row 6: 'label' must be one label, got \['a'\]", {}),
         (with_row(label={"a": 1}), r"row 6: the label \{'a': 1\} is a dict", {}),
         ([{**row, "label": row["label"] == "a"} for row in GOOD], r"row 1: the label True is a bool", {}),
         ([{**row, "label": "a"} for row in GOOD], r"all rows have the same label, \{'a'\}: there is nothing", {}),
@@ -310,8 +310,8 @@ def with_row(**changes) -> list[dict]:
             "row 9: .*must be a list of lab",
             {},
         ),
-        (with_row(label="c"), r"row 6: the label 'c' is none of those .*\['a', 'b'\]", {"labels": ["a", "b"]}),
-        (GOOD, r"row 1: the label 'a' is none of those .*\[1, 2\]", {"labels": [1, 2]}),
+        (with_row(label="c"), r"row 6: the label 'c' is not among the labels .*\['a', 'b'\]", {"labels": ["a", "b"]}),
+        (GOOD, r"row 1: the label 'a' is not among the labels .*\[1, 2\]", {"labels": [1, 2]}),
         ([{**row, "label": 0.5} for row in GOOD], "row 1: the label 0.5 is a float", {"kind": "single_label"}),
         (
             [*({**row, "label": 0.5} for row in GOOD), {"text": "w1", "label": float("nan")}],
@@ -324,7 +324,7 @@ def with_row(**changes) -> list[dict]:
             {},
         ),
         ([*({**row, "label": 0.5} for row in GOOD), {"text": "w1", "label": "high"}], r"row 9: .*finite.*'high'", {}),
-        (GOOD, r"row 1: 'label' must be a finite number, it is 'a'", {"kind": "regression"}),
+        (GOOD, r"row 1: 'label' must be a finite number, got 'a'", {"kind": "regression"}),
         (GOOD[:1], r"all rows have the same label", {}),
     ],
 )
@@ -341,7 +341,9 @@ def test_bad_rows_are_told_before_anything_is_done(tiny_bert, tmp_path, rows, sa
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_labels_that_were_not_learnt(tiny_bert, topics, tmp_path, split):
     path = write_rows(tmp_path / "other.jsonl", [*GOOD[:3], {"text": "w1", "label": "c"}])
-    with pytest.raises(DataError, match=r"other.jsonl, row 4: the label 'c' is none of those of the training rows"):
+    with pytest.raises(
+        DataError, match=r"other.jsonl, row 4: the label 'c' is not among the labels of the training rows"
+    ):
         train(recipe(tiny_bert, {**topics, split: path}, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

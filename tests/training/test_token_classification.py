@@ -333,14 +333,14 @@ GOOD = [{"tokens": ["w1", "w2"], "tags": ["O", "B-X"]}] * 5
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"tokens": None}, r"row 6: 'tokens' must be a list of strings, it is None"),
-        ({"tokens": "w1 w2"}, r"row 6: 'tokens' must be a list of strings, it is 'w1 w2'"),
-        ({"tokens": ["w1", None]}, r"row 6: 'tokens' must be a list of strings, it is \['w1', None\]"),
-        ({"tokens": ["w1", 2]}, r"row 6: 'tokens' must be a list of strings, it is \['w1', 2\]"),
+        ({"tokens": None}, r"row 6: 'tokens' must be a list of strings, got None"),
+        ({"tokens": "w1 w2"}, r"row 6: 'tokens' must be a list of strings, got 'w1 w2'"),
+        ({"tokens": ["w1", None]}, r"row 6: 'tokens' must be a list of strings, got \['w1', None\]"),
+        ({"tokens": ["w1", 2]}, r"row 6: 'tokens' must be a list of strings, got \['w1', 2\]"),
         ({"tokens": [], "tags": []}, r"row 6: 'tokens' is empty"),
         ({"tags": ["O"]}, r"row 6: there are 2 tokens and 1 tags"),
         ({"tags": None}, r"row 6: there are 2 tokens and None tags"),
-        ({"tags": ["O", None]}, r"row 6: one of 'tags' is missing"),
+        ({"tags": ["O", None]}, r"row 6: a tag in 'tags' is missing"),
         ({"tags": ["O", 1]}, r"row 6: the label 1 is a int; labels must be strings in all rows"),
     ],
 )
@@ -355,7 +355,9 @@ def test_bad_rows_are_told_before_anything_is_done(tiny_bert, tmp_path, row, sai
 def test_bad_tags(tiny_bert, tmp_path):
     good = write_rows(tmp_path / "good.jsonl", GOOD)
     other = write_rows(tmp_path / "other.jsonl", [*GOOD, {"tokens": ["w1"], "tags": ["B-Y"]}])
-    with pytest.raises(DataError, match=r"other.jsonl, row 6: the label 'B-Y' is none of those of the training rows"):
+    with pytest.raises(
+        DataError, match=r"other.jsonl, row 6: the label 'B-Y' is not among the labels of the training rows"
+    ):
         train(make_recipe(tiny_bert, tmp_path / "out", {"train": good, "validation": other}))
     alike = write_rows(tmp_path / "alike.jsonl", [{"tokens": ["w1", "w2"], "tags": ["O", "O"]}] * 5)
     with pytest.raises(DataError, match=r"alike.jsonl: all tokens have the same tag, \{'O'\}"):
@@ -368,9 +370,9 @@ def test_bad_tags(tiny_bert, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"max_length": 2}, r"`max_length` must be above 2, the special tokens, got 2"),
-        ({"task_kwargs": {"stride": -1}}, r"`task_kwargs.stride` must be a whole number of pieces, got -1"),
-        ({"task_kwargs": {"stride": 0.5}}, r"`task_kwargs.stride` must be a whole number of pieces, got 0.5"),
+        ({"max_length": 2}, r"`max_length` must be above 2, the number of special tokens, got 2"),
+        ({"task_kwargs": {"stride": -1}}, r"`task_kwargs.stride` must be an integer of at least 0, got -1"),
+        ({"task_kwargs": {"stride": 0.5}}, r"`task_kwargs.stride` must be an integer of at least 0, got 0.5"),
     ],
 )
 def test_bad_settings(tiny_bert, changes, said):

@@ -1,4 +1,4 @@
-"""The tasks, one file each."""
+"""The tasks, one file for each: columns, head, loss, predictions and metrics."""
 
 from .causal_lm import CausalLM
 from .multiple_choice import MultipleChoice

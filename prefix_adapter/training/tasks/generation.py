@@ -1,4 +1,4 @@
-"""What the tasks share whose answers are generated."""
+"""The base class of the tasks whose predictions are generated texts."""
 
 from __future__ import annotations
 
@@ -15,65 +15,52 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-_FIXED = ("max_length", "num_return_sequences", "return_dict_in_generate")
+_FIXED_KWARGS = ("max_length", "num_return_sequences", "return_dict_in_generate")
+"""Arguments of `generate` that a recipe cannot set."""
 
 
 class TextGeneration(Task):
-    """A task that is answered by `generate`: greedily, unless `generation_kwargs` say otherwise.
+    """A task whose predictions come from `generate`: greedy search, unless `generation_kwargs` sets another method.
 
     Raises:
-        RecipeError: also if `generation_kwargs` has a key or a value that generation does not know.
+        RecipeError: As for `Task`, and if `generation_kwargs` has a key or a value that transformers does not know.
     """
 
     has_head = False
     default_max_length = 512
     answers_with_labels = False
+    labels_per_token = True
     rouge: ClassVar[tuple[str, ...]]
-    """The kinds of ROUGE to report."""
+    """The variants of ROUGE to report."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         for key in self.kwargs["generation_kwargs"]:
             where = f"`task_kwargs.generation_kwargs.{key}`"
             if key in self.settings:
-                raise RecipeError(f"{where} is a setting of its own: `task_kwargs.{key}`.")
-            if key not in vars(GenerationConfig()) or key in _FIXED:
-                raise RecipeError(f"{where}: there is no such setting of generation.")
+                raise RecipeError(f"{where} is a setting of the task; set `task_kwargs.{key}` instead.")
+            if key in _FIXED_KWARGS:
+                raise RecipeError(f"{where} cannot be set: its value is fixed.")
+            if key not in vars(GenerationConfig()):
+                raise RecipeError(f"{where}: transformers' GenerationConfig has no such setting.")
         try:
             GenerationConfig(**self.kwargs["generation_kwargs"])
         except (ValueError, TypeError) as error:
             raise RecipeError(f"`task_kwargs.generation_kwargs`: {error}") from error
 
-    def at_least_one(self, name: str) -> int:
-        """The value of a setting that must be a positive integer.
-
-        Raises:
-            RecipeError: if it is not.
-        """
-        value = self.kwargs[name]
-        if not isinstance(value, int) or value < 1:
-            raise RecipeError(f"`task_kwargs.{name}` must be an integer of at least 1, got {value!r}.")
-        return value
-
-    def problem_of(self, row: Row, name: str) -> str | None:
-        """What is wrong with a column that must hold a text."""
-        if not isinstance(row[name], str):
-            return f"{name!r} must be a text, it is {row[name]!r}."
-        return None if row[name].strip() else f"{name!r} is empty."
-
     def outputs(self, model: PreTrainedModel, batch: dict[str, Tensor], output: Any | None) -> list[Any]:
-        if output is not None:  # called for the loss alone
+        if output is not None:  # the output that computed the loss has no generated text
             return [None] * len(batch["input_ids"])
-        options = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id, **self.generation()}
+        options = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id, **self.generate_kwargs()}
         sequences = model.generate(**batch, **{**options, **self.kwargs["generation_kwargs"]})  # type: ignore[operator]
-        return self.tokenizer.batch_decode(self.generated(sequences, batch), skip_special_tokens=True)
+        return self.tokenizer.batch_decode(self.generated_tokens(sequences, batch), skip_special_tokens=True)
 
-    def generation(self) -> dict[str, Any]:
-        """The task's own arguments of `generate`."""
+    def generate_kwargs(self) -> dict[str, Any]:
+        """Return the arguments of `generate` that the settings of the task determine."""
         raise NotImplementedError
 
-    def generated(self, sequences: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """What is new in the sequences that `generate` gave for a batch."""
+    def generated_tokens(self, sequences: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Return the new tokens in the output of `generate`, `[batch, tokens]`."""
         return sequences
 
     def answer(self, row: Row, features: list[Row], records: list[Any]) -> Row:
@@ -83,21 +70,22 @@ class TextGeneration(Task):
     def default_metric(self) -> str:
         return "rougeL"
 
-    def metrics(self, answers: list[Row], solutions: list[Any]) -> dict[str, float]:
-        """Exact match (but for spaces around) and the F-measures of ROUGE (Lin 2004), means over the rows."""
-        pairs = [(solution, answer["prediction"]) for solution, answer in zip(solutions, answers, strict=True)]
+    def metrics(self, answers: list[Row], targets: list[Any]) -> dict[str, float]:
+        """Exact match (spaces around the texts ignored) and F-measures of ROUGE (Lin 2004), as means over the rows."""
+        pairs = [(target, answer["prediction"]) for target, answer in zip(targets, answers, strict=True)]
         scorer = RougeScorer(list(self.rouge), tokenizer=_Words())
         scores = [scorer.score(*pair) for pair in pairs]
         return {
-            "exact_match": sum(solution.strip() == guess.strip() for solution, guess in pairs) / len(pairs),
+            "exact_match": sum(target.strip() == guess.strip() for target, guess in pairs) / len(pairs),
             **{kind: float(sum(each[kind].fmeasure for each in scores)) / len(pairs) for kind in self.rouge},
         }
 
 
 class _Words:
-    """rouge_score's words, with the letters of every script: its own tokenizer drops all but a to z and digits.
+    """A tokenizer for rouge_score that keeps the letters of every script; the default keeps only a to z and digits.
 
-    On ASCII text the two agree. A script that writes no spaces gives long words.
+    Both give the same words for ASCII text. In a script without spaces a word is as long as the text between
+    punctuation.
     """
 
     def tokenize(self, text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""One of several endings, answers or causes for a text (SWAG, RACE, COPA)."""
+"""Multiple choice: select one of several endings, answers or causes for a text (SWAG, RACE, COPA)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data import DataError, rows_of
-from .task import Columns, Row, Task
+from .task import Columns, Row, Task, text_problem
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,13 +22,16 @@ _COLUMNS = [f"choice{number}" for number in range(10)]
 
 
 class MultipleChoice(Task):
-    """Choose one of several texts that may go with a text.
+    """Select one of several choices for a text.
 
-    Each choice is read together with the text, and the choice with the highest logit is taken (Devlin et al. 2019,
-    section 4.4). The choices are a list in the column `choices`, or in columns of their own, `choice0` to `choice9`;
-    the first of these may be missing. Rows may have different numbers of choices: the last columns are then empty.
+    The model reads each choice together with the text; the prediction is the choice with the highest logit (Devlin et
+    al. 2019, section 4.4). The choices are a list in the column `choices`, or one column each, `choice0` to `choice9`
+    or from `choice1` on. Rows can have different numbers of choices; with one column each, the last ones are then
+    empty.
 
-    The solution is the number of the right choice, counted from 0, or its text.
+    The column `label` is the number of the right choice, counted from 0, or its text.
+
+    A row: `{"text": "a text", "choices": ["one ending", "another ending"], "label": 0}`.
     """
 
     auto_class = "AutoModelForMultipleChoice"
@@ -37,8 +40,8 @@ class MultipleChoice(Task):
     columns = {"text": "the text"}
     optional_columns = {
         "choices": "the choices, a list of strings",
-        **dict.fromkeys(_COLUMNS, "a choice, if they are not in a list"),
-        "question": "what is asked about the text; put in front of every choice",
+        **dict.fromkeys(_COLUMNS, "a choice, if there is no list of choices"),
+        "question": "a question about the text, inserted before every choice",
     }
     target = "label"
     default_metric = "accuracy"
@@ -47,50 +50,47 @@ class MultipleChoice(Task):
         if not {"choices", *_COLUMNS} & set(rows.column_names):
             raise DataError(
                 f"{source} has no column 'choices' (a list of strings), nor 'choice1', 'choice2' and so on; it has "
-                f"{rows.column_names}. If they are called otherwise, say so: `data.columns: {{choices: ...}}`."
+                f"{rows.column_names}. If the column has another name, set `data.columns: {{choices: ...}}`."
             )
         super().check(rows, source, solved)
 
     def problem(self, row: Row, solved: bool) -> str | None:
         for name in ("text", "question"):
-            if name in row and not isinstance(row[name], str):
-                return f"{name!r} must be a text, it is {row[name]!r}."
-        if not row["text"].strip():
-            return "'text' is empty."
+            if name in row and (problem := text_problem(row, name, may_be_empty=name != "text")):
+                return problem
         if "choices" not in row and "choice10" in row:
             return "more than ten choices must be a list in one column, 'choices'."
         choices = choices_of(row)
         if not isinstance(choices, list) or len(choices) < 2:
-            return f"there must be two choices or more, there are {choices!r}."
+            return f"there must be at least two choices, got {choices!r}."
         for choice in choices:
             if not isinstance(choice, str) or not choice.strip():
-                return f"a choice must be a text, it is {choice!r}."
-        return _problem_of(row[self.target], choices) if solved else None
+                return f"a choice must be a text that is not empty, got {choice!r}."
+        return _label_problem(row[self.target], choices) if solved else None
 
     def features(self, rows: Columns, indices: list[int], solved: bool) -> Columns:
-        each = rows_of(rows)
-        choices = [choices_of(row) for row in each]
-        texts = [row["text"] for row, own in zip(each, choices, strict=True) for _ in own]
+        rows_with_choices = [(row, choices_of(row)) for row in rows_of(rows)]
+        texts = [row["text"] for row, choices in rows_with_choices for _ in choices]
         pairs = [
             f"{row['question']} {choice}" if "question" in row else choice
-            for row, own in zip(each, choices, strict=True)
-            for choice in own
+            for row, choices in rows_with_choices
+            for choice in choices
         ]
         encoded = self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length, verbose=False)
         result: Columns = {"row": indices}
         for key, values in encoded.items():
-            rest = iter(values)
-            result[key] = [[next(rest) for _ in own] for own in choices]
+            remaining = iter(values)
+            result[key] = [[next(remaining) for _ in choices] for _, choices in rows_with_choices]
         if solved:
-            result["labels"] = [meant(row[self.target], own)[0] for row, own in zip(each, choices, strict=True)]
+            result["labels"] = [matching_choices(row[self.target], choices)[0] for row, choices in rows_with_choices]
         return result
 
     def collate(self, features: Sequence[Row]) -> dict[str, Tensor]:
-        """The choices of all rows beside each other, as those of one: `[1, choices of all rows, longest]`.
+        """Make a batch in which the choices of all rows are the choices of one row, so that none need padding.
 
         Returns:
-            The model's inputs, `labels`, and `choices` `[batch, most choices of a row]`, the places of each row's
-            choices among them all, -1 where a row has fewer.
+            The inputs of the model, `[1, choices of all rows, longest]`; `choices`, `[batch, most choices of a row]`,
+            the index of each choice among the choices of all rows, -1 where a row has fewer; and `labels`, `[batch]`.
         """
         flat = [
             {key: feature[key][i] for key in self.padded if key in feature}
@@ -107,9 +107,9 @@ class MultipleChoice(Task):
         return batch
 
     def _logits(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-        """The logits of the choices `[batch, most choices of a row]`, minus infinity where a row has fewer."""
+        """The logits, `[batch, most choices of a row]`; minus infinity where a row has fewer choices."""
         (logits,) = model(**{key: value for key, value in batch.items() if key in self.padded}).logits.float()
-        return F.pad(logits, (0, 1), value=-math.inf)[batch["choices"]]  # -1 is the last one
+        return F.pad(logits, (0, 1), value=-math.inf)[batch["choices"]]  # -1 selects the added column
 
     def loss(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Any]:
         logits = self._logits(model, batch)
@@ -125,13 +125,13 @@ class MultipleChoice(Task):
         best = max(range(len(choices)), key=probabilities.__getitem__)
         return {"prediction": best, "choice": choices[best], "probabilities": probabilities}
 
-    def metrics(self, answers: list[Row], solutions: list[Any]) -> dict[str, float]:
-        guesses = [_guess(answer, solution) for answer, solution in zip(answers, solutions, strict=True)]
-        return {"accuracy": float(accuracy_score(solutions, guesses))}
+    def metrics(self, answers: list[Row], targets: list[Any]) -> dict[str, float]:
+        guesses = [_as_target(answer, target) for answer, target in zip(answers, targets, strict=True)]
+        return {"accuracy": float(accuracy_score(targets, guesses))}
 
 
 def choices_of(row: Row) -> Any:
-    """The choices of a row: its list, or its columns without those that are missing at the end."""
+    """The choices of a row: its list, or its columns without missing ones at the end."""
     if "choices" in row:
         return row["choices"]
     choices = [row[name] for name in _COLUMNS if name in row]
@@ -140,8 +140,8 @@ def choices_of(row: Row) -> Any:
     return choices
 
 
-def meant(label: Any, choices: list[str]) -> list[int]:
-    """The numbers of the choices that a label can mean: one, if the label is a good one."""
+def matching_choices(label: Any, choices: list[str]) -> list[int]:
+    """The numbers of the choices that a label can refer to: exactly one if the label is valid."""
     return [
         number
         for number, choice in enumerate(choices)
@@ -149,20 +149,20 @@ def meant(label: Any, choices: list[str]) -> list[int]:
     ]
 
 
-def _guess(answer: Row, solution: Any) -> Any:
-    """An answer in the solution's words: a number, a number that is written as a text, or the choice's text."""
-    if isinstance(solution, str):
-        return solution if solution == str(answer["prediction"]) else answer["choice"]
+def _as_target(answer: Row, target: Any) -> Any:
+    """A prediction in the form of the target: an integer, a text with a number, or the text of the choice."""
+    if isinstance(target, str):
+        return target if target == str(answer["prediction"]) else answer["choice"]
     return answer["prediction"]
 
 
-def _problem_of(label: Any, choices: list[str]) -> str | None:
-    numbers = meant(label, choices)
+def _label_problem(label: Any, choices: list[str]) -> str | None:
+    numbers = matching_choices(label, choices)
     if not numbers:
-        return f"'label' must be the number of a choice, from 0 to {len(choices) - 1}, or its text, it is {label!r}."
+        return f"'label' must be the number of a choice, from 0 to {len(choices) - 1}, or its text, got {label!r}."
     if len(numbers) > 1:
         return (
-            f"'label' {label!r} can mean each of the choices {numbers}: give the number of the right one, as a number "
-            "(in JSON or Parquet: a table of text has none)."
+            f"'label' {label!r} can mean each of the choices {numbers}. Give the number of the right choice as a "
+            "number (in JSON or Parquet; CSV has texts only)."
         )
     return None

@@ -1,4 +1,4 @@
-"""A text for a text: translation, summaries, questions with written answers."""
+"""Sequence-to-sequence language modeling: translation, summarization, generative question answering."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..settings import TASK_SETTINGS
 from .generation import TextGeneration
-from .task import Columns, Row
+from .task import Columns, Row, text_problem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class Seq2SeqLM(TextGeneration):
-    """Learn to write `target` for `text`, with an encoder-decoder.
+    """Generate `target` from `text` with an encoder-decoder.
 
-    The loss is on the tokens of `target`, as the tokenizer makes them of a `text_target`; the models make the
-    decoder's inputs of them by a shift. Texts longer than `max_length` lose their end, and so do targets longer than
-    `max_target_length`.
+    The loss is on the tokens of `target` (the tokenizer's `text_target`); the model shifts them to get the decoder's
+    inputs. Texts are cut at `max_length` tokens, targets at `max_target_length`.
+
+    A row: `{"text": "a text", "target": "its summary"}`.
     """
 
     auto_class = "AutoModelForSeq2SeqLM"
     peft_task_type = "SEQ_2_SEQ_LM"
-    columns = {"text": "the text to read"}
+    columns = {"text": "the input text"}
     target = "target"
     settings = TASK_SETTINGS["seq2seq-lm"]
     rouge = ("rouge1", "rouge2", "rougeL")
@@ -35,11 +36,11 @@ class Seq2SeqLM(TextGeneration):
         if self.kwargs["max_new_tokens"] is None:
             self.kwargs["max_new_tokens"] = self.kwargs["max_target_length"]
         for name in ("max_target_length", "max_new_tokens", "num_beams"):
-            self.at_least_one(name)
+            self.integer_setting(name)
 
     def problem(self, row: Row, solved: bool) -> str | None:
-        problem = self.problem_of(row, "text")
-        return self.problem_of(row, self.target) if solved and problem is None else problem
+        problem = text_problem(row, "text")
+        return text_problem(row, self.target) if solved and problem is None else problem
 
     def features(self, rows: Columns, indices: list[int], solved: bool) -> Columns:
         options = {"truncation": True, "verbose": False}
@@ -54,5 +55,5 @@ class Seq2SeqLM(TextGeneration):
     def collate_labels(self, labels: list[Any], input_ids: Tensor) -> Tensor:
         return pad_sequence([torch.tensor(each) for each in labels], batch_first=True, padding_value=-100)
 
-    def generation(self) -> dict[str, Any]:
+    def generate_kwargs(self) -> dict[str, Any]:
         return {name: self.kwargs[name] for name in ("max_new_tokens", "num_beams")}

@@ -1,20 +1,20 @@
-"""One label, several labels or a number for a text or a pair of texts."""
+"""Sequence classification: one label, several labels, or a number (regression) for a text or a pair of texts."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any
 
-import torch
 from sklearn import metrics
 
 from ..data import DataError
 from ..recipe import RecipeError
 from ..settings import KINDS, TASK_SETTINGS
-from .task import Columns, Row, Task
+from .labels import distinct_labels, label_config, sort_labels, unknown_label_problem
+from .task import Columns, Row, Task, text_problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from datasets import Dataset
     from torch import Tensor
@@ -22,12 +22,18 @@ if TYPE_CHECKING:
 
 
 class SequenceClassification(Task):
-    """Classify a text, or a pair of texts.
+    """Classify a text or a pair of texts, or predict a number for it.
 
-    The solutions say which kind it is: a name or an integer is one label of several, a list of names or integers any
-    number of labels, and floats of which some are no whole numbers are numbers to predict. Texts are labels exactly as
-    they are written, also in a table of text. transformers calls this the `problem_type`. Where the solutions leave
-    it open whether they are labels or numbers, the recipe must say it.
+    The values in the column `label` determine the `problem_type`, as transformers calls it:
+
+    - strings or integers: one label per row (single_label_classification);
+    - lists of strings or integers: any number of labels per row (multi_label_classification);
+    - floats, some of them not whole: a number (regression).
+
+    If the values could be labels or numbers, `task_kwargs.problem_type` must be set. A string is a label as written,
+    in CSV too.
+
+    A row: `{"text": "a text", "text_pair": "a second one, if there are pairs", "label": "a label"}`.
     """
 
     auto_class = "AutoModelForSequenceClassification"
@@ -44,43 +50,42 @@ class SequenceClassification(Task):
             raise RecipeError(f"`task_kwargs.problem_type` must be one of {KINDS}, got {self.problem_type!r}.")
 
     def learn_labels(self, rows: Dataset, source: str) -> None:
-        solutions = rows[self.target]
+        targets = rows[self.target]
         if self.problem_type is None:
-            self.problem_type = self.recipe.task_kwargs["problem_type"] = _kind_of(solutions, source)
+            self.problem_type = self.recipe.task_kwargs["problem_type"] = _infer_problem_type(targets, source)
         if self.problem_type == "regression" or self.labels is not None:
             return
-        found = distinct_labels(solutions, source)
+        found = distinct_labels(targets, source)
         if len(found) < (1 if self.problem_type == "multi_label_classification" else 2):
             raise DataError(f"{source}: all rows have the same label, {found or 'none'}: there is nothing to learn.")
-        self.labels = in_order(found)
+        self.labels = sort_labels(found)
 
     def problem(self, row: Row, solved: bool) -> str | None:
-        for name in ("text", "text_pair"):
-            if name in row and not isinstance(row[name], str):
-                return f"{name!r} must be a text, it is {row[name]!r}."
-        if not row["text"].strip():
-            return "'text' is empty."
-        return self._problem_of(row[self.target]) if solved else None
+        problem = text_problem(row, "text")
+        if problem is None and "text_pair" in row:
+            problem = text_problem(row, "text_pair", may_be_empty=True)
+        return self._label_problem(row[self.target]) if solved and problem is None else problem
 
-    def _problem_of(self, solution: Any) -> str | None:
-        if solution is None:
+    def _label_problem(self, target: Any) -> str | None:
+        if target is None:
             return f"{self.target!r} is missing."
         if self.problem_type == "regression":
-            good = math.isfinite(number_of(solution))
-            return None if good else f"{self.target!r} must be a finite number, it is {solution!r}."
-        labels = solution if isinstance(solution, list) else [solution]
-        if self.problem_type is not None and isinstance(solution, list) != (self.problem_type == KINDS[1]):
-            wanted = "a list of labels" if self.problem_type == KINDS[1] else "one label"
-            return f"{self.target!r} must be {wanted}, it is {solution!r}."
+            is_finite = math.isfinite(number_of(target))
+            return None if is_finite else f"{self.target!r} must be a finite number, got {target!r}."
+        labels = target if isinstance(target, list) else [target]
+        needs_list = self.problem_type == "multi_label_classification"
+        if self.problem_type is not None and isinstance(target, list) != needs_list:
+            expected = "a list of labels" if needs_list else "one label"
+            return f"{self.target!r} must be {expected}, got {target!r}."
         for label in labels:
             if self.labels is not None and self.label_number(label) is None:
-                return unknown_label(label, self.labels)
+                return unknown_label_problem(label, self.labels)
         return None
 
     def model_kwargs(self) -> dict[str, Any]:
         if self.problem_type == "regression":
             return {"num_labels": 1, "problem_type": self.problem_type}
-        return {"problem_type": self.problem_type, **label_names(self.labels)}
+        return {"problem_type": self.problem_type, **label_config(self.labels)}
 
     def features(self, rows: Columns, indices: list[int], solved: bool) -> Columns:
         encoded = self.tokenizer(
@@ -88,27 +93,21 @@ class SequenceClassification(Task):
         )
         result = {**encoded, "row": indices}
         if solved:
-            result["labels"] = [self._label(solution) for solution in rows[self.target]]
+            result["labels"] = [self._label(target) for target in rows[self.target]]
         return result
 
-    def _label(self, solution: Any) -> Any:
+    def _label(self, target: Any) -> Any:
         if self.problem_type == "regression":
-            return number_of(solution)
+            return number_of(target)
         assert self.labels is not None
         if self.problem_type == "multi_label_classification":
-            return [float(own) for own in self._chosen(solution)]
-        return self.label_number(solution)
+            return [float(present) for present in self._multi_hot(target)]
+        return self.label_number(target)
 
-    def _chosen(self, solution: list[Any]) -> list[bool]:
-        """For each label whether it is among those of a row."""
-        chosen = set(map(self.label_number, solution))
-        return [number in chosen for number in range(len(self.labels or ()))]
-
-    def collate_labels(self, labels: list[Any], input_ids: Tensor) -> Tensor:
-        return torch.tensor(labels)
-
-    def num_items(self, labels: Any) -> int:
-        return 1
+    def _multi_hot(self, labels: list[Any]) -> list[bool]:
+        """For each label of the task whether it is in `labels`."""
+        numbers = set(map(self.label_number, labels))
+        return [number in numbers for number in range(len(self.labels or ()))]
 
     def outputs(self, model: PreTrainedModel, batch: dict[str, Tensor], output: Any | None) -> list[Any]:
         logits = (output or model(**batch)).logits.float()
@@ -136,113 +135,69 @@ class SequenceClassification(Task):
 
     lower_is_better = ("loss", "mean_squared_error")
 
-    def metrics(self, answers: list[Row], solutions: list[Any]) -> dict[str, float]:
+    def metrics(self, answers: list[Row], targets: list[Any]) -> dict[str, float]:
         predictions = [answer["prediction"] for answer in answers]
         if self.problem_type == "regression":
-            solutions = [number_of(solution) for solution in solutions]
+            targets = [number_of(target) for target in targets]
             return {
-                "mean_squared_error": float(metrics.mean_squared_error(solutions, predictions)),
-                "pearson": _correlation("pearsonr", solutions, predictions),
-                "spearman": _correlation("spearmanr", solutions, predictions),
+                "mean_squared_error": float(metrics.mean_squared_error(targets, predictions)),
+                "pearson": _correlation("pearsonr", targets, predictions),
+                "spearman": _correlation("spearmanr", targets, predictions),
             }
         assert self.labels is not None
         options = {"average": "macro", "zero_division": 0.0}
         if self.problem_type == "multi_label_classification":
-            true, guess = ([self._chosen(each) for each in part] for part in (solutions, predictions))
+            true, guess = ([self._multi_hot(each) for each in part] for part in (targets, predictions))
             return {
                 "accuracy": float(metrics.accuracy_score(true, guess)),
                 "f1_macro": float(metrics.f1_score(true, guess, **options)),
                 "f1_micro": float(metrics.f1_score(true, guess, average="micro", zero_division=0.0)),
             }
-        names, solutions, predictions = (list(map(str, each)) for each in (self.labels, solutions, predictions))
+        names, targets, predictions = (list(map(str, each)) for each in (self.labels, targets, predictions))
         return {
-            "accuracy": float(metrics.accuracy_score(solutions, predictions)),
-            "f1_macro": float(metrics.f1_score(solutions, predictions, labels=names, **options)),
-            "matthews_correlation": float(metrics.matthews_corrcoef(solutions, predictions)),
+            "accuracy": float(metrics.accuracy_score(targets, predictions)),
+            "f1_macro": float(metrics.f1_score(targets, predictions, labels=names, **options)),
+            "matthews_correlation": float(metrics.matthews_corrcoef(targets, predictions)),
         }
 
 
-def _correlation(name: str, solutions: list[float], predictions: list[float]) -> float:
-    """A correlation of scipy's; 0 where all values are the same, where it is not defined."""
+def _correlation(name: str, targets: list[float], predictions: list[float]) -> float:
+    """A correlation from `scipy.stats`. If all values are the same it is undefined, and 0 here."""
     from scipy import stats
 
-    if len(set(solutions)) < 2 or len(set(predictions)) < 2:
+    if len(set(targets)) < 2 or len(set(predictions)) < 2:
         return 0.0
-    return float(getattr(stats, name)(solutions, predictions).statistic)
+    return float(getattr(stats, name)(targets, predictions).statistic)
 
 
-def number_of(solution: Any) -> float:
-    """The number that a solution is, or that a text says; NaN if it is none."""
-    if isinstance(solution, bool) or not isinstance(solution, (int, float, str)):
+def number_of(target: Any) -> float:
+    """Convert a number, or a text that is a number, to float; anything else to NaN."""
+    if isinstance(target, bool) or not isinstance(target, (int, float, str)):
         return math.nan
     try:
-        return float(solution)
+        return float(target)
     except (ValueError, OverflowError):
         return math.nan
 
 
-def _kind_of(solutions: Sequence[Any], source: str) -> str:
-    """The kind of classification, or regression, that solutions are for.
+def _infer_problem_type(targets: Sequence[Any], source: str) -> str:
+    """Infer the problem type from the values of the column `label`.
 
     Raises:
-        DataError: if they could be labels as well as numbers to predict.
+        DataError: If the values could be labels as well as numbers.
     """
-    if isinstance(solutions[0], list):
-        return KINDS[1]
-    found = [solution for solution in solutions if not isinstance(solution, (list, dict))]
-    floats, texts = (any(isinstance(each, kind) for each in found) for kind in (float, str))
+    if isinstance(targets[0], list):
+        return "multi_label_classification"
+    found = [target for target in targets if not isinstance(target, (list, dict))]
+    has_floats, has_texts = (any(isinstance(each, kind) for each in found) for kind in (float, str))
     numbers = [number_of(each) for each in found]
-    fractions = [each for each in numbers if each % 1]
-    if floats and fractions:
-        return KINDS[2]
-    if floats or (texts and fractions and all(map(math.isfinite, numbers))):
+    has_fractions = any(each % 1 for each in numbers)
+    if has_floats and has_fractions:
+        return "regression"
+    if has_floats or (has_texts and has_fractions and all(map(math.isfinite, numbers))):
         raise DataError(
-            f"{source}: the solutions, such as {found[0]!r}, could be labels or numbers to predict. Say which: "
-            f"`task_kwargs.problem_type: {KINDS[0]}` or `{KINDS[2]}`"
-            + (" (and write labels as texts or integers)." if floats else ".")
+            f"{source}: the values of 'label', such as {found[0]!r}, could be labels or numbers to predict. Set "
+            "`task_kwargs.problem_type: single_label_classification` or `regression`"
+            + (" (and write labels as texts or integers)." if has_floats else ".")
         )
-    return KINDS[0]
-
-
-def in_order(labels: Iterable[Any]) -> list[Any]:
-    """Labels in alphabetical order, or if all are whole numbers, also as texts, by their size."""
-    try:
-        numbers = {label: int(label) for label in labels}
-    except ValueError:
-        return sorted(labels)
-    plain = all(str(number) == str(label) for label, number in numbers.items())
-    return sorted(numbers, key=numbers.__getitem__) if plain else sorted(labels)
-
-
-def distinct_labels(solutions: Iterable[Any], source: str) -> set[Any]:
-    """The labels that occur.
-
-    Args:
-        solutions: for each row a label or a list of labels.
-        source: what the rows are called in error messages.
-
-    Raises:
-        DataError: if the labels are neither all strings nor all integers.
-    """
-    found: set[Any] = set()
-    for number, solution in enumerate(solutions, start=1):
-        for label in solution if isinstance(solution, list) else [solution]:
-            if type(label) not in (str, int) or any(type(label) is not type(other) for other in found):
-                raise DataError(
-                    f"{source}, row {number}: the label {label!r} is a {type(label).__name__}; labels must be strings "
-                    "in all rows, or integers in all rows."
-                )
-            found.add(label)
-    return found
-
-
-def unknown_label(label: Any, labels: list[str | int]) -> str:
-    """What is wrong with a label that is none of those there are, in words."""
-    return f"the label {label!r} is none of those of the training rows (or of `labels`), {labels}."
-
-
-def label_names(labels: list[str | int] | None) -> dict[str, Any]:
-    """The labels, as a model's configuration wants to have them."""
-    assert labels is not None
-    names = [str(label) for label in labels]
-    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    return "single_label_classification"

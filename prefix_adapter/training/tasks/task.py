@@ -1,4 +1,4 @@
-"""What a task is: its columns, its head, how its rows become batches, and how outputs become answers and metrics."""
+"""The base class of the tasks: from rows to features, batches, answers and metrics."""
 
 from __future__ import annotations
 
@@ -19,51 +19,63 @@ if TYPE_CHECKING:
 
     from ..recipe import Recipe
 
-_UNKNOWN = 0.5
-"""The share of unknown tokens above which training is refused; the user is told from a fifth of it."""
+_MAX_UNKNOWN = 0.5
+"""The share of unknown tokens above which training is an error. There is a warning above a fifth of it."""
 Row = dict[str, Any]
-"""A row of the data, or one feature: what the tokenizer made of it."""
+"""A row of the data, or a feature (the output of the tokenizer for a row or a part of one)."""
 Columns = dict[str, list[Any]]
-"""Several of them, column by column."""
+"""Several rows or features, column by column."""
 
 
 class Task:
-    """One task. Subclasses give the class attributes and override what differs.
+    """A task: its columns, head, loss, predictions and metrics.
 
-    `check` says what is wrong with the data, `features` tokenizes, `collate` makes a batch, the model's own loss is
-    minimised. In evaluation `outputs` gives a small record per feature, `answers` turns the records of one row
-    (one, or many where a long context is cut up) into what a user wants to read, and `metrics` compares answers.
+    Subclasses set the class attributes and override the methods that differ. The methods are called in this order:
+
+    1. `check` validates the rows, `learn_labels` collects the labels of the training rows.
+    2. `features` tokenizes rows, `collate` makes a batch of features, `loss` computes the loss.
+    3. In evaluation `outputs` makes a record of the model's output for each feature, `answer` turns the records of one
+       row into its prediction (a long context has several features), and `metrics` compares predictions and targets.
 
     Args:
-        recipe: the recipe; `recipe.labels` is used where it is given.
-        tokenizer: the base model's.
+        recipe: The recipe. Its `labels` are used if it sets them.
+        tokenizer: The tokenizer of the base model; it must be a fast one.
 
     Raises:
-        RecipeError: if `task_kwargs` has a key that the task does not know, or a value that it cannot have.
+        RecipeError: If `task_kwargs` has an unknown key or an invalid value, if `max_length` leaves no room for text,
+            or if the tokenizer cannot be used.
+
+    Example:
+        >>> task = TASK_CLASSES[recipe.task](recipe, load_tokenizer(recipe))
+        >>> features = task.features({"text": ["a text"]}, [0], solved=False)
     """
 
     auto_class: ClassVar[str]
-    """The class of transformers that loads the base model with this task's head."""
+    """The class of transformers that loads the base model with the head of this task."""
     peft_task_type: ClassVar[str | None]
-    """PEFT's `task_type`; `None` where it has none."""
+    """PEFT's `task_type`; `None` if there is none for this task."""
     has_head: ClassVar[bool] = True
-    """Whether what the model has beside its backbone is the task's own, and not a language model's."""
+    """Whether the task has a head of its own. Generation uses the language model's."""
     modules_to_save: ClassVar[list[str] | None] = None
-    """Names of the head's modules, where PEFT does not know them by the task type."""
+    """Names of the head's modules, if PEFT does not derive them from the task type."""
     columns: ClassVar[dict[str, str]]
-    """The columns that a row must have to be answered, and what they hold."""
+    """The columns that a row needs for a prediction, `{name: description}`."""
     target: ClassVar[str]
-    """The column that holds the solution."""
+    """The column with the target of a row: its label, labels or target text."""
     optional_columns: ClassVar[dict[str, str]] = {}
-    """Columns that are used if they are there."""
+    """Columns that are used if they exist, `{name: description}`."""
     settings: ClassVar[dict[str, tuple[Any, str]]] = {}
-    """What `task_kwargs` may say: `{name: (default, help)}`."""
+    """The keys of `task_kwargs`, `{name: (default, help)}`."""
     default_max_length: ClassVar[int] = 128
+    labels_per_token: ClassVar[bool] = False
+    """Whether a feature has one label per token, -100 for tokens that are not in the loss."""
     answers_with_labels: bool = True
-    """Whether the answers can be read from the output that the loss came from. Where they are generated they cannot,
-    and evaluation answers the rows once more, as if they were not solved."""
+    """Whether the predictions can be read from the output of the forward pass that computes the loss. If they are
+    generated they cannot, and evaluation runs the rows a second time, without labels."""
     lower_is_better: ClassVar[tuple[str, ...]] = ("loss",)
-    """Metrics of which less is more."""
+    """Metrics for which lower is better."""
+    padded: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
+    """The keys of the features that the tokenizer pads."""
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
         self.recipe, self.tokenizer = recipe, tokenizer
@@ -79,21 +91,34 @@ class Task:
             raise RecipeError(f"`model`: {recipe.model} has no fast tokenizer, which training needs.")
         special = tokenizer.num_special_tokens_to_add(pair=bool(self.optional_columns))
         if self.max_length <= special:
-            raise RecipeError(f"`max_length` must be above {special}, the special tokens, got {self.max_length}.")
+            raise RecipeError(
+                f"`max_length` must be above {special}, the number of special tokens, got {self.max_length}."
+            )
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
                 raise RecipeError(
                     f"`model`: the tokenizer of {recipe.model} has neither a padding nor an end-of-sequence token."
                 )
-            tokenizer.pad_token = tokenizer.eos_token  # GPT-like models have none; padding is masked in any case
+            tokenizer.pad_token = tokenizer.eos_token  # GPT-like models have no padding token; padding is masked
         self.embeddings: int | None = None
-        """How many tokens the model has embeddings for; set when it is loaded."""
+        """The number of tokens that the model has embeddings for; set when the model is loaded."""
 
-    # The data
+    def integer_setting(self, name: str, least: int = 1) -> int:
+        """Return a setting that must be an integer of at least `least`.
+
+        Raises:
+            RecipeError: If it is not.
+        """
+        value = self.kwargs[name]
+        if not isinstance(value, int) or value < least:
+            raise RecipeError(f"`task_kwargs.{name}` must be an integer of at least {least}, got {value!r}.")
+        return value
+
+    # ---- The data
 
     @property
     def labels(self) -> list[str | int] | None:
-        """What there is to choose from, in the order of the head's outputs; `None` if nothing is."""
+        """The labels in the order of the head's outputs; `None` for tasks without labels."""
         return self._labels
 
     @labels.setter
@@ -102,28 +127,28 @@ class Task:
         self._numbers = {str(label): number for number, label in enumerate(labels or ())}
 
     def label_number(self, label: Any) -> int | None:
-        """The place among `labels` of the one that is written like `label`; `None` if there is none.
+        """The index in `labels` of the label that has the same text as `label`; `None` if there is none.
 
-        A table of text has '1' where JSON has 1, and a model's configuration, too, has names only.
+        CSV has '1' where JSON has 1, and the configuration of a model has texts only.
         """
         return None if isinstance(label, bool) else self._numbers.get(str(label))
 
     def check(self, rows: Dataset, source: str, solved: bool = True) -> None:
-        """Look at every row, before anything is computed.
+        """Validate all rows, before anything is computed.
 
         Args:
-            rows: the rows.
-            source: what they are called in error messages.
-            solved: whether the rows must hold solutions.
+            rows: The rows.
+            source: The name of the rows in error messages.
+            solved: Whether the rows must have targets.
 
         Raises:
-            DataError: for the first row with which something is wrong; the message names it.
+            DataError: For a missing column or the first invalid row. The message names it.
         """
-        for name, meaning in {**self.columns, **({self.target: "the solution"} if solved else {})}.items():
+        for name, meaning in {**self.columns, **({self.target: "the target"} if solved else {})}.items():
             if name not in rows.column_names:
                 raise DataError(
                     f"{source} has no column {name!r} ({meaning}); it has {rows.column_names}. "
-                    f"If it is called otherwise, say so: `data.columns: {{{name}: ...}}`."
+                    f"If the column has another name, set `data.columns: {{{name}: ...}}`."
                 )
         for number, row in enumerate(rows, start=1):
             problem = self.problem(row, solved)
@@ -131,133 +156,166 @@ class Task:
                 raise DataError(f"{source}, row {number}: {problem}")
 
     def problem(self, row: Row, solved: bool) -> str | None:
-        """What is wrong with a row, in words; `None` if nothing is."""
+        """Describe what is wrong with a row; `None` if it is valid.
+
+        Args:
+            row: The row.
+            solved: Whether the row must have a target.
+        """
         raise NotImplementedError
 
     def learn_labels(self, rows: Dataset, source: str) -> None:
-        """Note in `self.labels` what there is to choose from, where the recipe does not say."""
+        """Set `self.labels` from the training rows if the recipe does not set them.
+
+        Args:
+            rows: The training rows.
+            source: The name of the rows in error messages.
+
+        Raises:
+            DataError: If the labels leave nothing to learn, or cannot be used.
+        """
 
     def model_kwargs(self) -> dict[str, Any]:
-        """What `from_pretrained` of the base model is told about the head."""
+        """Return the arguments for `from_pretrained` of the base model that the head needs."""
         return {}
 
     def features(self, rows: Columns, indices: list[int], solved: bool) -> Columns:
-        """Tokenize a batch of rows; `datasets.Dataset.map` calls it.
+        """Tokenize a batch of rows, for `datasets.Dataset.map`.
 
         Args:
-            rows: the columns of the rows.
-            indices: the rows' numbers in the data set, from 0.
-            solved: whether to make labels from the solutions.
+            rows: The columns of the rows.
+            indices: The indices of the rows in the data set.
+            solved: Whether the rows have targets, from which `labels` are made.
 
         Returns:
-            The columns of the features, in the order of the rows: the model's inputs and `row`, the number of the row
-            that a feature is of. A row may have several features, one after the other.
+            The columns of the features, in the order of the rows: the inputs of the model, and `row`, the index of the
+            row of each feature. A row can have several features, one after the other.
         """
         raise NotImplementedError
 
     def training_features(self, rows: Columns, indices: list[int], solved: bool = True) -> Columns:
-        """As `features`, for rows that are only learnt from: a feature may be of several rows."""
+        """Tokenize rows for training only. Unlike in `features`, one feature can combine several rows."""
         return self.features(rows, indices, solved)
 
     def check_tokens(self, features: Dataset, source: str) -> None:
-        """See that the tokenizer knows the rows' words, and the model the tokenizer's tokens.
+        """Check that the tokenizer knows the words of the rows, and that the model has an embedding for every token.
 
         Args:
-            features: what the tokenizer made of the rows.
-            source: what the rows are called in error messages.
+            features: The features of the rows.
+            source: The name of the rows in error messages.
 
         Raises:
-            DataError: if most tokens are unknown ones, or the model has no embedding for one.
+            DataError: If most tokens are unknown, or if the model has no embedding for a token.
         """
         column = features.data.column("input_ids")
-        while hasattr(column.type, "value_type"):  # lists, for several choices lists of lists
+        while hasattr(column.type, "value_type"):  # a list of tokens, or a list of such lists for multiple choice
             column = compute.list_flatten(column)
         largest = compute.max(column).as_py()
         if self.embeddings is not None and largest >= self.embeddings:
             token = self.tokenizer.convert_ids_to_tokens(largest)
             raise DataError(
-                f"{source}: the tokenizer makes token {largest} ({token!r}) of a text, and {self.recipe.model} has "
+                f"{source}: the tokenizer makes token {largest} ({token!r}) of a text, but {self.recipe.model} has "
                 f"embeddings for {self.embeddings:,} tokens only."
             )
         tokenizer = self.tokenizer
         unknown = tokenizer.unk_token_id
-        others = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id]
-        others = [each for each in (*others, tokenizer.pad_token_id) if each is not None]
-        if unknown is None or unknown in others:  # tokenizers of bytes know every text
+        special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id]
+        special = [each for each in (*special, tokenizer.pad_token_id) if each is not None]
+        if unknown is None or unknown in special:  # byte-level tokenizers know every text
             return
-        words = compute.sum(compute.invert(compute.is_in(column, pyarrow.array(others, column.type)))).as_py()
-        share = compute.sum(compute.equal(column, unknown)).as_py() / max(words, 1)
+        count = compute.sum(compute.invert(compute.is_in(column, pyarrow.array(special, column.type)))).as_py()
+        share = compute.sum(compute.equal(column, unknown)).as_py() / max(count, 1)
         text = f"{source}: {share:.0%} of the tokens are unknown to the tokenizer of {self.recipe.model}"
-        if share > _UNKNOWN:
-            raise DataError(f"{text}. Choose a model that knows the texts' language and script.")
-        if share > _UNKNOWN / 5:
-            say(f"{text}: the model cannot tell them apart.")
+        if share > _MAX_UNKNOWN:
+            raise DataError(f"{text}. Choose a model that knows the language and script of the texts.")
+        if share > _MAX_UNKNOWN / 5:
+            say(f"Warning: {text}. The model cannot tell them apart.")
 
     def collate(self, features: Sequence[Row]) -> dict[str, Tensor]:
-        """Pad features to one batch of tensors `[batch, longest]`; `labels` are padded with -100."""
-        rest = [{key: value for key, value in each.items() if key in self.padded} for each in features]
-        batch = dict(self.tokenizer.pad(rest, return_tensors="pt"))
+        """Pad features to a batch of tensors `[batch, longest]`, with `labels` if the features have labels."""
+        inputs = [{key: value for key, value in each.items() if key in self.padded} for each in features]
+        batch = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
         if "labels" in features[0]:
             batch["labels"] = self.collate_labels([each["labels"] for each in features], batch["input_ids"])
         return batch
 
-    padded: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
-    """The features' keys that the tokenizer pads."""
-
     def collate_labels(self, labels: list[Any], input_ids: Tensor) -> Tensor:
-        """The labels of a batch: one per row, or a list per row padded like `input_ids` with -100."""
-        if not isinstance(labels[0], list):
+        """Make a tensor of the labels of a batch.
+
+        Args:
+            labels: The labels of each feature.
+            input_ids: The padded tokens, `[batch, longest]`.
+
+        Returns:
+            `[batch, ...]`; with one label per token `[batch, longest]`, padded with -100 on the side of the padding.
+        """
+        if not self.labels_per_token:
             return torch.tensor(labels)
         result = torch.full_like(input_ids, -100)
-        for row, (each, own) in enumerate(zip(result, labels, strict=True)):
-            if self.tokenizer.padding_side == "left":
-                result[row, each.shape[0] - len(own) :] = torch.tensor(own)
-            else:
-                result[row, : len(own)] = torch.tensor(own)
+        for row, own in zip(result, labels, strict=True):
+            start = len(row) - len(own) if self.tokenizer.padding_side == "left" else 0
+            row[start : start + len(own)] = torch.tensor(own)
         return result
 
-    # The model
+    # ---- The model
 
     def num_items(self, labels: Any) -> int:
-        """Of how many items the model's loss on one feature with these labels is the mean."""
-        return sum(label != -100 for label in labels) if isinstance(labels, list) else 1
+        """The number of items whose mean is the loss of a feature with these labels: its labelled tokens, or 1."""
+        return sum(label != -100 for label in labels) if self.labels_per_token else 1
 
     def loss(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Any]:
-        """The mean loss of a batch, and the model's output. `batch` has labels."""
+        """Compute the mean loss of a batch with labels.
+
+        Returns:
+            The loss, a scalar, and the output of the model, for `outputs`.
+        """
         output = model(**batch)
         return output.loss, output
 
     def outputs(self, model: PreTrainedModel, batch: dict[str, Tensor], output: Any | None) -> list[Any]:
-        """What of the model's output is needed for the answers: a small Python value per feature.
+        """Make a record for each feature: the part of the model's output that `answer` needs, as a small value.
 
         Args:
-            model: the model, in eval mode.
-            batch: the batch, perhaps without labels.
-            output: what the model gave for this batch if it was already called, as for the loss.
+            model: The model, in eval mode.
+            batch: The batch, with or without labels.
+            output: The output for this batch that `loss` returned; `None` if the model was not called yet.
         """
         raise NotImplementedError
 
-    # The results
+    # ---- The results
 
     @property
     def default_metric(self) -> str:
-        """The metric that says which checkpoint is best, unless the recipe does."""
+        """The metric that selects the best checkpoint, if the recipe does not set one."""
         raise NotImplementedError
 
     def answer(self, row: Row, features: list[Row], records: list[Any]) -> Row:
-        """What a user reads: a mapping with `prediction`, and more where there is more to say.
+        """Return the prediction for a row: a mapping with `prediction` and, for some tasks, more.
 
         Args:
-            row: the row.
-            features: the features of the row.
-            records: what `outputs` gave for each of them.
+            row: The row.
+            features: The features of the row.
+            records: The record of each feature, from `outputs`.
         """
         raise NotImplementedError
 
     def loss_metrics(self, loss: float) -> dict[str, float]:
-        """What else to report that the mean loss tells."""
+        """Return metrics that follow from the mean loss."""
         return {}
 
-    def metrics(self, answers: list[Row], solutions: list[Any]) -> dict[str, float]:
-        """Compare answers with the rows' solutions, the values of the column `target`."""
+    def metrics(self, answers: list[Row], targets: list[Any]) -> dict[str, float]:
+        """Compare predictions with targets.
+
+        Args:
+            answers: For each row what `answer` returned.
+            targets: For each row the value of its target column.
+        """
         raise NotImplementedError
+
+
+def text_problem(row: Row, name: str, may_be_empty: bool = False) -> str | None:
+    """Describe what is wrong with a column that must hold a text; `None` if it is valid."""
+    text = row[name]
+    if not isinstance(text, str):
+        return f"{name!r} must be a text, got {text!r}."
+    return None if may_be_empty or text.strip() else f"{name!r} is empty."

@@ -1,0 +1,55 @@
+"""Gradient checkpointing: make sure that it loses no gradient of a prefix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..private import has_input_gradients, uses_reentrant_checkpointing
+
+
+class CheckpointingGuard:
+    """Prepares a model for reentrant gradient checkpointing.
+
+    Reentrant checkpointing drops the gradients inside a layer whose input needs none. PEFT turns input gradients on
+    only if checkpointing is on before wrapping.
+
+    Args:
+        model: The model.
+        shares_keys: Whether its layers pass keys and values on to each other.
+    """
+
+    def __init__(self, model: nn.Module, shares_keys: bool):
+        self._model, self._shares_keys = model, shares_keys
+        self._enabled = False
+        self._modules: list[Any] | None = None
+
+    def prepare(self) -> None:
+        """Turn input gradients on if reentrant checkpointing needs them.
+
+        Raises:
+            ValueError: If layers share keys and values, whose gradients reentrant checkpointing loses.
+        """
+        if self._modules is None:
+            # Walking through all modules takes time, and this set of modules never changes.
+            self._modules = [module for module in self._model.modules() if hasattr(module, "gradient_checkpointing")]
+        modules = [module for module in self._modules if module.gradient_checkpointing]
+        if not any(uses_reentrant_checkpointing(module) for module in modules):
+            return
+        if self._shares_keys:
+            raise ValueError(
+                f"{type(self._model).__name__} hands keys and values on from layer to layer, and reentrant gradient "
+                'checkpointing loses their gradients. Use `gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+            )
+        enable: Any = getattr(self._model, "enable_input_require_grads", None)
+        if enable is not None and not has_input_gradients(self._model):
+            enable()
+            self._enabled = True
+
+    def release(self) -> None:
+        """Turn input gradients off again if this guard has turned them on."""
+        if self._enabled:
+            model: Any = self._model
+            model.disable_input_require_grads()
+            self._enabled = False

@@ -1,0 +1,206 @@
+"""Attention masks and position biases that make room for a prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import AttentionTarget, get_implementation, get_window
+from .calls import ENCODER_STATES_ARGUMENTS, MASK_ARGUMENTS, SHARED_STATES_ARGUMENT, ModuleCall
+from .causal import CausalMask, is_square_faster
+
+T = TypeVar("T")
+
+
+class SharedValues:
+    """Values that the layers of one forward share, such as wide masks: each is computed by the first layer."""
+
+    def __init__(self) -> None:
+        self._values: dict[Hashable, tuple[tuple[Any, ...], Any]] = {}
+
+    def get(self, key: Hashable, inputs: tuple[Any, ...], compute: Callable[[], T]) -> T:
+        """The value for a key and for these very input objects; `compute` is called if there is none yet."""
+        if torch.compiler.is_compiling():
+            # Objects in a graph have no id, and the compiler itself removes repeated computations.
+            return compute()
+        key = (key, *map(id, inputs))
+        if key not in self._values:
+            # The inputs are kept, so that no other object gets their id.
+            self._values[key] = inputs, compute()
+        return self._values[key][1]
+
+
+def widen_masks(
+    call: ModuleCall,
+    target: AttentionTarget,
+    model: nn.Module,
+    length: int,
+    visible: Tensor | None,
+    shared: SharedValues | None = None,
+) -> None:
+    """Add `length` columns on the left of the masks and biases of an attention call.
+
+    Args:
+        call: The arguments of the call, with the module's own cache still in place. They are changed in place.
+        target: The attention module.
+        model: The model.
+        length: Prefix length in tokens.
+        visible: Bool `[batch, length]` if rows see different parts of the prefix; `None` if all rows see all of it.
+        shared: Values that other layers of the forward have computed.
+
+    Raises:
+        ValueError: If the attention implementation cannot show a prefix.
+        TypeError: If a mask has an unknown form.
+    """
+    shared = SharedValues() if shared is None else shared
+    # Reading a config takes time, so the answer is shared.
+    config, read = getattr(target.module, "config", None), partial(get_implementation, target.module, model)
+    implementation = shared.get("implementation", (config,), read)
+    if implementation.startswith("flash_attention") and get_window(target.module):
+        raise ValueError(
+            f"{target.name}: flash attention with a sliding window would hide the prefix behind the window. Use "
+            "attn_implementation='sdpa' or 'eager'."
+        )
+    inverted = target.mask_true_means_hidden
+    if target.bias is not None and target.slopes is not None:
+        mask = call.get_first(MASK_ARGUMENTS)
+        call.set(target.bias, _widen_bias(call.get(target.bias), target.slopes, length, mask, inverted))
+    given = [(name, mask) for name in MASK_ARGUMENTS if (mask := call.get(name)) is not None]
+    for name, mask in given:
+        widen = partial(widen_mask, mask, length, visible, inverted)
+        call.set(name, shared.get(("wide", length, inverted), (mask, visible), widen))
+    if not given:
+        mask = _get_missing_mask(call, target, implementation, length, visible, shared)
+        if mask is not None:
+            names = [name for name in MASK_ARGUMENTS if name in call.names]
+            # A module with two mask arguments (GPT-2) reads the encoder's in cross-attention.
+            call.set(names[-1] if target.kind == "cross" else names[0], mask)
+
+
+def widen_mask(mask: Tensor, length: int, visible: Tensor | None, true_means_hidden: bool = False) -> Tensor:
+    """Add `length` columns on the left of a mask `[..., keys]`.
+
+    Args:
+        mask: A bool mask (True shows a key), a float mask that is added to the scores, or an integer mask
+            `[batch, keys]` (1 shows a key).
+        length: Prefix length in tokens.
+        visible: Bool `[batch, length]`; `None` if all rows see the whole prefix.
+        true_means_hidden: Whether True in a bool mask hides a key.
+
+    Raises:
+        TypeError: For a mask of another form.
+    """
+    if not isinstance(mask, Tensor) or (mask.dim() > 2 and not (mask.is_floating_point() or mask.dtype == torch.bool)):
+        kind = f"{mask.dtype} mask of {mask.dim()} dimensions" if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"An attention mask that is a {kind} cannot be widened for a prefix.")
+    additive = mask.dim() > 2 and mask.is_floating_point()
+    shown, hidden = (0.0, torch.finfo(mask.dtype).min) if additive else (1, 0)
+    if true_means_hidden and mask.dtype == torch.bool:
+        shown, hidden = hidden, shown
+    if visible is None:
+        return F.pad(mask, (length, 0), value=shown)
+    batch, rest = visible.shape[0], mask.shape[1:-1]
+    columns = torch.where(visible, mask.new_tensor(shown), mask.new_tensor(hidden))
+    columns = columns.view(batch, *(1 for _ in rest), length)
+    return torch.cat([columns.expand(batch, *rest, length), mask.expand(batch, *mask.shape[1:])], dim=-1)
+
+
+def _get_missing_mask(
+    call: ModuleCall,
+    target: AttentionTarget,
+    implementation: str,
+    length: int,
+    visible: Tensor | None,
+    shared: SharedValues,
+) -> Tensor | None:
+    """The mask for a call that has none; `None` if attention is right without one.
+
+    sdpa's causal rule starts in the upper left corner, where the prefix now is, so it needs a mask. Flash attention's
+    rule ends in the lower right corner. Attention that is not causal needs a mask only to hide parts of a prefix.
+    """
+    states = call.get(call.names[0])
+    batch, queries = states.shape[:2]
+    causal = queries > 1 and implementation == "sdpa" and target.kind != "cross"
+    if causal:
+        given = call.get("is_causal")
+        causal = bool(getattr(target.module, "is_causal", True) if given is None else given)
+    if visible is None and not causal:
+        return None
+    inner = call.get(target.cache)
+    past: int | None = 0
+    keys, offset = queries, 0
+    if target.kind == "cross":
+        keys = call.get_first(ENCODER_STATES_ARGUMENTS).shape[1]
+    elif target.follows:
+        # The other module's keys include the prefix. There is no past: transformers passes a mask if there is one.
+        states_by_source, module = call.get(SHARED_STATES_ARGUMENT), target.module
+        sources = (getattr(module, "layer_type", None), getattr(module, "kv_shared_layer_index", None))
+        keys = next(states_by_source[source] for source in sources if source in states_by_source)[0].shape[2] - length
+    elif inner is not None:
+        # The shortest of the module's layers: its other layers may have stored this call's keys already.
+        past, layer_idx = min((inner.get_seq_length(index or 0), index or 0) for index in target.slots)
+        keys, offset = inner.get_mask_sizes(queries, layer_idx)
+    past = past if causal else None
+    groups = target.groups if torch.is_grad_enabled() else 1
+    key = ("mask", implementation, batch, queries, keys, past, offset, length, states.device, states.dtype, groups)
+    compute = partial(_make_mask, states, keys, past, offset, implementation, length, visible, groups)
+    return shared.get(key, (visible,), compute)
+
+
+def _make_mask(
+    states: Tensor,
+    keys: int,
+    past: int | None,
+    offset: int,
+    implementation: str,
+    length: int,
+    visible: Tensor | None,
+    groups: int,
+) -> Tensor:
+    """A mask with a prefix in front. It is causal behind `past` tokens; `None` means that it is not causal."""
+    batch, queries, device = *states.shape[:2], states.device
+    if implementation.startswith("flash_attention"):
+        return widen_mask(torch.ones(batch, keys, dtype=torch.bool, device=device), length, visible)
+    square = visible is None and offset == 0 and past == 0 and keys == queries
+    if square and (groups > 1 or is_square_faster(queries, length)) and not torch.compiler.is_compiling():
+        return CausalMask(queries, length, device, groups)
+    mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device)
+    if past is not None:
+        positions = torch.arange(queries, device=device) + past
+        mask = mask & (torch.arange(keys, device=device) + offset <= positions[:, None])
+    mask = widen_mask(mask, length, visible)
+    if implementation == "eager":
+        mask = torch.zeros_like(mask, dtype=states.dtype).masked_fill(~mask, torch.finfo(states.dtype).min)
+    return mask
+
+
+def _widen_bias(bias: Tensor, slopes: Tensor, length: int, mask: Any, true_means_hidden: bool) -> Tensor:
+    """Continue ALiBi biases (Press et al. 2022) to the left: the prefix stands before the first key that is shown.
+
+    Raises:
+        ValueError: If that key differs between rows and the bias does not (MPT): there is no one place for a prefix.
+    """
+    heads = slopes.numel()
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        # MPT passes biases for the longest input, and uses the last ones.
+        bias = bias[..., -mask.shape[-1] :]
+    start = bias[..., :1]
+    if bias.numel() == heads * bias.shape[-1] and isinstance(mask, Tensor) and mask.dim() == 4:
+        # One bias for all rows counts padding too. (Bloom has one for each row, from its first token.)
+        last = mask[:, 0, -1]
+        first = (last == 0 if last.is_floating_point() or true_means_hidden else last).int().argmax(-1)
+        if len(first) > 1 and not torch.compiler.is_compiling() and (first != first[0]).any():
+            raise ValueError(
+                "The rows of the batch are padded on the left by different lengths, and this model's ALiBi biases, "
+                "the same for all rows, would put the prefix at different distances. Pad on the right, or batch "
+                "inputs of one length."
+            )
+        start = bias.index_select(-1, first[:1])
+    steps = slopes.to(bias).repeat(bias.numel() // bias.shape[-1] // heads).view(*bias.shape[:-1], 1)
+    columns = start + steps * torch.arange(-length, 0, device=bias.device)
+    return torch.cat([columns.to(bias.dtype), bias], dim=-1)

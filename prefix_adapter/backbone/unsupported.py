@@ -1,0 +1,77 @@
+"""The error for a backbone that cannot take a prefix. It says why, and what to use instead."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import transformers
+from packaging.requirements import Requirement
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from ..version import __version__
+
+_ALTERNATIVES = {
+    "encoder": "BERT, RoBERTa, XLM-RoBERTa, ELECTRA or CamemBERT (all-MiniLM is a BERT of DistilBERT's size)",
+    "decoder": "Llama, Qwen, GPT-2 or OPT",
+    "encoder-decoder": "T5, BART or mBART",
+}
+
+
+class UnsupportedBackboneError(ValueError):
+    """The backbone's attention cannot receive `past_key_values`, so it can take no prefix.
+
+    Args:
+        model: The model.
+        why: The reason, as a sentence.
+    """
+
+    def __init__(self, model: nn.Module, why: str):
+        config = getattr(model, "config", None)
+        model_type = getattr(config, "model_type", None)
+        if getattr(config, "is_encoder_decoder", False):
+            family = "encoder-decoder"
+        elif model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+            family = "decoder"
+        else:
+            family = "encoder"
+        super().__init__(
+            f"{type(model).__name__} cannot take a prefix: {why} P-Tuning v2 puts learned keys and values in front of "
+            f"every attention layer by way of `past_key_values` (`cache` from transformers 5.24 on). Backbones of the "
+            f"same kind that work: {_ALTERNATIVES[family]}. For this one, use another PEFT method (LoRA, for "
+            f"instance).{_describe_untested_transformers()}"
+        )
+
+    def point_to_inner_model(self, model: nn.Module) -> None:
+        """If `model` is a custom module around a transformers model, say that the inner model can be wrapped."""
+        inner: dict[str, nn.Module] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, PreTrainedModel) and not name.startswith(tuple(f"{part}." for part in inner)):
+                inner[name] = module
+        if inner and "" not in inner:
+            name, part = next(iter(inner.items()))
+            self.args = (
+                f"{type(model).__name__} is a module around {type(part).__name__} (`{name}`), and cannot be tried out "
+                f"with token ids alone. Add the adapter to the model inside: `model.{name} = "
+                f"get_peft_model(model.{name}, config)`. What came of trying: {self}",
+            )
+
+
+def _describe_untested_transformers() -> str:
+    """A way out if the installed transformers is not one of the versions that this package was tested with."""
+    try:
+        requirements = [Requirement(line) for line in importlib.metadata.requires("prefix-adapter") or ()]
+    except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
+        return ""
+    tested = next(requirement.specifier for requirement in requirements if requirement.name == "transformers")
+    if tested.contains(transformers.__version__, prereleases=True):
+        return ""
+    return (
+        f" transformers {transformers.__version__} is installed, and prefix-adapter {__version__} was tested with "
+        f"{tested}. A backbone that worked with one of those versions may work again after: "
+        f"pip install 'transformers{tested}'."
+    )

@@ -1,0 +1,139 @@
+"""Verify that an attention module treats a prefix as it should, before the module is trusted with one.
+
+This finds unforeseen uses of masks at wrap time, in place of wrong results in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..private import get_forward_attribute
+from .attention import AttentionTarget
+from .calls import ModuleCall
+from .insert import insert_prefix
+from .key_values import KeyValues
+from .probe import PROBE_LENGTH
+from .unsupported import UnsupportedBackboneError
+
+# Relative difference of outputs. Wide enough for half precision and TF32: an error in a mask has the size of the
+# outputs.
+_TOLERANCE = 5e-2
+# Attributes of a module that tell layers of one kind apart and do not change what they compute.
+_LAYER_INDICES = ("layer_idx", "layer_id", "layer_index", "layer_number")
+
+
+class Verifier:
+    """Verifies the attention modules of one model.
+
+    Modules of one class with the same settings behave alike, so only the first of them is run. That bounds the time
+    for a large model, in particular if its weights are loaded from the CPU or the disk for each call.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        # Results by the settings of a module: `mask_true_means_hidden` and `groups`.
+        self._results: dict[Hashable, tuple[bool, int]] = {}
+
+    def verify(self, target: AttentionTarget, recorded: ModuleCall) -> None:
+        """Repeat a recorded call with a prefix, and set `target.mask_true_means_hidden` and `target.groups`.
+
+        A hidden prefix must change nothing. A visible one must change something, and must give the same with a mask
+        that shows it as without a mask.
+
+        Args:
+            target: The attention module.
+            recorded: A call of the module in the probe.
+
+        Raises:
+            UnsupportedBackboneError: If the module does something else.
+        """
+        states = recorded.get(target.names[0])
+        if not isinstance(states, Tensor) or states.device.type == "meta":
+            return
+        key = _get_settings(target, recorded)
+        if key not in self._results:
+            self._run(target, recorded, states)
+            self._results[key] = target.mask_true_means_hidden, target.groups
+        target.mask_true_means_hidden, target.groups = self._results[key]
+
+    @torch.enable_grad()
+    def _run(self, target: AttentionTarget, recorded: ModuleCall, states: Tensor) -> None:
+        shape = next(iter(target.slots.values())).shape
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(1, PROBE_LENGTH, shape.columns, generator=generator).to(states.device, target.dtype)
+
+        def attend(length: int, visible: Tensor | None) -> Tensor:
+            call = ModuleCall(recorded.names, tuple(recorded.args), recorded.kwargs)
+            call.set(target.cache, None)
+            if target.shares_bias:
+                # The recorded bias has no columns for a prefix. Each layer can compute the bias itself.
+                call.set("position_bias", None)
+
+            def get_prefix(*_: Any) -> KeyValues:
+                return shape.split(drawn[:, :length])
+
+            insert_prefix(call, target, self._model, length, visible, get_prefix)
+            output = target.module(*call.args, **call.kwargs)
+            return (output[0] if isinstance(output, tuple) else output).detach().float()
+
+        shown = torch.ones(1, PROBE_LENGTH, dtype=torch.bool, device=states.device)
+        why = ""
+        for target.mask_true_means_hidden in (False, True):
+            try:
+                without, plain = attend(0, None), attend(PROBE_LENGTH, None)
+                hidden, visible = attend(PROBE_LENGTH, ~shown), attend(PROBE_LENGTH, shown)
+            except Exception as error:
+                why = f"fails with one ({type(error).__name__}: {error})"
+                continue
+            if not _difference(hidden, without) <= _TOLERANCE:
+                why = "sees a prefix that its mask hides"
+            elif not _difference(visible, plain) <= _TOLERANCE:
+                why = "computes something else where a mask shows the prefix than where there is no mask"
+            elif _difference(plain, without) == 0 and without.any():
+                why = "does not see it"
+            else:
+                target.groups = getattr(target.module, "num_key_value_groups", 1)
+                if target.groups > 1 and not (
+                    plain.any() and _difference(attend(PROBE_LENGTH, None), plain) <= _TOLERANCE
+                ):
+                    target.groups = 1  # the module does not repeat key heads in transformers' usual way
+                return
+        raise UnsupportedBackboneError(
+            self._model, f"tried with a prefix, {target.name} ({type(target.module).__name__}) {why}."
+        )
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    return (one - other).abs().max().item() / max(other.abs().max().item(), 1e-6)
+
+
+def _get_settings(target: AttentionTarget, recorded: ModuleCall) -> Hashable:
+    """Everything but the weights that decides how a module treats a prefix. Any doubt makes the settings unique."""
+    module = target.module
+    # The forward functions are compared, because a user may have patched the forward of one instance.
+    bound = [getattr(part, get_forward_attribute(part)) for part in module.modules()]
+    forwards = [id(getattr(forward, "__func__", forward)) for forward in bound]
+    plain = [
+        (name, value)
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if isinstance(value, (bool, int, float, str, type(None))) and name not in _LAYER_INDICES
+    ]
+    passed = {**dict(zip(recorded.names, recorded.args, strict=False)), **recorded.kwargs}
+    inputs = [
+        (name, tuple(value.shape), value.dtype, value.device)
+        if isinstance(value, Tensor)
+        else (name, value if isinstance(value, (bool, int, float, str)) else type(value))
+        for name, value in passed.items()
+        if name not in _LAYER_INDICES
+    ]
+    shapes = tuple(slot.shape for slot in target.slots.values())
+    found = target.kind, target.dtype, target.cache, target.bias, target.shares_bias, target.own_mask, target.windowed
+    return (type(module), tuple(plain), tuple(inputs), tuple(forwards), shapes, found)

@@ -1,0 +1,260 @@
+"""The hooks on a model: they insert prefixes into attention calls, and hold the state of each forward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial, update_wrapper
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..backbone.attention import AttentionTarget
+from ..backbone.calls import ModuleCall, get_sequences
+from ..backbone.checkpointing import CheckpointingGuard
+from ..backbone.find import FoundTargets
+from ..backbone.insert import insert_prefix
+from ..backbone.key_values import KeyValues
+from ..backbone.masks import widen_masks
+from ..backbone.own_mask import OwnMasks, WiderMask
+from ..private import get_forward_attribute, has_compiled_parts
+from .batch import AdapterInfo, BatchPlanner, check_name_count
+from .plan import Row
+from .position_hooks import PositionHooks
+from .running import RunningCalls
+from .state import CurrentForward, ForwardState
+from .usage import UsageCheck
+from .values import PrefixValues
+
+
+class ModelHooks:
+    """All hooks on one model.
+
+    The model's `forward` is wrapped on the instance. A forward hook would not do: torch runs no hooks after a
+    KeyboardInterrupt or SystemExit, and no state of a forward may outlive it. Hooks are bound methods and partials,
+    not closures, so that a copied model has hooks of its own.
+
+    Args:
+        model: The model.
+        found: The modules that take a prefix.
+        adapters: The model's adapters, by name.
+        values: The keys and values of its prefixes.
+        planner: The plans of its batches.
+        calls: Its running calls.
+        get_rows: Returns the adapters of each row for this thread.
+        begin_forward: Called at the begin of each forward. Returns the same as `get_rows`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        found: FoundTargets,
+        adapters: Mapping[str, AdapterInfo],
+        values: PrefixValues,
+        planner: BatchPlanner,
+        calls: RunningCalls,
+        get_rows: Callable[[], list[Row]],
+        begin_forward: Callable[[], list[Row]],
+    ):
+        self.model, self._targets, self._followers = model, found.targets, found.followers
+        self._values, self._planner, self._calls = values, planner, calls
+        self._get_rows, self._begin_forward = get_rows, begin_forward
+        self._usage, self._current, self._own_masks = UsageCheck(found.targets), CurrentForward(), OwnMasks()
+        self._checkpointing = CheckpointingGuard(model, shares_keys=bool(found.followers))
+        self._num_layers = getattr(get_text_config(model), "num_hidden_layers", None)
+        self._handles: list[RemovableHandle] = []
+        # Modules whose `forward` is wrapped, the attribute with the forward, and its former value on the instance.
+        self._wrapped: list[tuple[nn.Module, str, Any]] = []
+        self._removed = False
+        try:
+            first_kind = found.targets[0].kind
+            self.positions = PositionHooks(model, found.positions, first_kind, adapters, get_rows, self._current)
+            self._register()
+        except BaseException:
+            self.remove()
+            raise
+        _forget_graphs(model)
+
+    def _register(self) -> None:
+        self._add_pre_hook(self.model, self._note_replica)
+        self._wrap_forward(self.model, self._run_model)
+        for index, target in enumerate(self._targets):
+            self._add_pre_hook(target.module, partial(self._before_attention, index))
+            if target.own_mask is not None:
+                self._wrap_forward(target.module, self._run_with_own_mask, index)
+        for follower, source in self._followers:
+            index = next(index for index, target in enumerate(self._targets) if target is source)
+            self._add_pre_hook(follower.module, partial(self._before_follower, follower, index))
+
+    def _add_pre_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _wrap_forward(self, module: nn.Module, run: Callable[..., Any], *args: Any) -> None:
+        """Replace `module.forward` by `run`, which receives `args` and an index for `_get_unwrapped`."""
+        name = get_forward_attribute(module)
+        wrapper = partial(run, *args, len(self._wrapped))
+        self._wrapped.append((module, name, vars(module).get(name)))
+        setattr(module, name, update_wrapper(wrapper, getattr(module, name)))
+
+    def _get_unwrapped(self, entry: int, module: nn.Module) -> Callable[..., Any]:
+        """The forward that `_wrap_forward` has replaced, for the module that is called (it may be a replica)."""
+        _, _, before = self._wrapped[entry]
+        return partial(type(module).forward, module) if before is None else before
+
+    def remove(self) -> None:
+        """Remove all hooks. The model is then as it was before."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._removed = [], True
+        if hasattr(self, "positions"):
+            self.positions.remove()
+        for module, name, before in self._wrapped:
+            # A wrapper that other code has wrapped again stays, and does nothing.
+            if getattr(vars(module).get(name), "func", None) in (self._run_model, self._run_with_own_mask):
+                if before is None:
+                    delattr(module, name)
+                else:
+                    setattr(module, name, before)
+        self._checkpointing.release()
+        _forget_graphs(self.model)
+
+    # ---- A forward of the model
+
+    def _note_replica(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note a replica that `nn.DataParallel` calls: its wrapped forward is that of the original."""
+        if module is not self.model:
+            self._calls.thread.replica = module
+
+    def _run_model(self, entry: int, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's forward, with a state that ends with the forward, however that ends."""
+        compiling, module = torch.compiler.is_compiling(), self.model
+        if not compiling and self._calls.thread.replica is not None:
+            module, self._calls.thread.replica = self._calls.thread.replica, None
+        forward = self._get_unwrapped(entry, module)
+        if torch.jit.is_tracing():
+            # `torch.jit.trace` runs the model twice and compares: no run may use plans of an earlier one.
+            self._planner.clear()
+        state = ForwardState([()] if self._removed else self._begin_forward())
+        active = any(state.rows)
+        if compiling:
+            if active:
+                self._before_model(state, module, args, kwargs)
+            return forward(*args, **kwargs)
+        outer = self._current.state
+        try:
+            self._current.state = state if active else None
+            if active:
+                self._before_model(state, module, args, kwargs)
+            output = forward(*args, **kwargs)
+            if active:
+                self._after_model(state, kwargs)
+            return output
+        finally:
+            self._current.state = outer
+
+    def _before_model(
+        self, state: ForwardState, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        call = self._calls.current
+        mixed = call is not None and call.mixed
+        if not mixed and not torch.compiler.is_compiling():
+            self._values.encode_row(state.rows[0], state)
+        self.positions.prepare(state, args, kwargs)
+        if call is not None and mixed:
+            shape = get_sequences(args, kwargs)[1]
+            if shape and call.count_rows:
+                check_name_count(len(call.names or ()), shape[0], replica=module is not self.model)
+            # In an encoder-decoder the rows are those of the decoder: beams are added after the encoder.
+            shape = get_sequences((), kwargs, "decoder_")[1] or shape
+            state.batch = math.prod(shape[:-1]) if shape else None
+        if self.model.training and torch.is_grad_enabled():
+            self._checkpointing.prepare()
+
+    def _after_model(self, state: ForwardState, kwargs: dict[str, Any]) -> None:
+        """Check that each prefix was used."""
+        drops_layers = False
+        if self.model.training:
+            config = getattr(self.model, "config", None)
+            names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+            drops_layers = any(getattr(config, name, 0) for name in names)
+        encoder_rests = kwargs.get("encoder_outputs") is not None
+        expected = self._planner.get_expected(state.rows, self._calls.current, encoder_rests)
+        self._usage.check(state, expected, self._get_left_out, drops_layers)
+
+    def _get_left_out(self) -> set[int]:
+        """The indices of targets in layers beyond the config's number of layers.
+
+        transformers lowers that number to generate drafts with a model's first layers (`assistant_early_exit`).
+        """
+        num_layers = getattr(get_text_config(self.model), "num_hidden_layers", None)
+        if self._num_layers is None or num_layers is None or num_layers >= self._num_layers:
+            return set()
+        return {
+            index
+            for index, target in enumerate(self._targets)
+            if all(slot.layer >= num_layers for slot in target.slots.values())
+        }
+
+    # ---- A call of an attention module
+
+    def _before_attention(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Insert the prefix into the arguments of an attention module."""
+        target, state = self._targets[index], self._current.get()
+        rows = state.rows or self._get_rows()
+        running = self._calls.current if len(rows) > 1 else None
+        call = target.call(args, kwargs)
+        plan = self._planner.plan(index, call.get(target.names[0]), rows, running)
+        if plan is None:
+            return None
+        state.called.add(index)
+        wider = WiderMask(module, plan.length) if target.own_mask is not None else None
+
+        def get_prefix(keys: Tensor, values: Tensor, layer_idx: int | None) -> KeyValues:
+            if wider is not None:
+                wider.check_applied(target)
+            self._usage.note_served(index, state)
+            return self._values.get(target.get_slot(layer_idx), plan, keys, state, running)
+
+        insert_prefix(call, target, self.model, plan.length, plan.visible, get_prefix, state.shared)
+        if wider is not None:
+            call.kwargs["wider_mask"] = wider
+        return call.arguments()
+
+    def _run_with_own_mask(
+        self, index: int, entry: int, *args: Any, wider_mask: WiderMask | None = None, **kwargs: Any
+    ) -> Any:
+        """The forward of a module with a mask of its own."""
+        target = self._targets[index]
+        forward = self._get_unwrapped(entry, target.module if wider_mask is None else wider_mask.module)
+        return self._own_masks.run(target, wider_mask, forward, args, kwargs)
+
+    def _before_follower(
+        self,
+        follower: AttentionTarget,
+        index: int,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Widen the masks of a module that attends to the keys of the target with the given index."""
+        call, state = ModuleCall(follower.names, args, kwargs), self._current.get()
+        states, rows = call.get(follower.names[0]), state.rows or self._get_rows()
+        plan = self._planner.plan(index, states, rows, self._calls.current)
+        if plan is None:
+            return None
+        widen_masks(call, follower, self.model, plan.length, plan.visible, state.shared)
+        return call.arguments()
+
+
+def get_text_config(model: nn.Module) -> Any:
+    """The config of the text model in a model; `None` if the model has no config."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _forget_graphs(model: nn.Module) -> None:
+    """Have compiled parts of a model compiled again: graphs do not notice that hooks come or go."""
+    if has_compiled_parts(model):
+        torch.compiler.reset()
