@@ -1,6 +1,7 @@
-"""From a data set to a published adapter, with Accelerate. Needs the extra `train`; the core never imports this.
+"""Training with Accelerate, from a data set to a published adapter. Needs the extra `train`.
 
-A name is imported when it is used: a recipe can be read without torch.
+Only the command line imports this package. Names are imported when they are used, so that a recipe can be read without
+importing torch.
 """
 
 from importlib import import_module

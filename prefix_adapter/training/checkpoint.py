@@ -1,15 +1,15 @@
-"""Checkpoints: the trained weights and what exact resumption needs, written whole or not at all.
+"""Checkpoints: the trained weights and all state for exact resumption, written completely or not at all.
 
     checkpoints/step-000120/
       adapter_model.safetensors   the trained weights under PEFT's names, beside PEFT's configuration: a saved adapter
       optimizer.safetensors       AdamW's moments
-      state.json                  step, best step so far, schedule, random number generators' states
-      SHA256SUMS                  the checksums of these files, which `sha256sum -c` reads too
+      state.json                  step, best step so far, schedule, random number generator states
+      SHA256SUMS                  checksums of these files, in the format of `sha256sum`
 
-Under DeepSpeed the folder `deepspeed` with the processes' own files takes the optimizer's place.
+Under DeepSpeed the folder `deepspeed`, with a file of each process, replaces the optimizer file.
 
-Of a model that is no PEFT model (and of PEFT's prompt methods, whose saved form is not their trained one) the weights
-are in `trained.safetensors` under the model's own names. Nothing frozen is ever written.
+For a model that is not a PEFT model, and for PEFT's prompt learning methods (which save another form than they train),
+the weights are in `trained.safetensors` under the model's own names. Frozen weights are never written.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ..files.check import check_file
 from ..files.contents import TensorSpec
-from .distributed import save_parts, whole
-from .files import UNFINISHED, naming, to_disk
-from .model import trained
+from .distributed import gathered_parameters, save_deepspeed_state
+from .files import UNFINISHED, fsync_path, path_in_errors
+from .model import trained_parameters
 from .recipe import RecipeError
 
 if TYPE_CHECKING:
@@ -54,81 +54,82 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"step-(\d{6,})$")
 _WEIGHTS, _OPTIMIZER, _STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
 _DEEPSPEED, _SUMS, _CARD = "deepspeed", "SHA256SUMS", "README.md"
-NOT_THE_ADAPTER = (_OPTIMIZER, _STATE, _DEEPSPEED, _SUMS)
-"""Files of a checkpoint that are for resuming only."""
+RESUME_FILES = (_OPTIMIZER, _STATE, _DEEPSPEED, _SUMS)
+"""The files of a checkpoint that do not belong to a published adapter."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not as it was written, or fits another run; the message names the file."""
+    """A checkpoint is damaged or belongs to another run; the message names the file."""
 
 
-def folder_of(checkpoints: Path, step: int) -> Path:
+def step_folder(checkpoints: Path, step: int) -> Path:
     """The folder of a step's checkpoint."""
     return checkpoints / f"step-{step:06d}"
 
 
-def find(checkpoints: Path) -> list[int]:
-    """The steps that there are whole checkpoints of, in order."""
+def saved_steps(checkpoints: Path) -> list[int]:
+    """The steps with a complete checkpoint, in ascending order."""
     if not checkpoints.is_dir():
         return []
     found = (_NAME.match(entry.name) for entry in checkpoints.iterdir() if entry.is_dir())
     return sorted(int(match[1]) for match in found if match)
 
 
-def _names(model: nn.Module) -> dict[str, str] | None:
-    """PEFT's names in a file of the trained parameters' own; `None` where the file has the model's own names."""
+def _saved_names(model: nn.Module) -> dict[str, str] | None:
+    """The name of each trained parameter in PEFT's file; `None` if the file has the model's own names."""
     if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning:
         return None
-    marks = {name: torch.empty(0) for name in trained(model)}
-    own = {id(mark): name for name, mark in marks.items()}
-    saved = get_peft_model_state_dict(model, state_dict=marks, save_embedding_layers=False)
-    return {own[id(mark)]: name for name, mark in saved.items()}
+    placeholders = {name: torch.empty(0) for name in trained_parameters(model)}
+    own = {id(each): name for name, each in placeholders.items()}
+    saved = get_peft_model_state_dict(model, state_dict=placeholders, save_embedding_layers=False)
+    return {own[id(each)]: name for name, each in saved.items()}
 
 
 def save_weights(model: nn.Module, weights: dict[str, Tensor], folder: str | os.PathLike[str]) -> None:
     """Write the trained weights of a model.
 
     Args:
-        model: the model, not wrapped by Accelerate.
-        weights: its trained parameters, whole and on the CPU, by the model's names.
+        model: the model without Accelerate's wrapper.
+        weights: the trained parameters, unsharded and on the CPU, by the model's names.
         folder: an existing folder.
     """
-    if _names(model) is None:
+    if _saved_names(model) is None:
         save_file(weights, os.path.join(folder, _WEIGHTS), metadata={"format": "pt"})
     else:
         model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)  # type: ignore[operator]
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Read what `save_weights` wrote into a model, which may be sharded.
+    """Load the file of `save_weights` into a model, which may be sharded.
 
     Raises:
-        CheckpointError: if the file is damaged, or not of this model; nothing is changed.
+        CheckpointError: if the file is damaged or belongs to another model; the model is unchanged.
     """
     check_weights(model, folder)
-    names = _names(model)
-    contents = load_file(_weights_in(folder, names))
+    names = _saved_names(model)
+    contents = load_file(_weights_file(folder, names))
     weights: Any = contents if names is None else {own: contents[saved] for own, saved in names.items()}
-    with whole(trained(model).values(), changed=True):
+    with gathered_parameters(trained_parameters(model).values(), modified=True):
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def check_weights(model: nn.Module, folder: Path) -> None:
-    """Hold the file of `save_weights` against a model.
+    """Check that the file of `save_weights` fits a model.
 
     Raises:
-        CheckpointError: if the file is damaged, or has other tensors than the model trains.
+        CheckpointError: if the file is damaged, or its tensors are not the model's trained parameters.
     """
-    names = _names(model)
-    parameters = trained(model)
+    names = _saved_names(model)
+    parameters = trained_parameters(model)
     if names is not None:
         parameters = {saved: parameters[own] for own, saved in names.items()}
-    _check_tensors(_weights_in(folder, names), {name: TensorSpec.of(each) for name, each in parameters.items()}, model)
+    specs = {name: TensorSpec.of(each) for name, each in parameters.items()}
+    _check_tensors(_weights_file(folder, names), specs, model)
 
 
-def _weights_in(folder: Path, names: dict[str, str] | None) -> Path:
+def _weights_file(folder: Path, names: dict[str, str] | None) -> Path:
     return folder / (_WEIGHTS if names is None else SAFETENSORS_WEIGHTS_NAME)
 
 
@@ -140,23 +141,34 @@ def _check_tensors(path: Path, needed: dict[str, TensorSpec], model: nn.Module) 
 
 
 def gather_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The trained weights, whole and on the CPU; empty in other processes than the main one where they are sharded."""
-    with whole(trained(model).values()):
+    """The trained weights, unsharded and on the CPU.
+
+    If the model is sharded, only the main process receives the weights; the dictionary is empty in the others.
+    """
+    with gathered_parameters(trained_parameters(model).values()):
         gathered: dict[str, Any] = get_model_state_dict(model, options=_GATHERED)
-    # What else there is are buffers, and other names of weights that are tied.
-    return {name: gathered[name].cpu() for name in trained(model) if name in gathered}
+    # Leave out buffers and the further names of tied weights.
+    return {name: gathered[name].cpu() for name in trained_parameters(model) if name in gathered}
 
 
 def save(
     checkpoints: Path, step: int, accelerator: Accelerator, model: nn.Module, optimizer: Any, state: dict[str, Any]
 ) -> None:
-    """Write a checkpoint; every process must call this.
+    """Write a checkpoint; every process must call this function.
 
-    The folder gets its name when all is in it and on the disk: whenever the process dies, every folder that bears the
-    name of a step is whole.
+    The folder is renamed to its final name once all files are on the disk, so every folder with the name of a step is
+    complete, even after a crash.
+
+    Args:
+        checkpoints: the folder of checkpoints.
+        step: the optimizer step.
+        accelerator: the accelerator.
+        model: the model as Accelerate has prepared it.
+        optimizer: the optimizer as Accelerate has prepared it.
+        state: further JSON values for `state.json`.
 
     Raises:
-        OSError: if it cannot be written, with what was there before untouched.
+        OSError: if the checkpoint cannot be written; earlier checkpoints are unchanged.
         FloatingPointError: if a weight or a moment is not finite; nothing is written.
     """
     unwrapped = accelerator.unwrap_model(model)
@@ -165,10 +177,10 @@ def save(
     parts: Path | None = None
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         parts = checkpoints / f"{UNFINISHED}parts" / _DEEPSPEED
-        save_parts(model, parts)
-    else:  # in other processes than the main one it is empty, as the weights are
+        save_deepspeed_state(model, parts)
+    else:  # Like the weights, empty in all processes but the main one if sharded.
         moments = get_optimizer_state_dict(unwrapped, optimizer.optimizer, options=_GATHERED).get("state", {})
-    generators = gather_object([_generators()])
+    generators = gather_object([_get_rng_states()])
     failure: Exception | None = None
     if accelerator.is_main_process:
         try:
@@ -180,12 +192,11 @@ def save(
                     raise FloatingPointError(f"some of AdamW's moments of {name} are not finite")
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             contents = {**state, "step": step, "generators": generators, "scaler": scaler}
-            _write(folder_of(checkpoints, step), unwrapped, weights, moments, parts, contents)
+            _write(step_folder(checkpoints, step), unwrapped, weights, moments, parts, contents)
         except FloatingPointError as error:
             failure = error
         except OSError as error:
-            text = f"{error}. The checkpoint of step {step} was not written; what was there before is untouched."
-            failure = OSError(text)
+            failure = OSError(f"{error}. The checkpoint of step {step} was not written; earlier files are unchanged.")
     failures = [each for each in gather_object([failure]) if each]
     if failures:
         raise failures[0]
@@ -196,7 +207,7 @@ def _write(
 ) -> None:
     scratch = None
     try:
-        with naming(target):
+        with path_in_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=UNFINISHED))
             save_weights(model, weights, scratch)
@@ -206,33 +217,34 @@ def _write(
                 flat = {f"{name}/{key}": own[key].contiguous() for name, own in moments.items() for key in own}
                 save_file(flat, scratch / _OPTIMIZER)
             (scratch / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-            files = sorted(path for path in scratch.rglob("*") if path.is_file())
-            sums = [f"{_sum(path)}  {path.relative_to(scratch).as_posix()}\n" for path in files if path.name != _CARD]
+            files = sorted(path for path in scratch.rglob("*") if path.is_file() and path.name != _CARD)
+            sums = [f"{_sha256(path)}  {path.relative_to(scratch).as_posix()}\n" for path in files]
             (scratch / _SUMS).write_text("".join(sums), encoding="utf-8")
             scratch.chmod(0o755)
             for path in scratch.rglob("*"):
                 if path.is_file():
-                    path.chmod(0o644)  # safetensors makes files that only their owner can read
-                to_disk(path)
-            if target.exists():  # written by a run that stopped at this very step, and goes on from an earlier one
+                    path.chmod(0o644)  # safetensors creates files that only their owner can read.
+                fsync_path(path)
+            if target.exists():  # Written by a run that now resumes from an earlier step.
                 _remove(target)
             scratch.rename(target)
-            to_disk(target.parent)
+            fsync_path(target.parent)
     except BaseException:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 
-def _sum(path: Path) -> str:
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def keep(checkpoints: Path, steps: set[int]) -> None:
-    """Remove all checkpoints but those of `steps`, and what unfinished ones left.
+def remove_others(checkpoints: Path, steps: set[int]) -> None:
+    """Remove all checkpoints except those of `steps`, and the remains of unfinished ones.
 
-    What cannot be removed now, as another process reads it on Windows for instance, is left for the next time.
+    A checkpoint that cannot be removed, for instance because another process reads it on Windows, stays until the next
+    call.
     """
     for path in list(checkpoints.iterdir()):
         match = _NAME.match(path.name)
@@ -244,54 +256,54 @@ def keep(checkpoints: Path, steps: set[int]) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint. It loses its name first: what bears the name of a step is whole."""
+    """Remove a checkpoint. It is renamed first, so that a folder with the name of a step is always complete."""
     scratch = path.with_name(UNFINISHED + path.name)
     shutil.rmtree(scratch, ignore_errors=True)
     path.rename(scratch)
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def choose(checkpoints: Path, accelerator: Accelerator, model: nn.Module, metric: str) -> int | None:
-    """The last checkpoint that is whole, after a warning if there is a later one; every process must call this.
+def find_intact(checkpoints: Path, accelerator: Accelerator, model: nn.Module, metric: str) -> int | None:
+    """Find the last intact checkpoint, and warn if a later one is damaged; every process must call this function.
 
     Args:
         checkpoints: the folder of checkpoints.
         accelerator: the accelerator.
         model: the model.
-        metric: the metric that the best checkpoint is chosen by.
+        metric: the metric that chooses the best checkpoint.
 
     Returns:
-        Its step; `None` if there are no checkpoints.
+        The step of the checkpoint; `None` if there are no checkpoints.
 
     Raises:
-        CheckpointError: if there are checkpoints, and none of them is whole; the message names the file.
+        CheckpointError: if there are checkpoints, but none is intact; the message names the damaged file.
         OSError: if a file cannot be read.
     """
     outcome: list[Any] = [None, []]
     if accelerator.is_main_process:
-        outcome = _choose(checkpoints, model, metric)
+        outcome = _find_intact(checkpoints, model, metric)
     step, problems = broadcast_object_list(outcome)
     if isinstance(step, Exception):
         raise step
     if problems and step is None:
         raise CheckpointError(
-            f"{problems[0]} No other checkpoint in {checkpoints} is whole: put the file back from a copy, or start "
-            "the run anew (--overwrite)."
+            f"{problems[0]} No other checkpoint in {checkpoints} is intact: restore the file from a copy, or start "
+            "the run again (--overwrite)."
         )
     if problems and accelerator.is_main_process:
-        warnings.warn(f"{problems[0]} The run goes on from the whole checkpoint of step {step}.", stacklevel=2)
+        warnings.warn(f"{problems[0]} The run resumes from the intact checkpoint of step {step}.", stacklevel=2)
     return step
 
 
-def _choose(checkpoints: Path, model: nn.Module, metric: str) -> list[Any]:
+def _find_intact(checkpoints: Path, model: nn.Module, metric: str) -> list[Any]:
     problems = []
-    for step in reversed(find(checkpoints)):
-        folder = folder_of(checkpoints, step)
+    for step in reversed(saved_steps(checkpoints)):
+        folder = step_folder(checkpoints, step)
         try:
             best = check(folder, model, metric)["best_step"]
-            if best not in (None, step):  # its weights are what the run leaves, if no better ones come
-                check_sums(folder_of(checkpoints, best))
-                check_weights(model, folder_of(checkpoints, best))
+            if best not in (None, step):  # The run saves these weights if no later step is better.
+                check_sums(step_folder(checkpoints, best))
+                check_weights(model, step_folder(checkpoints, best))
         except CheckpointError as error:
             problems.append(str(error))
         except OSError as error:
@@ -302,18 +314,18 @@ def _choose(checkpoints: Path, model: nn.Module, metric: str) -> list[Any]:
 
 
 def check(folder: Path, model: nn.Module, metric: str | None = None) -> dict[str, Any]:
-    """Hold a checkpoint against its checksums, and against what a run of this model needs to go on.
+    """Check that a checkpoint matches its checksums and fits a model.
 
     Args:
         folder: the checkpoint.
         model: the model.
-        metric: the metric that the best checkpoint is chosen by; not looked for if `None`.
+        metric: the metric that chooses the best checkpoint; not checked if `None`.
 
     Returns:
         The contents of `state.json`.
 
     Raises:
-        CheckpointError: if it is damaged, or of another run; the message names the file.
+        CheckpointError: if the checkpoint is damaged or belongs to another run; the message names the file.
         OSError: if a file cannot be read.
     """
     check_sums(folder)
@@ -322,24 +334,24 @@ def check(folder: Path, model: nn.Module, metric: str | None = None) -> dict[str
     if (folder / _DEEPSPEED).is_dir():
         return state
     moments: dict[str, TensorSpec] = {}
-    for name, parameter in trained(model).items():
+    for name, parameter in trained_parameters(model).items():
         moments |= {f"{name}/{key}": TensorSpec.of(parameter) for key in _MOMENTS}
         moments[f"{name}/step"] = TensorSpec((), torch.float32)
     path = folder / _OPTIMIZER
     _check_tensors(path, moments, model)
     for name, tensor in load_file(path).items():
         if name.endswith("/step") and tensor.item() not in range(state["step"] + 1):
-            raise _damaged(path, f"{name} is {tensor.item():g}, and the checkpoint is of step {state['step']}")
+            raise _damaged(path, f"{name} is {tensor.item():g} in the checkpoint of step {state['step']}")
         if name.endswith("/exp_avg_sq") and (tensor < 0).any():
-            raise _damaged(path, f"{name}, a mean of squares, has negative numbers")
+            raise _damaged(path, f"{name}, a mean of squares, has negative values")
     return state
 
 
 def check_sums(folder: Path) -> None:
-    """Compare the files of a checkpoint with its checksums, if it has some: earlier versions wrote none.
+    """Compare the files of a checkpoint with its checksums, if it has any: earlier versions wrote none.
 
     Raises:
-        CheckpointError: if a file is missing or another one.
+        CheckpointError: if a file is missing or has another checksum.
         OSError: if a file cannot be read.
     """
     path = folder / _SUMS
@@ -350,11 +362,11 @@ def check_sums(folder: Path) -> None:
     for line in _read(path).splitlines():
         digest, _, name = line.partition("  ")
         if not name:
-            raise _damaged(path, f"{line[:80]!r} is no checksum and name")
+            raise _damaged(path, f"{line[:80]!r} is not a checksum and a file name")
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing.")
-        if _sum(folder / name) != digest:
-            raise _damaged(folder / name, f"its checksum is not that in {_SUMS}")
+        if _sha256(folder / name) != digest:
+            raise _damaged(folder / name, f"its checksum differs from the one in {_SUMS}")
 
 
 def _damaged(path: Path, why: object) -> CheckpointError:
@@ -371,15 +383,15 @@ def _read(path: Path) -> str:
 
 
 def load_state(folder: Path, metric: str | None = None) -> dict[str, Any]:
-    """What `save` was given as `state`, with the step and the states of the random number generators.
+    """Read and check `state.json`: the `state` passed to `save`, the step and the random number generator states.
 
     Args:
         folder: the checkpoint.
-        metric: the metric that must be among `best_metrics`.
+        metric: the metric that must be among `best_metrics`; not checked if `None`.
 
     Raises:
-        CheckpointError: if it is missing, or not as it was written.
-        OSError: if it cannot be read.
+        CheckpointError: if the file is missing or damaged.
+        OSError: if the file cannot be read.
     """
     path = folder / _STATE
     try:
@@ -387,9 +399,9 @@ def load_state(folder: Path, metric: str | None = None) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError) as error:
         raise _damaged(path, error) from error
     if not isinstance(state, dict):
-        raise _damaged(path, "it is no JSON object")
+        raise _damaged(path, "it is not a JSON object")
     match = _NAME.match(folder.name)
-    # A scaler (fp16) and DeepSpeed skip steps; else the schedule counts all of them.
+    # The schedule counts every step, except those that a gradient scaler (fp16) or DeepSpeed skips.
     skips = state.get("scaler") is not None or (folder / _DEEPSPEED).is_dir()
     checks = {
         "step": lambda step: _is_count(step) and step > 0 and (match is None or step == int(match[1])),
@@ -399,17 +411,17 @@ def load_state(folder: Path, metric: str | None = None) -> dict[str, Any]:
         "loss_sum": lambda value: _is_number(value) and math.isfinite(value),
         "loss_count": _is_count,
         "scheduler": lambda own: isinstance(own, dict) and _is_count(own.get("last_epoch")),
-        "generators": lambda own: isinstance(own, list) and bool(own) and all(map(_is_generators, own)),
+        "generators": lambda own: isinstance(own, list) and bool(own) and all(map(_is_rng_states, own)),
         "scaler": lambda own: own is None or isinstance(own, dict),
     }
     for key, good in checks.items():
         if key not in state:
             raise _damaged(path, f"it has no `{key}`")
         if not good(state[key]):
-            raise _damaged(path, f"its `{key}` cannot be {str(state[key])[:80]}")
+            raise _damaged(path, f"its `{key}` is invalid: {str(state[key])[:80]}")
     counted = state["scheduler"]["last_epoch"]
     if counted > state["step"] or (counted < state["step"] and not skips):
-        raise _damaged(path, f"its schedule has counted {counted} steps of {state['step']}")
+        raise _damaged(path, f"its schedule counts {counted} of {state['step']} steps")
     return state
 
 
@@ -426,10 +438,10 @@ def _is_metrics(value: Any, metric: str | None) -> bool:
     return numbers and (metric is None or metric in value)
 
 
-def _is_generators(states: Any) -> bool:
-    """Whether these are states that random number generators can have."""
+def _is_rng_states(states: Any) -> bool:
+    """Whether these are valid states of random number generators."""
     try:
-        read = _decode(states)
+        read = _decode_rng_states(states)
         torch.Generator().set_state(read["cpu"])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
         return False
@@ -437,23 +449,30 @@ def _is_generators(states: Any) -> bool:
 
 
 def restore(folder: Path, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Put a checkpoint into a model and an optimizer that Accelerate has prepared.
+    """Load a checkpoint into a model and an optimizer that Accelerate has prepared.
 
-    The random number generators are put back too, so nothing that draws from them may come between this and training.
+    The random number generators are restored too, so nothing may draw random numbers between this call and training.
+
+    Args:
+        folder: the checkpoint, which must have passed `check`.
+        accelerator: the accelerator.
+        model: the model as Accelerate has prepared it.
+        optimizer: the optimizer as Accelerate has prepared it.
 
     Returns:
-        What `save` was given as `state`, and the step.
+        The contents of `state.json`.
 
     Raises:
-        CheckpointError: if it is damaged; see `check`, which must be called before.
-        RecipeError: if it was written under DeepSpeed, and is not restored so by as many processes, or the reverse.
+        CheckpointError: if the checkpoint is damaged.
+        RecipeError: if the checkpoint was written under DeepSpeed and this run is not, or has another number of
+            processes; or the reverse.
     """
     state = load_state(folder)
     generators = state["generators"]
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     if (folder / _DEEPSPEED).is_dir() != deepspeed or (deepspeed and len(generators) != accelerator.num_processes):
         kind = "under DeepSpeed" if (folder / _DEEPSPEED).is_dir() else "without DeepSpeed"
-        raise RecipeError(f"{folder} was written {kind} by {len(generators)} processes: resume it in the same way.")
+        raise RecipeError(f"{folder} was written {kind} by {len(generators)} processes: resume it the same way.")
     if deepspeed:
         model.load_checkpoint(folder, _DEEPSPEED, load_module_strict=False, load_lr_scheduler_states=False)  # type: ignore[operator]
     else:
@@ -461,11 +480,11 @@ def restore(folder: Path, accelerator: Accelerator, model: nn.Module, optimizer:
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     if len(generators) == accelerator.num_processes:
-        _set_generators(_decode(generators[accelerator.process_index]), accelerator)
+        _set_rng_states(_decode_rng_states(generators[accelerator.process_index]), accelerator)
     else:
         accelerator.print(
-            f"The checkpoint was written by {len(generators)} processes, and there are {accelerator.num_processes}: "
-            "dropout will draw other numbers."
+            f"The checkpoint was written by {len(generators)} processes, and this run has "
+            f"{accelerator.num_processes}: dropout will draw other numbers."
         )
     return state
 
@@ -476,30 +495,30 @@ def _restore_weights_and_moments(folder: Path, model: nn.Module, optimizer: torc
     for key, tensor in load_file(folder / _OPTIMIZER).items():
         name, _, part = key.rpartition("/")
         moments.setdefault(name, {})[part] = tensor
-    # Rates and settings are the recipe's and the schedule's; only the moments are the optimizer's own.
+    # Restore only the moments; learning rates and other settings come from the recipe and the schedule.
     groups = get_optimizer_state_dict(model, optimizer, options=_GATHERED).get("param_groups")
-    groups = gather_object([groups])[0]  # the main process alone is given them
+    groups = gather_object([groups])[0]  # Only the main process receives them.
     contents: Any = {"state": moments, "param_groups": groups}
     set_optimizer_state_dict(model, optimizer, contents, options=StateDictOptions(full_state_dict=True))
 
 
-def _generators() -> dict[str, str]:
+def _get_rng_states() -> dict[str, str]:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
 
 
-def _decode(states: dict[str, str]) -> dict[str, Tensor]:
+def _decode_rng_states(states: dict[str, str]) -> dict[str, Tensor]:
     return {
         name: torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)
         for name, text in states.items()
     }
 
 
-def _set_generators(states: dict[str, Tensor], accelerator: Accelerator) -> None:
+def _set_rng_states(states: dict[str, Tensor], accelerator: Accelerator) -> None:
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
     elif torch.cuda.is_available() or "cuda" in states:
-        accelerator.print("The checkpoint was written on another kind of device: dropout will draw other numbers.")
+        accelerator.print("The checkpoint was written on another device type: dropout will draw other numbers.")

@@ -1,4 +1,4 @@
-"""Many processes: what they need to agree on, and what Accelerate needs to be told of a model that it divides."""
+"""Runs on several processes: launch checks, errors of one process, and settings for FSDP and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..prefix.layer import PrefixTuningV2Layer
-from .model import new_optimizer, trained
+from .model import new_optimizer, trained_parameters
 from .recipe import RecipeError
 
 if TYPE_CHECKING:
@@ -25,49 +25,49 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 
-def check(accelerator: Accelerator, recipe: Recipe) -> None:
-    """See that Accelerate does what the launcher was asked for; some of it it leaves out without a word.
+def check_launch(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Check that Accelerate does what the launcher was asked for; it ignores some settings silently.
 
     Raises:
-        RecipeError: if it does not, if FSDP was asked for in a way that cannot work, or if the batches cannot be
-            shared out evenly.
+        RecipeError: if Accelerate ignores a setting, if the FSDP settings cannot work, or if a batch does not split
+            evenly over the processes.
     """
     processes, parts = int(os.environ.get("WORLD_SIZE", 1)), recipe.gradient_accumulation_steps
-    kind, known = accelerator.distributed_type, accelerator.num_processes
-    if processes != known:
+    kind, connected = accelerator.distributed_type, accelerator.num_processes
+    if processes != connected:
         raise RecipeError(
-            f"The launcher started {processes} processes, and each would do the whole run for itself, as Accelerate "
-            "has found no GPUs to connect them. To run on CPUs set the environment variable ACCELERATE_USE_CPU=true."
+            f"The launcher started {processes} processes, but Accelerate found no GPUs and did not connect them: each "
+            "would repeat the whole run. To run on CPUs set the environment variable ACCELERATE_USE_CPU=true."
         )
     for each in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        asked = os.environ.get(f"ACCELERATE_USE_{each.value}", "false").lower() == "true"
-        if asked and kind != each:
+        requested = os.environ.get(f"ACCELERATE_USE_{each.value}", "false").lower() == "true"
+        if requested and kind != each:
             raise RecipeError(
-                f"The launcher was asked for {each.value}, which Accelerate has only on GPUs and the like; here it "
-                "would train without. Use a configuration without it (`accelerate launch --config_file`)."
+                f"The launcher was asked for {each.value}, which Accelerate has only on GPUs and similar devices. "
+                "Here it would train without. Use a configuration without it (`accelerate launch --config_file`)."
             )
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise RecipeError("FSDP's first version cannot train a part of the parameters: set `fsdp_version: 2`.")
+        raise RecipeError("FSDP version 1 cannot train a subset of the parameters: set `fsdp_version: 2`.")
     if kind == DistributedType.FSDP and os.environ.get("FSDP_AUTO_WRAP_POLICY") == "SIZE_BASED_WRAP":
         raise RecipeError(
-            "`fsdp_auto_wrap_policy`: by size, lists of layers would be gathered for themselves, and so would the "
-            "prefix, when it is called; but it is read and never called. Set it to TRANSFORMER_BASED_WRAP."
+            "`fsdp_auto_wrap_policy`: SIZE_BASED_WRAP also wraps module lists and the prefix, which are never called "
+            "themselves, so their weights would not be gathered. Set it to TRANSFORMER_BASED_WRAP."
         )
-    if recipe.batch_size % (known * parts):
+    if recipe.batch_size % (connected * parts):
         raise RecipeError(
-            f"`batch_size` is the number of rows of a step in all: {recipe.batch_size} cannot be shared out evenly "
-            f"over {known} processes in {parts} parts each. Choose a multiple of {known * parts}."
+            f"`batch_size` is the number of rows of a step over all processes: {recipe.batch_size} does not split "
+            f"evenly over {connected} processes in {parts} parts each. Choose a multiple of {connected * parts}."
         )
 
 
 @contextmanager
-def together(accelerator: Accelerator) -> Iterator[None]:
-    """Have an error in one process end all of them, which would wait for it in vain.
+def propagate_errors(accelerator: Accelerator) -> Iterator[None]:
+    """Raise an error of one process in all of them; otherwise the others would wait for that process forever.
 
-    What is done within must not communicate.
+    The code inside must not communicate with other processes.
 
     Raises:
-        RecipeError: in the other processes, with the error's message.
+        RecipeError: in the other processes, with the message of the error.
     """
     error = None
     try:
@@ -82,23 +82,26 @@ def together(accelerator: Accelerator) -> Iterator[None]:
             raise RecipeError(f"Process {process} of {len(messages)} has stopped. {message}")
 
 
-def load_whole(accelerator: Accelerator) -> None:
-    """Have transformers load models as they are.
+def disable_sharded_loading(accelerator: Accelerator) -> None:
+    """Have transformers load whole models under ZeRO-3.
 
-    Under ZeRO-3 it would divide them at once; but whether a model can take a prefix is found out by trying.
+    Transformers would shard the weights while loading, but the adapter tests each attention layer with a forward pass
+    when it is added, which needs whole weights.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         unset_hf_deepspeed_config()
 
 
-def prepare(accelerator: Accelerator, model: Any, recipe: Recipe) -> tuple[Any, Any, torch.optim.Optimizer]:
-    """Accelerate's `prepare`, with what it needs to be told for FSDP and DeepSpeed.
+def prepare_for_training(
+    accelerator: Accelerator, model: Any, recipe: Recipe
+) -> tuple[Any, Any, torch.optim.Optimizer]:
+    """Prepare a model and a new optimizer with Accelerate, with the extra steps that FSDP and DeepSpeed need.
 
     Returns:
-        The model and its optimizer as Accelerate has prepared them, and the optimizer that PyTorch knows.
+        The prepared model, the prepared optimizer, and the PyTorch optimizer inside it.
 
     Raises:
-        RecipeError: if FSDP cannot have the model as it is configured.
+        RecipeError: if FSDP cannot train the model with these settings.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _configure_deepspeed(accelerator, recipe)
@@ -108,20 +111,21 @@ def prepare(accelerator: Accelerator, model: Any, recipe: Recipe) -> tuple[Any, 
     prepared, wrapped = accelerator.prepare(model, optimizer)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _register_prefixes(model)
-        accelerator.state.deepspeed_plugin.set_deepspeed_weakref()  # by this transformers generates in step
+        # `generate` reads this and keeps the processes in step.
+        accelerator.state.deepspeed_plugin.set_deepspeed_weakref()
         return prepared, wrapped, optimizer
-    start_moments(optimizer)
+    initialize_optimizer_state(optimizer)
     if accelerator.distributed_type == DistributedType.FSDP and hasattr(model, "generate"):
         register_fsdp_forward_method(prepared, "generate")
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        base._is_fsdp_managed_module = True  # as above
+        base._is_fsdp_managed_module = True  # `generate` reads this and keeps the processes in step.
     return prepared, wrapped, optimizer
 
 
-def start_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter the state that AdamW gives it with its first gradient.
+def initialize_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Create AdamW's state for every parameter, as AdamW does with the first gradient.
 
-    A checkpoint must have the state of all parameters, and some have had no gradient when it is written: a part that
+    A checkpoint must contain the state of all parameters. Some may have had no gradient yet: a part of the model that
     the task does not use, or the head of a task that was not drawn yet.
     """
     for group in optimizer.param_groups:
@@ -134,32 +138,33 @@ def start_moments(optimizer: torch.optim.Optimizer) -> None:
 
 
 @contextmanager
-def whole(parameters: Iterable[nn.Parameter], changed: bool = False) -> Iterator[None]:
-    """Have parameters whole for a while that ZeRO-3 has divided; others are left as they are.
+def gathered_parameters(parameters: Iterable[nn.Parameter], modified: bool = False) -> Iterator[None]:
+    """Gather the parameters that ZeRO-3 has sharded; other parameters are unchanged.
 
     Args:
         parameters: the parameters.
-        changed: whether they are written to; what the main process writes is kept.
+        modified: whether the code inside writes to them; the values of the main process are kept.
     """
-    divided = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    if not divided:
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(divided, modifier_rank=0 if changed else None):
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if modified else None):
         yield
 
 
-def save_parts(engine: Any, folder: Path) -> None:
-    """Have every process write its part of what is trained, and of the optimizer, as DeepSpeed does."""
-    names = set(trained(engine.module))
+def save_deepspeed_state(engine: Any, folder: Path) -> None:
+    """Have every process write its shard of the trained weights and of the optimizer, in DeepSpeed's format."""
+    names = set(trained_parameters(engine.module))
 
-    def drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        for name in set(state) - names:  # DeepSpeed leaves out the first name only of a frozen weight that is tied
+    def drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        # `exclude_frozen_parameters` drops a tied weight under its first name only.
+        for name in set(state) - names:
             del state[name]
 
-    handle = engine.module.register_state_dict_post_hook(drop)
+    handle = engine.module.register_state_dict_post_hook(drop_frozen)
     try:
         engine.save_checkpoint(folder.parent, folder.name, save_latest=False, exclude_frozen_parameters=True)
     finally:
@@ -171,28 +176,29 @@ def _make_ready_for_fsdp(accelerator: Accelerator, model: Any) -> None:
     buffers = sorted(set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)})
     if plugin.cpu_ram_efficient_loading and buffers:
         raise RecipeError(
-            f"`fsdp_cpu_ram_efficient_loading`: Accelerate cannot hand on {', '.join(buffers)}; set it to false."
+            f"`fsdp_cpu_ram_efficient_loading`: Accelerate cannot send the buffers {', '.join(buffers)} to the other "
+            "processes; set it to false."
         )
-    kinds = sorted({str(parameter.dtype) for parameter in trained(model).values()})
-    if accelerator.mixed_precision == "no" and len(kinds) > 1:
+    dtypes = sorted({str(parameter.dtype) for parameter in trained_parameters(model).values()})
+    if accelerator.mixed_precision == "no" and len(dtypes) > 1:
         raise RecipeError(
-            f"`mixed_precision`: what is trained is in part {' and in part '.join(kinds)}, which FSDP takes under "
-            "mixed precision only: set it to bf16."
+            f"`mixed_precision`: the trained parameters are {' and '.join(dtypes)}, which FSDP supports under mixed "
+            "precision only: set it to bf16."
         )
-    # By default Accelerate gathers all of transformers' `_no_split_modules` for themselves. In BERT and its like those
-    # are also what holds the input embeddings, which Accelerate shards too, and cannot if they already are.
+    # By default Accelerate shards each of transformers' `_no_split_modules` as a unit. In BERT and similar models one
+    # of them contains the input embeddings. Accelerate shards these too, and fails if they are sharded already.
     embeddings = model.get_input_embeddings()
     if "FSDP_TRANSFORMER_CLS_TO_WRAP" not in os.environ:
         without = {type(module).__name__ for module in model.modules() if embeddings not in module.children()}
         plugin.transformer_cls_names_to_wrap = [name for name in model._no_split_modules or () if name in without]
     for module in list(model.modules()):
-        # All who share a weight must be sharded together. Accelerate does so with the model's own embeddings; the
-        # encoder's and the decoder's are others.
+        # Modules that share a weight must be sharded together. Accelerate handles the model's own embeddings; an
+        # encoder and a decoder have further embedding modules with the same weight.
         for name, child in list(module.named_children()):
             if type(child) is type(embeddings) and child.weight is embeddings.weight:
                 setattr(module, name, embeddings)
-        # With `cpu_ram_efficient_loading` the other processes' parameters have no memory, by whose address Accelerate
-        # tells them apart in the optimizer. What is in it does not matter: the main process's values come after.
+        # With `cpu_ram_efficient_loading` the parameters of the other processes are on the meta device. Accelerate
+        # finds parameters in the optimizer by their address, so they need memory. The main process sends the values.
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.requires_grad and parameter.is_meta:
                 setattr(module, name, nn.Parameter(torch.zeros_like(parameter, device="cpu")))
@@ -209,7 +215,7 @@ def _configure_deepspeed(accelerator: Accelerator, recipe: Recipe) -> None:
 
 
 def _register_prefixes(model: nn.Module) -> None:
-    """Have ZeRO-3 gather the prefix for every layer, where it is read just before attention."""
+    """Have ZeRO-3 gather the prefix for the parent of each attention module, whose hooks read the prefix."""
     import deepspeed
 
     for layer in [module for module in model.modules() if isinstance(module, PrefixTuningV2Layer)]:

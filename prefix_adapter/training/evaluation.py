@@ -1,4 +1,4 @@
-"""From rows to answers and metrics, on one process or many."""
+"""Answers and metrics of a model on rows, on any number of processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
 
 def make_features(task: Task, rows: Dataset, solved: bool, num_proc: int | None = None) -> Dataset:
-    """Tokenize a data set to learn from."""
+    """Tokenize the rows of a data set.
+
+    Args:
+        task: the task.
+        rows: the checked rows.
+        solved: whether the rows have solutions, from which labels are made.
+        num_proc: the number of processes; `None` for this process alone.
+    """
     return rows.map(
         task.training_features,
         batched=True,
@@ -38,23 +45,23 @@ def make_features(task: Task, rows: Dataset, solved: bool, num_proc: int | None 
 def answer_rows(
     task: Task, model: nn.Module, rows: Columns, batch_size: int, device: torch.device, progress: bool = False
 ) -> list[Row]:
-    """Answer some rows in this process.
+    """Predict the answers of rows in this process.
 
     Args:
         task: the task.
         model: the model, in eval mode.
-        rows: the rows' columns; they must have been checked.
+        rows: the columns of the rows, which must have been checked.
         batch_size: features of a forward pass.
-        device: where the model is.
-        progress: whether to show a bar.
+        device: the model's device.
+        progress: whether to show a progress bar.
 
     Returns:
         An answer for each row.
     """
-    return _run(task, model, rows, batch_size, device, solved=False, progress=progress)[0]
+    return _predict(task, model, rows, batch_size, device, solved=False, progress=progress)[0]
 
 
-def _run(
+def _predict(
     task: Task,
     model: Any,
     rows: Columns,
@@ -64,7 +71,21 @@ def _run(
     progress: bool = False,
     rounds: int | None = None,
 ) -> tuple[list[Row], float, int]:
-    """Answers, the sum of the losses of all items, and their number."""
+    """Predict the answers of rows, and compute their loss if they are solved.
+
+    Args:
+        task: the task.
+        model: the model, in eval mode.
+        rows: the columns of the rows.
+        batch_size: features of a forward pass.
+        device: the model's device.
+        solved: whether to use the rows' solutions.
+        progress: whether to show a progress bar.
+        rounds: the number of forward passes; by default as many as there are batches.
+
+    Returns:
+        An answer for each row, the sum of the losses of all items, and the number of items.
+    """
     count = len(next(iter(rows.values())))
     columns = task.features(rows, list(range(count)), solved)
     features = rows_of(columns)
@@ -74,7 +95,7 @@ def _run(
     records: list[Any] = [None] * len(features)
     loss, items = 0.0, 0
     for number in tqdm(range(rounds or len(batches)), desc="Evaluating", disable=not progress, leave=False):
-        # A sharded model computes in step with the other processes, so one that is done repeats its last batch.
+        # A sharded model needs all processes in every forward pass: a process that is done repeats its last batch.
         indices = batches[min(number, len(batches) - 1)]
         chosen = [features[i] for i in indices]
         batch = {key: value.to(device) for key, value in task.collate(chosen).items()}
@@ -82,7 +103,7 @@ def _run(
         if solved:
             mean, output = task.loss(model, batch)
             own = sum(task.num_items(each["labels"]) for each in chosen)
-            if number < len(batches) and own:  # the mean of no losses is not a number
+            if number < len(batches) and own:  # The mean of no losses is not a number.
                 loss, items = loss + float(mean) * own, items + own
         batch.pop("labels", None)
         for i, record in zip(indices, task.outputs(model, batch, output), strict=True):
@@ -98,12 +119,12 @@ def _run(
 def evaluate(
     task: Task, model: nn.Module, rows: Dataset, batch_size: int, accelerator: Accelerator
 ) -> tuple[dict[str, float], list[Row]]:
-    """Measure a model on rows with solutions, every process on its share of them.
+    """Evaluate a model on rows with solutions; each process computes its share of the rows.
 
     Args:
         task: the task.
-        model: the model as Accelerate has prepared it; its mode is left as it was.
-        rows: the rows; they must have been checked.
+        model: the model, with or without Accelerate's wrapper; its train or eval mode is restored.
+        rows: the rows, which must have been checked.
         batch_size: features of a forward pass of one process.
         accelerator: the accelerator.
 
@@ -111,37 +132,31 @@ def evaluate(
         The metrics, `loss` among them, and an answer for each row; the same in every process.
     """
     model = accelerator.unwrap_model(model)
-    processes, process = accelerator.num_processes, accelerator.process_index
-    per_process = -(-len(rows) // processes)
-    start = min(process * per_process, len(rows) - 1)
-    mine = rows.select(range(start, min(start + per_process, len(rows))))[:]
-    own = len(range(process * per_process, min((process + 1) * per_process, len(rows))))  # 0 where there are too few
+    processes = accelerator.num_processes
+    size = -(-len(rows) // processes)
+    start = accelerator.process_index * size
+    has_rows = start < len(rows)
+    if not has_rows:  # This process computes the last row again: a sharded model needs all processes.
+        start = len(rows) - 1
+    mine = rows.select(range(start, min(start + size, len(rows))))[:]
     rounds = None
     if processes > 1:
         count = len(task.features(mine, list(range(len(next(iter(mine.values()))))), True)["row"])
         rounds = max(gather_object([-(-count // batch_size)]))
-    run = partial(
-        _run, task, model, mine, batch_size, accelerator.device, progress=accelerator.is_main_process, rounds=rounds
-    )
+    progress = accelerator.is_main_process
+    predict = partial(_predict, task, model, mine, batch_size, accelerator.device, progress=progress, rounds=rounds)
     training = model.training
     model.eval()
     try:
-        answers, loss, items = run(solved=True)
+        answers, loss, items = predict(solved=True)
         if not task.answers_with_labels:
-            answers, _, _ = run(solved=False)
+            answers, _, _ = predict(solved=False)
     finally:
         model.train(training)
-    if own == 0:
+    if not has_rows:
         answers, loss, items = [], 0.0, 0
     answers = gather_object(answers)
     sums = gather_object([(loss, items)])
     total = sum(each[1] for each in sums)
     loss = sum(each[0] for each in sums) / max(total, 1)
     return {"loss": loss, **task.loss_metrics(loss), **task.metrics(answers, rows[task.target])}, answers
-
-
-def is_better(task: Task, name: str, value: float, best: float | None) -> bool:
-    """Whether a metric's value is better than the best one so far."""
-    if best is None:
-        return True
-    return value < best if name in task.lower_is_better else value > best

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and folders that one run works in at a time."""
+"""Atomic writes, file errors that name the path, and the lock of an output folder."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 UNFINISHED = ".unfinished-"
-"""What the names of files and folders begin with that are not written to the end."""
-_LOCK, _NOTE = ".run.lock", ".run.json"
-LOCKS = (_LOCK, _NOTE)
-"""The lock of a folder, and the note that says which process holds the lock."""
+"""The prefix of the names of temporary files and folders."""
+_LOCK, _OWNER = ".run.lock", ".run.json"
+LOCK_FILES = (_LOCK, _OWNER)
+"""The lock of a folder, and the file that names the process that holds it."""
 _WINDOWS = os.name == "nt"
 
 
-def to_disk(path: Path) -> None:
-    """Wait until a file's contents, or a folder's list of names, are on the disk."""
+def fsync_path(path: Path) -> None:
+    """Flush a file's contents, or the entries of a folder, to the disk."""
     if path.is_dir():
-        if _WINDOWS:  # folders cannot be opened there, and their lists of names need no flush
+        if _WINDOWS:  # Windows cannot open folders and needs no flush for their entries.
             return
         flags = os.O_RDONLY
     else:
-        flags = os.O_RDWR  # Windows flushes only what is open for writing
+        flags = os.O_RDWR  # Windows flushes only files that are open for writing.
     handle = os.open(path, flags)
     try:
         os.fsync(handle)
@@ -43,11 +43,11 @@ def to_disk(path: Path) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Have an error in writing name the file or folder.
+def path_in_errors(path: Path) -> Iterator[None]:
+    """Add the path of a file or folder to the message of a write error.
 
     Raises:
-        OSError: for every `OSError`, and for the error that safetensors has of its own for a full disk.
+        OSError: for every `OSError`, and for the error that safetensors raises when the disk is full.
     """
     try:
         yield
@@ -57,17 +57,17 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write a file to, which takes the place of `path` once the file is whole and on the disk.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file, which replaces `path` once it is complete and on the disk.
 
     Raises:
-        OSError: if the file cannot be written; `path` is as it was before.
+        OSError: if the file cannot be written; `path` is unchanged.
     """
     scratch = path.with_name(UNFINISHED + path.name)
     try:
-        with naming(path):
+        with path_in_errors(path):
             yield scratch
-            to_disk(scratch)
+            fsync_path(scratch)
             scratch.replace(path)
     except BaseException:
         with suppress(OSError):
@@ -76,66 +76,66 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    with replacing(path) as scratch:
+    """Write a text file atomically."""
+    with atomic_write(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes, and other runs of this process, from working in a folder.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Lock a folder against other processes, and against other runs of this process.
 
-    The folder is made. If nothing is in it at the end, it is removed, with the parents that were made for it. The
-    operating system releases the lock of a process that dies, however it dies.
+    The folder is created if it does not exist. A folder that is empty at the end is removed, together with the
+    parents that were created for it. The operating system releases the lock when the process dies.
 
     Raises:
-        RecipeError: if the folder is in use; the message names the process.
-        OSError: if nothing can be written there.
+        RecipeError: if the folder is locked; the message names the process that holds the lock.
+        OSError: if the folder cannot be written to.
     """
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    created = [each for each in (folder, *folder.parents) if not each.exists()]
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"`output_dir`: {folder} is a file. Choose another folder.")
-    lock, note = FileLock(folder / _LOCK), folder / _NOTE
+    lock, owner_file = FileLock(folder / _LOCK), folder / _OWNER
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise RecipeError(
-                f"`output_dir`: {_holder(note)} is working in {folder}. Wait until it is done or stop it, or choose "
-                "another folder."
+                f"`output_dir`: {_lock_owner(owner_file)} is working in {folder}. Wait until it ends, stop it, or "
+                "choose another folder."
             ) from error
         try:
-            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-            with naming(note):
-                note.write_text(json.dumps(holder) + "\n", encoding="utf-8")
+            owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            with path_in_errors(owner_file):
+                owner_file.write_text(json.dumps(owner) + "\n", encoding="utf-8")
             yield
         finally:
-            # Removed while the lock is held: who waits for it finds that the file has gone, and makes a new one.
-            for name in LOCKS:
+            # Removed before the lock is released: a process that waits for the lock then creates a new file.
+            for name in LOCK_FILES:
                 with suppress(OSError):
                     (folder / name).unlink()
             lock.release()
     finally:
-        with suppress(OSError):  # it is not empty
-            for each in made:
+        with suppress(OSError):  # The folder is not empty.
+            for each in created:
                 each.rmdir()
 
 
-def _holder(note: Path) -> str:
+def _lock_owner(path: Path) -> str:
     try:
-        found = json.loads(note.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
         return f"process {int(found['pid'])} on {found['host']} (since {found['since']})"
-    except (OSError, ValueError, KeyError, TypeError):  # it is just being written, or the lock is not a run's
+    except (OSError, ValueError, KeyError, TypeError):  # The file is being written, or another program holds the lock.
         return "another process"
 
 
 def check_new(path: Path, overwrite: bool) -> None:
-    """See whether a file may be written.
+    """Check that a file may be written.
 
     Raises:
-        FileExistsError: if it exists and may not be replaced.
-        IsADirectoryError: if it is a folder.
+        FileExistsError: if the file exists and `overwrite` is false.
+        IsADirectoryError: if the path is a folder.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder, and must be the name of a file", str(path))

@@ -21,8 +21,8 @@ from . import checkpoint, outputs
 from .adapter_recipe import load_adapter_recipe
 from .data import DataError, divide, load_rows
 from .evaluation import answer_rows, evaluate
-from .files import check_new, replacing, to_disk
-from .loop import accelerating
+from .files import atomic_write, check_new, fsync_path
+from .loop import training_accelerator
 from .model import load_base, load_tokenizer, wrap
 from .recipe import NO_ADAPTER, Recipe, RecipeError, load_recipe
 from .tasks import TASK_CLASSES
@@ -182,13 +182,13 @@ def evaluate_adapter(
         rows = load_rows(dataclasses.replace(recipe.data, path=None, test=data), "test")
     task.check(rows, source)
     recipe.report_to = []
-    with accelerating(recipe) as accelerator:
+    with training_accelerator(recipe) as accelerator:
         trained.to(accelerator.device)
         found, answers = evaluate(task, trained, rows, batch_size or recipe.eval_batch_size, accelerator)
         if predictions is not None and accelerator.is_main_process:
             target = Path(os.path.realpath(predictions))
             target.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(target) as scratch, scratch.open("wb") as out:
+            with atomic_write(target) as scratch, scratch.open("wb") as out:
                 for row, answer in zip(rows, answers, strict=True):
                     out.write(_json_line({**row, **answer}))
     metrics = Metrics(found)
@@ -336,7 +336,7 @@ class _AnswerWriter:
             with self._file or nullcontext():
                 yield
             if partial is not None:
-                to_disk(partial)
+                fsync_path(partial)
                 partial.replace(partial.with_name(partial.name.removesuffix(PARTIAL)))
         except (DataError, OSError, KeyboardInterrupt) as error:
             kind = OSError if isinstance(error, OSError) else type(error)

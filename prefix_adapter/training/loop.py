@@ -1,4 +1,4 @@
-"""The training loop: Accelerate's, for any number of processes, that can stop anywhere and go on exactly there."""
+"""The training loop: runs with Accelerate on any number of processes, and resumes exactly where it stopped."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import signal
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -17,27 +18,29 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from tqdm.auto import tqdm
 
-from ..training import checkpoint
-from .batches import shares
-from .distributed import check, load_whole
-from .model import new_scheduler, trained
+from . import checkpoint
+from .batches import split_batch
+from .distributed import check_launch, disable_sharded_loading
+from .model import new_scheduler, trained_parameters
 from .outputs import how_to_resume
 from .recipe import RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from torch import Tensor, nn
 
-    from .lesson import Lesson
-    from .multitask import JointLesson
-    from .outputs import Log
+    from .objective import TrainingObjective
     from .recipe import Recipe
+    from .reports import MetricsLog
+
+EvaluationCallback: TypeAlias = Callable[[int, dict[str, float]], None]
+"""Called by the main process after every evaluation, with the step and the metrics of the validation rows."""
 
 
 class TrainingInterrupted(Exception):
-    """Training was asked to stop, and did so after writing a checkpoint; the message says how to go on."""
+    """Training stopped on a signal after writing a checkpoint; the message says how to resume."""
 
     def __init__(self, message: str, signal_number: int | None) -> None:
         super().__init__(message)
@@ -48,42 +51,43 @@ class TrainingInterrupted(Exception):
 
 
 class TrainingDiverged(Exception):
-    """The loss is not finite; the message says what to try."""
+    """The loss is not finite; the message suggests remedies."""
 
 
 def new_accelerator(recipe: Recipe) -> Accelerator:
-    """The accelerator of a run; `accelerate launch` and its configuration files decide the rest.
+    """Create the accelerator of a run; other settings come from `accelerate launch` and its configuration files.
 
     Raises:
-        RecipeError: see `distributed.check`; or if a tracker is not there, which Accelerate may not mention.
+        RecipeError: if a tracker is not installed (Accelerate may ignore that silently), or see
+            `distributed.check_launch`.
     """
     trackers = [str(each) for each in get_available_trackers()]
     for name in recipe.report_to:
         if name not in trackers:
             raise RecipeError(
-                f"`report_to`: Accelerate knows no {name!r}, or it is not installed; there are {trackers}."
+                f"`report_to`: the tracker {name!r} is unknown to Accelerate or not installed; there are {trackers}."
             )
-    # By torch; Accelerate knows no other word for it.
+    # PyTorch deprecates the argument, but Accelerate has no other name for it.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     parts = recipe.gradient_accumulation_steps
     accelerator = Accelerator(
-        # Said in any case: else it would be, without a word, that of an earlier Accelerator of this process.
+        # Always set: otherwise an earlier Accelerator of this process decides silently.
         mixed_precision=recipe.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
-        # As a plain number an environment variable would go before it.
+        # A plugin, because an environment variable overrides a plain number.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=parts),
         log_with=recipe.report_to or None,
         project_config=ProjectConfiguration(recipe.output_dir, logging_dir=f"{recipe.output_dir}/logs"),
-        # Buffers are the frozen backbone's and do not change.
+        # All buffers belong to the frozen backbone and do not change.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    check(accelerator, recipe)
-    load_whole(accelerator)
+    check_launch(accelerator, recipe)
+    disable_sharded_loading(accelerator)
     return accelerator
 
 
 @contextmanager
-def accelerating(recipe: Recipe) -> Iterator[Accelerator]:
-    """The accelerator of a run, which ends with it.
+def training_accelerator(recipe: Recipe) -> Iterator[Accelerator]:
+    """Yield the accelerator of a run, and end its trackers and process group afterwards.
 
     Raises:
         RecipeError: see `new_accelerator`.
@@ -95,91 +99,88 @@ def accelerating(recipe: Recipe) -> Iterator[Accelerator]:
     finally:
         accelerator.end_training()
         if first and accelerator.num_processes == 1:
-            # Private, and the only way to let the next run of this process have another precision.
+            # Private API: the only way to use another precision in the next run of this process.
             AcceleratorState._reset_state()
 
 
 class Loop:
-    """One training run.
+    """Trains a model on an objective.
 
     Args:
-        recipe: the recipe.
-        lesson: what is learnt, from which rows.
-        model: the model, with what is trained requiring gradients.
+        recipe: the recipe; for several tasks, the settings that they share.
+        objective: the batches, loss and metrics.
+        model: the model; exactly its trained parameters require gradients.
         accelerator: the accelerator.
         checkpoints: the folder for checkpoints.
-        log: where metrics are recorded.
-        on_evaluation: called by the main process after every evaluation, with the step and the validation rows'
-            metrics; what it raises ends the run.
+        log: the record of losses and metrics.
+        command: the subcommand of `prefix-adapter` that resumes the run, for messages.
+        on_evaluation: called by the main process after every evaluation, with the step and the metrics of the
+            validation rows; an exception that it raises ends the run.
 
     Raises:
-        RecipeError: if there is no such schedule.
+        RecipeError: if the schedule does not exist.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        lesson: Lesson | JointLesson,
+        objective: TrainingObjective,
         model: nn.Module,
         accelerator: Accelerator,
         checkpoints: Path,
-        log: Log,
-        on_evaluation: Callable[[int, dict[str, float]], None] | None = None,
+        log: MetricsLog,
+        command: str,
+        on_evaluation: EvaluationCallback | None = None,
     ) -> None:
-        self.recipe, self.lesson, self.accelerator, self.log = recipe, lesson, accelerator, log
-        self.on_evaluation, self.checkpoints = on_evaluation, checkpoints
-        self.batches, self.metric = lesson.batches, lesson.metric
+        self.recipe, self.objective, self.accelerator, self.log = recipe, objective, accelerator, log
+        self.command, self.on_evaluation, self.checkpoints = command, on_evaluation, checkpoints
+        self.batches = objective.batches
         self.steps = math.ceil(recipe.num_train_epochs * self.batches.steps_per_epoch)
         self.steps = min(self.steps, recipe.max_steps or self.steps)
         self.eval_steps = recipe.eval_steps or self.batches.steps_per_epoch
-        self.model, self.optimizer, optimizer = lesson.prepare(model)
+        self.model, self.optimizer, optimizer = objective.prepare(model)
         self.scheduler = new_scheduler(recipe, optimizer, self.steps, self.batches.steps_per_epoch)
-        self.parameters = list(trained(self.model).values())
+        self.parameters = list(trained_parameters(self.model).values())
         self.state: dict[str, Any] = {"best_step": None, "best_metrics": None, "evaluations_since_best": 0}
-        self.step, self._sum, self._count = 0, 0.0, 0
+        self.step, self._loss_sum, self._loss_count = 0, 0.0, 0
         self._pending: Tensor | None = None
         self._pending_step, self._pending_rates = 0, self._rates()
         self._signal: int | None = None
 
-    def try_out(self) -> None:
-        """Meet now what would else end the run in its middle.
+    def unwrapped_model(self) -> Any:
+        """The model without Accelerate's wrapper."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def resume(self) -> None:
+        """Load the last intact checkpoint, if there are checkpoints.
+
+        The schedule follows this run's recipe: if the recipe has more steps than the recipe of the checkpoint, the
+        learning rates from here on are those of a run of the new length.
 
         Raises:
-            RecipeError: if the longest row is too long for the model, or there is no such metric.
+            CheckpointError: if there are checkpoints, but none is intact.
+            RecipeError: if the checkpoint has more steps than this run.
         """
-        self.lesson.try_out(self.accelerator.unwrap_model(self.model))
-
-    def resume(self) -> bool:
-        """Go back to the last whole checkpoint; `False` if there is none.
-
-        The schedule is that of this run's recipe: where the recipe has more steps than the one that the checkpoint was
-        written with, the rates from here on are those that a run of that length has.
-
-        Raises:
-            CheckpointError: if there are checkpoints, and none that is whole.
-            RecipeError: if the checkpoint is behind the last step of this run.
-        """
-        model = self.accelerator.unwrap_model(self.model)
-        step = checkpoint.choose(self.checkpoints, self.accelerator, model, self.metric)
+        metric = self.objective.metric
+        step = checkpoint.find_intact(self.checkpoints, self.accelerator, self.unwrapped_model(), metric)
         if step is None:
-            return False
+            return
         if step > self.steps:
             raise RecipeError(
                 f"`num_train_epochs`, `max_steps`: the run in {self.recipe.output_dir} has been trained for {step} "
-                f"steps, and with these it would have {self.steps}. It can be made longer, not shorter."
+                f"steps, and these values allow {self.steps}. A run can be made longer, not shorter."
             )
-        folder = checkpoint.folder_of(self.checkpoints, step)
+        folder = checkpoint.step_folder(self.checkpoints, step)
         state = checkpoint.restore(folder, self.accelerator, self.model, self.optimizer)
         self.step = step
         self.state = {key: state[key] for key in self.state}
-        self._sum, self._count = state["loss_sum"], state["loss_count"]
+        self._loss_sum, self._loss_count = state["loss_sum"], state["loss_count"]
         self._set_schedule(state["scheduler"]["last_epoch"])
-        self._keep()
-        self.accelerator.print(f"Resuming after step {self.step} of {self.steps}.{self._why_done()}")
-        return True
+        self._remove_old_checkpoints()
+        self.accelerator.print(f"Resuming after step {self.step} of {self.steps}.{self._how_to_train_longer()}")
 
     def _set_schedule(self, count: int) -> None:
-        """Go on with the schedule after so many of its steps."""
+        """Set the schedule, and the learning rates, to the state after `count` of its steps."""
         factors = [factor(count) for factor in self.scheduler.lr_lambdas]
         rates = [rate * factor for rate, factor in zip(self.scheduler.base_lrs, factors, strict=True)]
         done = {"last_epoch": count, "_step_count": count + 1, "_last_lr": rates}
@@ -187,12 +188,12 @@ class Loop:
         for group, rate in zip(self.optimizer.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
-    def _why_done(self) -> str:
-        """What to say of a run that has nothing left to train."""
+    def _how_to_train_longer(self) -> str:
+        """For a finished run, a sentence with the settings that make it longer; otherwise an empty text."""
         if self.step == self.steps:
-            return " With a larger `num_train_epochs` or `max_steps` it would be trained longer."
+            return " The run is finished. With a larger `num_train_epochs` or `max_steps` it trains longer."
         if self._patience_is_over():
-            return " It had stopped early; with a larger `early_stopping_patience` it would be trained longer."
+            return " The run has stopped early. With a larger `early_stopping_patience` it trains longer."
         return ""
 
     def run(self) -> None:
@@ -205,28 +206,25 @@ class Loop:
         """
         recipe = self.recipe
         if self.step == 0:
-            set_seed(recipe.seed + self.accelerator.process_index)  # dropout differs from process to process
+            set_seed(recipe.seed + self.accelerator.process_index)  # Each process has its own dropout.
         self.model.train()
         previous = self._catch_signals()
-        bar = tqdm(total=self.steps, initial=self.step, desc="Training", disable=not self._main)
+        bar = tqdm(total=self.steps, initial=self.step, desc="Training", disable=not self.accelerator.is_main_process)
         try:
             while self.step < self.steps and not self._patience_is_over():
                 rates = self._rates()
                 loss = self._train_step(self.batches[self.step])
                 self.step += 1
-                stop = self._read()
+                stop = self._read_pending()
                 flags = torch.stack([loss, torch.full_like(loss, self._signal is not None)])
-                # Read in the next step only, so that this one need not be waited for.
-                self._pending, self._pending_step, self._pending_rates = (
-                    self.accelerator.reduce(flags),
-                    self.step,
-                    rates,
-                )
+                # Read in the next step, so that the CPU does not wait for the device now.
+                self._pending = self.accelerator.reduce(flags)
+                self._pending_step, self._pending_rates = self.step, rates
                 last = self.step == self.steps
                 evaluate_now = last or self.step % self.eval_steps == 0
                 save_now = evaluate_now or bool(recipe.save_steps and self.step % recipe.save_steps == 0)
                 if save_now or stop:
-                    stop = self._read() or stop
+                    stop = self._read_pending() or stop
                 bar.update()
                 if evaluate_now:
                     stop = self._evaluate() or stop
@@ -235,7 +233,7 @@ class Loop:
                 if stop and not last and not self._patience_is_over():
                     raise TrainingInterrupted(
                         f"Stopped after step {self.step} of {self.steps}; the checkpoint is in {self.checkpoints}. "
-                        f"{how_to_resume(recipe.output_dir, self.lesson.command)}",
+                        f"{how_to_resume(recipe.output_dir, self.command)}",
                         self._signal,
                     )
         finally:
@@ -243,23 +241,19 @@ class Loop:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    @property
-    def _main(self) -> bool:
-        return self.accelerator.is_main_process
-
     def _train_step(self, batch: list[int]) -> Tensor:
-        """One optimizer step; returns this process's share of the batch's mean loss."""
+        """Take one optimizer step; return this process's share of the batch's mean loss."""
         accelerator, parts = self.accelerator, self.recipe.gradient_accumulation_steps
-        items = self.lesson.items
+        items = self.objective.items
         total = sum(items[i] for i in batch)
         sum_of_losses = torch.zeros((), device=accelerator.device)
-        for share in shares(batch, parts, accelerator.process_index, accelerator.num_processes):
+        for features in split_batch(batch, parts, accelerator.process_index, accelerator.num_processes):
             with accelerator.accumulate(self.model):
-                loss = self.lesson.loss(self.model, share)
-                # The model gives the mean over its own items. Accelerate divides by the parts, and the processes'
-                # gradients are averaged: so weighed, their sum is that of the mean over the whole batch, however it
-                # is shared out.
-                weight = sum(items[i] for i in share) / total
+                loss = self.objective.loss(self.model, features)
+                # `loss` is the mean over the items of `features`. Accelerate divides it by `parts` and averages the
+                # gradients over the processes. With this weight the result is the gradient of the mean over the
+                # whole batch, however the batch is split.
+                weight = sum(items[i] for i in features) / total
                 accelerator.backward(loss * (weight * parts * accelerator.num_processes))
                 if accelerator.sync_gradients and self.recipe.max_grad_norm:
                     accelerator.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm)
@@ -270,48 +264,57 @@ class Loop:
             self.scheduler.step()
         return sum_of_losses
 
-    def _read(self) -> bool:
-        """Read what is pending of the last step; whether some process was asked to stop."""
+    def _read_pending(self) -> bool:
+        """Read the loss of the last step; return whether a process received a signal."""
         if self._pending is None:
             return False
         (loss, stop), self._pending = self._pending.tolist(), None
         if not math.isfinite(loss):
             raise self._diverged(f"the loss became {loss}")
-        self._sum, self._count = self._sum + loss, self._count + 1
-        if self._count >= self.recipe.logging_steps:
-            self._write(self._pending_step, "train", {"loss": self._sum / self._count, **self._pending_rates})
-            self._sum, self._count = 0.0, 0
+        self._loss_sum, self._loss_count = self._loss_sum + loss, self._loss_count + 1
+        if self._loss_count >= self.recipe.logging_steps:
+            mean = self._loss_sum / self._loss_count
+            self.write("train", {"loss": mean, **self._pending_rates}, self._pending_step)
+            self._loss_sum, self._loss_count = 0.0, 0
         return stop > 0
 
     def _diverged(self, what: str) -> TrainingDiverged:
-        found = checkpoint.find(self.checkpoints)
-        kept = f"The checkpoint of step {found[-1]} was written before. " if found else ""
+        saved = checkpoint.saved_steps(self.checkpoints)
+        kept = f"The checkpoint of step {saved[-1]} is intact. " if saved else ""
         rates = ", ".join(f"{rate:g}" for rate in self._rates().values())
         return TrainingDiverged(
             f"By step {self.step} {what}. {kept}Try a lower `learning_rate` or `head_learning_rate` (they were "
-            f"{rates}), a longer warm-up (`warmup_ratio`), or `mixed_precision: bf16` or `no` in place of fp16."
+            f"{rates}), a longer warm-up (`warmup_ratio`), or `mixed_precision: bf16` or `no` instead of fp16."
         )
 
     def _rates(self) -> dict[str, float]:
         groups = self.optimizer.optimizer.param_groups
         return {f"learning_rate/{group['name']}": group["lr"] for group in groups}
 
-    def _write(self, step: int, split: str, values: dict[str, float]) -> None:
+    def write(self, split: str, values: dict[str, float], step: int | None = None) -> None:
+        """Record values of a step, by default of the current one."""
+        step = self.step if step is None else step
         self.log.write(step, step / self.batches.steps_per_epoch, split, values)
 
     def _evaluate(self) -> bool:
-        """Measure on the validation rows; whether to stop early."""
-        metrics = self.lesson.measure(self.accelerator.unwrap_model(self.model))
+        """Evaluate on the validation rows; return whether to stop early."""
+        metrics = self.objective.evaluate(self.unwrapped_model())
         if not math.isfinite(metrics["loss"]):
             raise self._diverged(f"the loss of the validation rows became {metrics['loss']}")
-        self._write(self.step, "validation", metrics)
-        if self.lesson.is_better(metrics, self.state["best_metrics"]):
+        self.write("validation", metrics)
+        if self._is_better(metrics, self.state["best_metrics"]):
             self.state |= {"best_step": self.step, "best_metrics": metrics, "evaluations_since_best": 0}
         else:
             self.state["evaluations_since_best"] += 1
-        if self.on_evaluation and self._main:
+        if self.on_evaluation and self.accelerator.is_main_process:
             self.on_evaluation(self.step, metrics)
         return self._patience_is_over()
+
+    def _is_better(self, metrics: dict[str, float], best: dict[str, float] | None) -> bool:
+        if best is None:
+            return True
+        new, old = metrics[self.objective.metric], best[self.objective.metric]
+        return new < old if self.objective.lower_is_better else new > old
 
     def _patience_is_over(self) -> bool:
         patience = self.recipe.early_stopping_patience
@@ -320,34 +323,34 @@ class Loop:
     def _save(self) -> None:
         state = {
             **self.state,
-            "loss_sum": self._sum,
-            "loss_count": self._count,
+            "loss_sum": self._loss_sum,
+            "loss_count": self._loss_count,
             "scheduler": self.scheduler.state_dict(),
         }
         try:
             checkpoint.save(self.checkpoints, self.step, self.accelerator, self.model, self.optimizer, state)
         except FloatingPointError as error:
             raise self._diverged(str(error)) from error
-        self._keep()
+        self._remove_old_checkpoints()
         self.accelerator.wait_for_everyone()
 
-    def _keep(self) -> None:
-        if self._main:
-            checkpoint.keep(self.checkpoints, {self.step, self.state["best_step"]})
+    def _remove_old_checkpoints(self) -> None:
+        if self.accelerator.is_main_process:
+            checkpoint.remove_others(self.checkpoints, {self.step, self.state["best_step"]})
 
     def _catch_signals(self) -> dict[int, Any]:
-        """From now on the first SIGINT or SIGTERM is only noted; a second one has its usual effect."""
+        """Only record the first SIGINT or SIGTERM; a second one has its usual effect. Return the previous handlers."""
         previous: dict[int, Any] = {}
         if threading.current_thread() is not threading.main_thread():
             return previous
 
-        def note(number: int, frame: Any) -> None:
+        def record(number: int, frame: Any) -> None:
             self._signal = number
-            # torchrun passes a signal on to processes that may have got it already, and kills them in the end.
+            # Under torchrun keep the handler: torchrun forwards a signal that the processes may already have received.
             if not torch.distributed.is_torchelastic_launched():
                 signal.signal(number, previous[number])
 
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.getsignal(number)
-            signal.signal(number, note)
+            signal.signal(number, record)
         return previous

@@ -1,4 +1,4 @@
-"""The base model of a recipe, its adapter, and what is trained at which rate."""
+"""The base model of a recipe, its adapter, the optimizer and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..adapters.start import init_from, init_from_text, token_ids
-from ..api import PeftModel, get_peft_model  # not from peft: this makes our method known to PEFT
+from ..api import PeftModel, get_peft_model  # not from peft: this import registers our method with PEFT
 from .recipe import NO_ADAPTER, RecipeError, say
 
 if TYPE_CHECKING:
@@ -25,66 +25,66 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .tasks import Task
 
-# Beside a new head, a table learns more in a few hundred steps from here than from the reference's 0.02
-# (docs/learning.md). A language model that works already is only disturbed by it.
+# With a new task head, a prefix table learns faster from this standard deviation than from the reference's 0.02
+# (docs/learning.md). Without a new head the model already works, and a large prefix only disturbs it.
 _TABLE_STD = 0.5
 _RATES = {"PREFIX_TUNING_V2": 3e-2, "LORA": 2e-3, "FULL": 3e-5}
 _HEAD_RATE = 2e-2
 _HEADS = ("classifier", "score", "qa_outputs")
-"""Heads that PEFT trains and saves by itself, for the task types that have one."""
+"""Head modules that PEFT trains and saves by default, for the task types that have one."""
 _NEED_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer.
+    """Load the base model's tokenizer.
 
     Raises:
-        RecipeError: if there is none, or it has no vocabulary: from a folder without a tokenizer's files transformers
-            makes one that reads every text as unknown, or as nothing.
+        RecipeError: if there is no tokenizer, or its vocabulary is empty. Transformers creates an empty tokenizer from
+            a folder without tokenizer files; every text would be unknown or empty.
     """
-    known = {key: value for key, value in recipe.model_kwargs.items() if key == "revision"}
+    revision = {key: value for key, value in recipe.model_kwargs.items() if key == "revision"}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            recipe.model, **known, trust_remote_code=recipe.trust_remote_code
+            recipe.model, **revision, trust_remote_code=recipe.trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(f"`model`: no tokenizer can be loaded from {recipe.model!r}: {explain(error)}") from error
+        raise RecipeError(f"`model`: no tokenizer can be loaded from {recipe.model!r}: {_explain(error)}") from error
     special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
-    if len(tokenizer.get_vocab().keys() - special) < 2:  # T5's has the sign for a space besides
+    if len(tokenizer.get_vocab().keys() - special) < 2:  # T5's empty tokenizer still has the sign for a space.
         raise RecipeError(
-            f"`model`: {recipe.model!r} has no tokenizer: there are no tokens but special ones. Save the model's own "
-            "tokenizer beside it (`tokenizer.save_pretrained`)."
+            f"`model`: {recipe.model!r} has no tokenizer: the vocabulary has only special tokens. Save the model's "
+            "tokenizer into the same folder (`tokenizer.save_pretrained`)."
         )
     return tokenizer
 
 
-def explain(error: BaseException) -> str:
-    """What transformers says of a model that cannot be loaded, in our words where code would have to be run."""
+def _explain(error: BaseException) -> str:
+    """The message of a loading error, with the way to allow remote code if the model needs it."""
     if "trust_remote_code" in str(error):
         return (
-            "it needs Python code that its repository contains, which is not run. If you trust the code, say so with "
-            "--trust_remote_code, or in Python with `trust_remote_code=True`."
+            "it needs Python code from its repository, which is not run by default. If you trust the code, use "
+            "--trust_remote_code, or in Python `trust_remote_code=True`."
         )
     return str(error)
 
 
 def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, list[str]]:
-    """The base model with the task's head.
+    """Load the base model with the task's head.
 
     A head that was trained with another number of labels is replaced by a new one.
 
     Returns:
-        The model, and the names of its modules that are the task's: the head, and what else the checkpoint has no
-        weights for, perhaps a pooler.
+        The model, and the names of its new modules: the head, and other modules that the checkpoint has no weights
+        for, such as a pooler.
 
     Raises:
-        RecipeError: if there is no such model, it has no such head, or the tokenizer is not that of the model.
+        RecipeError: if the model cannot be loaded with this head, or the tokenizer does not fit the model.
     """
-    # PEFT asks for it by its old name in every forward.
+    # PEFT reads this deprecated attribute in every forward.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     auto_class = getattr(transformers, task.auto_class)
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # the head is missing from the checkpoint: that is what we train
+    transformers.logging.set_verbosity_error()  # No warning about the missing head: it is trained.
     try:
         model, found = auto_class.from_pretrained(
             recipe.model,
@@ -95,14 +95,14 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, list[str]]:
         )
     except (OSError, ValueError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
         raise RecipeError(
-            f"`model`: {recipe.model!r} cannot be loaded as {task.auto_class}: {explain(error)}"
+            f"`model`: {recipe.model!r} cannot be loaded as {task.auto_class}: {_explain(error)}"
         ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    beside = [
+    outside = [
         name for name, child in model.named_children() if child is not model.base_model and list(child.parameters())
     ]
-    heads = beside if task.has_head and model.base_model is not model else []
+    heads = outside if task.has_head and model.base_model is not model else []
     _check_sizes(recipe, found["mismatched_keys"], heads)
     missing = sorted({name.rpartition(".")[0] for name in found["missing_keys"]})
     _fit_tokenizer(recipe, task, model)
@@ -110,7 +110,7 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, list[str]]:
 
 
 def _check_sizes(recipe: Recipe, mismatched: Iterable[Any], heads: list[str]) -> None:
-    """See that only the head's tensors have other sizes in the checkpoint than in the model.
+    """Check that only the head's tensors have other shapes in the checkpoint than in the model.
 
     Args:
         recipe: the recipe.
@@ -118,46 +118,46 @@ def _check_sizes(recipe: Recipe, mismatched: Iterable[Any], heads: list[str]) ->
         heads: names of the head's modules.
 
     Raises:
-        RecipeError: if another tensor has.
+        RecipeError: if a tensor outside the head has another shape.
     """
     for name, theirs, ours in sorted(mismatched):
         if not name.startswith(tuple(f"{head}." for head in heads)):
             raise RecipeError(
-                f"`model`: {name} is {tuple(theirs)} in the checkpoint of {recipe.model!r}, and {tuple(ours)} by its "
-                "configuration (and `model_kwargs`)."
+                f"`model`: {name} is {tuple(theirs)} in the checkpoint of {recipe.model!r}, and {tuple(ours)} in its "
+                "configuration (with `model_kwargs`)."
             )
     sizes = {(theirs[0], ours[0]) for _, theirs, ours in mismatched if len(theirs) == 2 and len(ours) == 2}
     for theirs, ours in sizes:
-        say(f"{recipe.model} has a head with {theirs} outputs. The task needs {ours}: that head is not used.")
+        say(f"{recipe.model} has a head with {theirs} outputs. The task needs {ours}, so a new head replaces it.")
 
 
 def _fit_tokenizer(recipe: Recipe, task: Task, model: Any) -> None:
-    """See that the model knows the tokenizer's tokens, and tell it which one is padding.
+    """Check that the model has an embedding for each token, and set the model's padding token.
 
     Raises:
-        RecipeError: if the tokenizer is of another model.
+        RecipeError: if the tokenizer has tokens without an embedding.
     """
     known, tokenizer = model.get_input_embeddings().weight.shape[0], task.tokenizer
-    known = known or model.config.get_text_config().vocab_size  # of parameters that are shared out the shape is empty
+    known = known or model.config.get_text_config().vocab_size  # Sharded parameters have an empty shape.
     largest = max(tokenizer.vocab_size - 1, *tokenizer.all_special_ids)
     if largest >= known:
         raise RecipeError(
             f"`model`: the tokenizer of {recipe.model!r} has a token {largest} "
-            f"({tokenizer.convert_ids_to_tokens(largest)!r}), and the model has embeddings for {known:,} tokens only: "
-            "it is the tokenizer of another model, or the embeddings were not resized after tokens were added."
+            f"({tokenizer.convert_ids_to_tokens(largest)!r}), and the model has embeddings for {known:,} tokens only. "
+            "The tokenizer belongs to another model, or the embeddings were not resized after tokens were added."
         )
     task.embeddings = known
-    # A decoder classifies by the last token that is no padding. Models without padding have no such token by default.
+    # A decoder classifies by the last token that is not padding, and may have no padding token by default.
     config = model.config.get_text_config()
     if task.has_head and getattr(config, "pad_token_id", None) != tokenizer.pad_token_id:
         config.pad_token_id = tokenizer.pad_token_id
 
 
 def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
-    """The PEFT configuration that a recipe describes; `None` for FULL and HEAD.
+    """The PEFT configuration of a recipe; `None` for FULL and HEAD.
 
     Raises:
-        RecipeError: if there is no such method, or it has no such setting, or refuses a value.
+        RecipeError: if the method or a setting does not exist, or a value is invalid.
     """
     settings = dict(recipe.adapter)
     kind = settings.pop("peft_type")
@@ -200,25 +200,25 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
 
 
 def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> nn.Module:
-    """Freeze what is not trained, and put the adapter on.
+    """Add the adapter to the base model and freeze everything that is not trained.
 
     Args:
         recipe: the recipe.
-        task: its task.
+        task: the recipe's task.
         base: the base model.
-        new: its modules that are the task's. They are trained and saved, whatever they are called: a random one that
-            is not would be another one when the adapter is loaded.
+        new: the names of the base model's new modules (see `load_base`). All are trained and saved: their initial
+            values are random, and would be other values when the adapter is loaded.
 
     Raises:
         RecipeError: see `adapter_config`.
-        UnsupportedBackboneError: if the model cannot take a prefix.
+        UnsupportedBackboneError: if the model does not support a prefix.
     """
     config = adapter_config(recipe, task)
     model: Any = base
     if config is not None:
         if hasattr(config, "modules_to_save"):
             if "modules_to_save" not in recipe.adapter:
-                # The task names the heads of all kinds of models: those of this one are meant.
+                # The task lists the heads of all architectures: keep those that this model has.
                 names = [name for name, _ in base.named_modules()]
                 own = [ending for ending in config.modules_to_save or () if any(n.endswith(ending) for n in names)]
                 config.modules_to_save = own or None
@@ -231,20 +231,20 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> n
         for name in new:
             base.get_submodule(name).requires_grad_(True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise RecipeError(f"`adapter.peft_type`: {recipe.model} has no head for {recipe.task} that could be trained.")
+        raise RecipeError(f"`adapter.peft_type`: {recipe.model} has no head for {recipe.task} to train.")
     if recipe.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
     return model
 
 
-def start(recipe: Recipe, task: Task, model: nn.Module) -> None:
-    """Let the prefix start as the recipe says.
+def initialize_prefix(recipe: Recipe, task: Task, model: nn.Module) -> None:
+    """Initialize the prefix from `init_from` or `init_text`; without them the prefix is unchanged.
 
     Raises:
-        RecipeError: if it cannot.
+        RecipeError: if the text or the adapter does not fit the prefix.
     """
-    # With FSDP's `cpu_ram_efficient_loading` other processes than the main one have no weights yet: they get its.
+    # With FSDP's `cpu_ram_efficient_loading` only the main process has weights; the others receive them later.
     if any(parameter.is_meta for parameter in model.parameters()):
         return
     try:
@@ -257,13 +257,13 @@ def start(recipe: Recipe, task: Task, model: nn.Module) -> None:
         raise RecipeError(f"`{key}`: {error}") from error
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained, by name."""
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def learning_rates(recipe: Recipe) -> tuple[float, float]:
-    """The rates of the adapter and of the head, with the defaults filled in."""
+    """The learning rates of the adapter and of the head; defaults take the place of missing values."""
     kind = recipe.adapter["peft_type"]
     rate, head_rate = recipe.learning_rate, recipe.head_learning_rate
     if rate is None:
@@ -274,10 +274,10 @@ def learning_rates(recipe: Recipe) -> tuple[float, float]:
 
 
 def new_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) with a rate for the adapter and one for the head."""
+    """AdamW (Loshchilov and Hutter 2019) with one learning rate for the adapter and one for the head."""
     rate, head_rate = learning_rates(recipe)
     groups: dict[str, list[nn.Parameter]] = {"adapter": [], "head": []}
-    for name, parameter in trained(model).items():
+    for name, parameter in trained_parameters(model).items():
         groups["head" if _in_head(model, name) else "adapter"].append(parameter)
     settings = [
         {"params": parameters, "lr": head_rate if part == "head" else rate, "name": part}
@@ -294,16 +294,22 @@ def _in_head(model: nn.Module, name: str) -> bool:
 
 
 def new_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int, steps_per_epoch: int) -> Any:
-    """The schedule of the learning rates, in optimizer steps.
+    """The learning rate schedule of a recipe.
+
+    Args:
+        recipe: the recipe.
+        optimizer: the optimizer.
+        steps: all optimizer steps of the run.
+        steps_per_epoch: the optimizer steps of an epoch.
 
     Raises:
-        RecipeError: if there is no such schedule, or it has no such setting.
+        RecipeError: if the schedule or a setting does not exist.
     """
     kind, settings = recipe.lr_scheduler_type, dict(recipe.lr_scheduler_kwargs)
     warmup = round(steps * recipe.warmup_ratio)
     try:
         if kind in _NEED_A_METRIC:
-            raise ValueError("it needs a metric in every step, and there is one in evaluations only")
+            raise ValueError("it needs a metric in every step, but metrics are computed in evaluations only")
         if kind != "exponential":
             return transformers.get_scheduler(
                 kind, optimizer, num_warmup_steps=warmup, num_training_steps=steps, scheduler_specific_kwargs=settings

@@ -1,4 +1,4 @@
-"""A training run from its recipe to a published adapter's folder."""
+"""A training run, from its recipe to the folder with the trained adapter."""
 
 from __future__ import annotations
 
@@ -7,30 +7,40 @@ import json
 import shutil
 import tempfile
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from accelerate.utils import set_seed
 
 from ..adapters.saved import fold
-from ..training import checkpoint, outputs
+from . import checkpoint, outputs, reports
 from .data import DataError, divide, load_rows
-from .distributed import together
-from .evaluation import evaluate
-from .files import UNFINISHED, naming, to_disk
-from .lesson import Lesson
-from .loop import Loop, accelerating
-from .model import adapter_config, learning_rates, load_base, load_tokenizer, start, trained, wrap
-from .recipe import load_recipe
+from .distributed import propagate_errors
+from .files import UNFINISHED, fsync_path, path_in_errors
+from .loop import Loop, training_accelerator
+from .model import (
+    adapter_config,
+    initialize_prefix,
+    learning_rates,
+    load_base,
+    load_tokenizer,
+    trained_parameters,
+    wrap,
+)
+from .objective import TaskObjective
+from .recipe import Recipe, RecipeError, load_recipe
 from .tasks import TASK_CLASSES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Sequence
 
     from accelerate import Accelerator
     from datasets import Dataset
+    from torch import nn
 
-    from .recipe import Recipe
+    from .loop import EvaluationCallback
+    from .objective import TrainingObjective
     from .tasks import Task
 
 
@@ -39,113 +49,281 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    on_evaluation: Callable[[int, dict[str, float]], None] | None = None,
+    on_evaluation: EvaluationCallback | None = None,
 ) -> dict[str, Any]:
-    """Train an adapter as a recipe says, and leave it in `recipe.output_dir` with its card, metrics and checkpoints.
+    """Train an adapter, and write it to `recipe.output_dir` with its model card, metrics and checkpoints.
 
-    Run by `accelerate launch`, the processes share the work.
+    Under `accelerate launch` the processes share the work.
 
     Args:
-        recipe: the recipe.
-        resume: go on with the run in `recipe.output_dir`, from its last checkpoint. With a larger
-            `num_train_epochs`, `max_steps` or `early_stopping_patience` a finished run is trained longer.
+        recipe: the recipe; it is not changed.
+        resume: resume the run in `recipe.output_dir` from its last checkpoint. With a larger `num_train_epochs`,
+            `max_steps` or `early_stopping_patience` a finished run is trained longer.
         overwrite: replace the run in `recipe.output_dir`.
-        on_evaluation: called by the main process after every evaluation, with the step and the validation rows'
-            metrics; what it raises ends the run.
+        on_evaluation: called by the main process after every evaluation, with the step and the metrics of the
+            validation rows; an exception that it raises ends the run.
 
     Returns:
-        The contents of `results.json`: metrics of the validation rows at the best step and of the test rows, and more.
+        The contents of `results.json`: the metrics of the validation rows at the best step, the metrics of the test
+        rows, and more.
 
     Raises:
-        RecipeError: if the recipe cannot be run, or another run works in `recipe.output_dir`.
-        DataError: if there is something wrong with the rows.
-        UnsupportedBackboneError: if the base model cannot take a prefix.
-        CheckpointError: if the run that is to be resumed has checkpoints, and none that is whole.
+        RecipeError: if the recipe cannot be run, or another run uses `recipe.output_dir`.
+        DataError: if the rows are invalid.
+        UnsupportedBackboneError: if the base model does not support a prefix.
+        CheckpointError: if the run to resume has checkpoints, but none is intact.
         TrainingInterrupted: on SIGINT or SIGTERM, after a checkpoint was written.
         TrainingDiverged: if the loss is not finite.
         OSError: if a file cannot be written.
     """
-    recipe = copy.deepcopy(recipe)  # what the rows tell is filled in
-    folder = Path(recipe.output_dir)
-    with accelerating(recipe) as accelerator, outputs.held(folder, accelerator, Lesson.command):
-        return _train(recipe, accelerator, resume, overwrite, on_evaluation)
+    recipe = copy.deepcopy(recipe)
+    return TrainingRun(recipe, recipe, {recipe.task: recipe}).execute(resume, overwrite, on_evaluation)
 
 
-def _train(
-    recipe: Recipe,
-    accelerator: Accelerator,
-    resume: bool,
-    overwrite: bool,
-    on_evaluation: Callable[[int, dict[str, float]], None] | None,
-) -> dict[str, Any]:
-    started = time.perf_counter()
-    folder = Path(recipe.output_dir)
-    checkpoints = folder / outputs.CHECKPOINTS
-    with together(accelerator):
-        outputs.may_claim(recipe, resume, overwrite)
-        tokenizer = load_tokenizer(recipe)
-        task = TASK_CLASSES[recipe.task](recipe, tokenizer)
-        adapter_config(recipe, task)
-        rows = load_splits(recipe, task)
-        set_seed(recipe.seed)  # the same first weights in every process
-        model = wrap(recipe, task, *load_base(recipe, task))
-        if not (resume and checkpoint.find(checkpoints)):
-            start(recipe, task, model)
-    log = outputs.Log(recipe, accelerator)
-    parameters = sum(parameter.numel() for parameter in trained(model).values())
-    lesson = Lesson(recipe, task, rows["train"], rows["validation"], accelerator)
-    loop = Loop(recipe, lesson, model, accelerator, checkpoints, log, on_evaluation)
-    loop.try_out()
-    if resume:
-        outputs.check_shared(folder, accelerator)
-        outputs.compare(load_recipe(folder / outputs.RECIPE), recipe)
-        loop.resume()
-    outputs.claim(recipe, resume, accelerator)
-    outputs.check_shared(folder, accelerator)
-    log.start(loop.step)
-    loop.run()
+class TrainingRun:
+    """A training run.
 
-    best_step = loop.state["best_step"]
-    best = checkpoint.folder_of(loop.checkpoints, best_step)
-    checkpoint.load_weights(accelerator.unwrap_model(loop.model), best)
-    results: dict[str, Any] = {
-        "validation": loop.state["best_metrics"],
-        "metric": loop.metric,
-        "best_step": best_step,
-        "steps": loop.step,
-        "epochs": loop.step / loop.batches.steps_per_epoch,
-        "trained_parameters": parameters,
-        "learning_rates": learning_rates(recipe),
-        "max_length": task.max_length,
-        "mixed_precision": accelerator.mixed_precision,
-        "processes": accelerator.num_processes,
-        "rows": {split: len(own) for split, own in rows.items()},
-        "versions": outputs.versions(),
-    }
-    if "test" in rows:
-        results["test"], _ = evaluate(task, loop.model, rows["test"], recipe.eval_batch_size, accelerator)
-        log.write(loop.step, results["epochs"], "test", results["test"])
-    results["seconds"] = round(time.perf_counter() - started, 1)
-    if accelerator.is_main_process:
-        leave(recipe, best, log.read(), results)
-    return results
+    The first group of methods is for a run of one task; `multitask.JointRun` overrides them for several tasks.
+
+    Args:
+        recipe: the recipe of the run. The run writes the labels and settings that it infers from the rows into it.
+        settings: the settings that all tasks share; for one task the recipe itself.
+        recipes: the recipe of each task, by the task's name.
+    """
+
+    command: ClassVar[str] = "train"
+    """The subcommand of `prefix-adapter` that resumes the run."""
+    task_folders: Sequence[str] = ()
+    """The subfolders of the output folder for the outputs of the tasks."""
+
+    def __init__(self, recipe: outputs.AnyRecipe, settings: Recipe, recipes: dict[str, Recipe]) -> None:
+        self.recipe, self.settings, self.recipes = recipe, settings, recipes
+        self.folder = Path(recipe.output_dir)
+        self.checkpoints = self.folder / outputs.CHECKPOINTS
+
+    # ---- One task or several
+
+    def check_accelerator(self, accelerator: Accelerator) -> None:
+        """Raise `RecipeError` if the run does not work with this accelerator."""
+
+    def check_recipe(self, *ignored: str) -> None:
+        """Check that the recipe in the output folder is this run's recipe, except for the `ignored` keys.
+
+        Raises:
+            RecipeError: if the folder has no recipe, or another one.
+        """
+        path = outputs.find_recipe(self.folder)
+        if _is_part_of_joint_run(self.folder / outputs.RESULTS):
+            raise RecipeError(
+                f"`output_dir`: the adapter in {self.folder} was trained together with others, and cannot be resumed "
+                "alone."
+            )
+        outputs.check_same_recipe(load_recipe(path), self.settings, *ignored)
+
+    def earlier_task_folders(self) -> Sequence[str]:
+        """The `task_folders` of the run that is in the output folder now."""
+        return ()
+
+    def task_in_errors(self, name: str) -> AbstractContextManager[None]:
+        """Add the name of a task to errors about its recipe and its rows."""
+        return nullcontext()
+
+    def metric_prefix(self, name: str) -> str:
+        """The prefix of a task's metrics among the metrics of the run."""
+        return ""
+
+    def join(
+        self, models: dict[str, Any], objectives: dict[str, TaskObjective], accelerator: Accelerator
+    ) -> tuple[nn.Module, TrainingObjective]:
+        """The model to train and its objective, made of the model and the objective of each task."""
+        (model,), (objective,) = models.values(), objectives.values()
+        return model, objective
+
+    def join_results(self, tasks: dict[str, dict[str, Any]], shared: dict[str, Any], loop: Loop) -> dict[str, Any]:
+        """The contents of `results.json`.
+
+        Args:
+            tasks: the results of each task.
+            shared: the results that are the same for all tasks.
+            loop: the finished training loop.
+        """
+        (results,) = tasks.values()
+        return results
+
+    def write_outputs(
+        self, models: dict[str, Any], results: dict[str, Any], log: reports.MetricsLog, accelerator: Accelerator
+    ) -> None:
+        """Write the files of the finished run; every process must call this method.
+
+        Args:
+            models: the model of each task, with the weights of the best step.
+            results: the contents of `results.json`.
+            log: the recorded metrics.
+            accelerator: the accelerator.
+        """
+        if accelerator.is_main_process:
+            best = checkpoint.step_folder(self.checkpoints, results["best_step"])
+            write_adapter(self.settings, best, log.read(), results)
+
+    # ---- The run
+
+    def execute(self, resume: bool, overwrite: bool, on_evaluation: EvaluationCallback | None) -> dict[str, Any]:
+        """Train, and write the outputs; see `train` for arguments, return value and errors."""
+        with training_accelerator(self.settings) as accelerator:
+            self.check_accelerator(accelerator)
+            with outputs.lock_output_dir(self.folder, accelerator, self.command):
+                return self._execute(accelerator, resume, overwrite, on_evaluation)
+
+    def _execute(
+        self, accelerator: Accelerator, resume: bool, overwrite: bool, on_evaluation: EvaluationCallback | None
+    ) -> dict[str, Any]:
+        started = time.perf_counter()
+        with propagate_errors(accelerator):
+            self._check_output_dir(resume, overwrite)
+            models, objectives = self._load_tasks(accelerator)
+            model, objective = self.join(models, objectives, accelerator)
+            if not (resume and checkpoint.saved_steps(self.checkpoints)):
+                first = next(iter(self.recipes))
+                initialize_prefix(self.settings, objectives[first].task, models[first])
+        # Counted now, before Accelerate shards the model.
+        sizes = {name: trained_size(each) for name, each in models.items()}
+        log = reports.MetricsLog(self.settings, accelerator, self.recipe.to_dict())
+        loop = Loop(self.settings, objective, model, accelerator, self.checkpoints, log, self.command, on_evaluation)
+        objective.dry_run(loop.unwrapped_model())
+        if resume:
+            outputs.check_shared(self.folder, accelerator)
+            self.check_recipe()  # Now with the labels and settings inferred from the rows.
+            loop.resume()
+        self._prepare_output_dir(accelerator, resume)
+        log.start(loop.step)
+        loop.run()
+
+        best = checkpoint.step_folder(self.checkpoints, loop.state["best_step"])
+        checkpoint.load_weights(loop.unwrapped_model(), best)
+        results = self._collect_results(loop, models, objectives, sizes)
+        results["seconds"] = round(time.perf_counter() - started, 1)
+        self.write_outputs(models, results, log, accelerator)
+        return results
+
+    def _collect_results(
+        self, loop: Loop, models: dict[str, Any], objectives: dict[str, TaskObjective], sizes: dict[str, int]
+    ) -> dict[str, Any]:
+        """The contents of `results.json`, without the time; evaluates the models on the test rows."""
+        shared = {
+            "best_step": loop.state["best_step"],
+            "steps": loop.step,
+            "mixed_precision": loop.accelerator.mixed_precision,
+            "processes": loop.accelerator.num_processes,
+            "versions": reports.versions(),
+        }
+        tasks: dict[str, dict[str, Any]] = {}
+        for (name, own), steps in zip(objectives.items(), loop.batches.task_steps(loop.step), strict=True):
+            prefix = self.metric_prefix(name)
+            tasks[name] = {
+                "validation": select_metrics(loop.state["best_metrics"], prefix),
+                "metric": own.metric,
+                "epochs": steps / own.batches.steps_per_epoch,
+                "trained_parameters": sizes[name],
+                "learning_rates": list(learning_rates(own.recipe)),
+                "max_length": own.task.max_length,
+                "rows": {split: len(rows) for split, rows in own.rows.items()},
+                **shared,
+            }
+            if "test" in own.rows:
+                tasks[name]["test"] = test = own.evaluate(models[name], "test")
+                loop.write("test", {f"{prefix}{key}": value for key, value in test.items()})
+        return self.join_results(tasks, shared, loop)
+
+    def _check_output_dir(self, resume: bool, overwrite: bool) -> None:
+        """Check that the output folder may be used; nothing is changed.
+
+        Raises:
+            RecipeError: if it may not.
+        """
+        if resume:
+            self.check_recipe(*outputs.INFERRED_KEYS)
+            reports.read_metrics(self.folder / outputs.METRICS)
+        else:
+            earlier = self.earlier_task_folders() if overwrite else ()
+            outputs.check_new_output_dir(self.folder, overwrite, earlier)
+
+    def _load_tasks(self, accelerator: Accelerator) -> tuple[dict[str, Any], dict[str, TaskObjective]]:
+        """Load the model and the rows of each task.
+
+        Returns:
+            The models with their adapters, and the objectives, by the tasks' names.
+        """
+        tasks, rows, models, objectives = {}, {}, {}, {}
+        for name, recipe in self.recipes.items():
+            with self.task_in_errors(name):
+                # Each task has its own tokenizer, because tasks change tokenizer settings.
+                tasks[name] = TASK_CLASSES[recipe.task](recipe, load_tokenizer(recipe))
+                adapter_config(recipe, tasks[name])  # Invalid settings are an error before the rows are loaded.
+                rows[name] = load_splits(recipe, tasks[name])
+        set_seed(self.settings.seed)  # Every process draws the same initial weights.
+        for name, recipe in self.recipes.items():
+            with self.task_in_errors(name):
+                models[name] = wrap(recipe, tasks[name], *load_base(recipe, tasks[name]))
+                objectives[name] = TaskObjective(recipe, tasks[name], rows[name], accelerator)
+        return models, objectives
+
+    def _prepare_output_dir(self, accelerator: Accelerator, resume: bool) -> None:
+        """Clear the output folder unless the run is resumed, and write the recipe.
+
+        The recipe is written again for a resumed run, since its `outputs.CHANGEABLE_KEYS` may have changed.
+        """
+        if accelerator.is_main_process:
+            outputs.clear(self.folder, resume)
+            outputs.save_recipe(self.recipe)
+            for name in self.task_folders:
+                outputs.clear(self.folder / name, resume)
+        accelerator.wait_for_everyone()
+        outputs.check_shared(self.folder, accelerator)
+
+
+def trained_size(model: nn.Module) -> int:
+    """The number of trained parameters of a model."""
+    return sum(parameter.numel() for parameter in trained_parameters(model).values())
+
+
+def _is_part_of_joint_run(results: Path) -> bool:
+    """Whether the `results.json` of an output folder, if there is one, is of a task of a joint run."""
+    try:
+        found = json.loads(results.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except (ValueError, RecursionError) as error:
+        found = error
+    if not isinstance(found, dict):
+        raise RecipeError(
+            f"{results} is damaged: it is not a JSON object. Remove it; the resumed run writes it again."
+        )
+    return bool(found.get("together"))
+
+
+def select_metrics(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The values whose names start with a prefix, by their names without it."""
+    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
 
 
 def load_splits(recipe: Recipe, task: Task) -> dict[str, Dataset]:
-    """The rows of a recipe, checked, and the task's labels learnt from those to train on.
+    """Load and check the rows of a recipe, and have the task learn its labels from the training rows.
+
+    Returns:
+        The rows by split: `train`, `validation`, and `test` if the recipe has test rows.
 
     Raises:
-        DataError: if there is something wrong with the rows.
+        DataError: if the rows are invalid.
     """
     data = recipe.data
     rows = {split: load_rows(data, split) for split in ("train", "validation", "test") if getattr(data, split)}
     for name in task.optional_columns:
         lacking = [getattr(data, split) for split, own in rows.items() if name not in own.column_names]
         if 0 < len(lacking) < len(rows):
-            raise DataError(f"{lacking[0]} has no column {name!r}, and others have: they would be another task.")
+            raise DataError(f"{lacking[0]} has no column {name!r}, but other splits have: that would be another task.")
     task.check(rows["train"], data.train)
     task.learn_labels(rows["train"], data.train)
-    task.check(rows["train"], data.train)  # again, for what only the labels tell
+    task.check(rows["train"], data.train)  # Some checks need the labels.
     for split in ("validation", "test"):
         if split in rows:
             task.check(rows[split], getattr(data, split))
@@ -153,39 +331,39 @@ def load_splits(recipe: Recipe, task: Task) -> dict[str, Dataset]:
     return divide(rows, data, recipe.seed)
 
 
-def leave(recipe: Recipe, best: Path, lines: list[dict[str, Any]], results: dict[str, Any]) -> None:
-    """Write what a run leaves.
+def write_adapter(recipe: Recipe, best: Path, lines: list[dict[str, Any]], results: dict[str, Any]) -> None:
+    """Write the trained adapter of a task into its output folder, with recipe, results, plot and model card.
 
-    All files are written and on the disk before the first one gets its place. The weights come last, so that a folder
-    that has them has everything.
+    All files are on the disk before the first one is moved into the folder. The weights are moved last, so a folder
+    with weights is complete.
 
     Args:
-        recipe: the recipe.
-        best: the best checkpoint.
-        lines: what was recorded on the way.
+        recipe: the recipe of the task.
+        best: the checkpoint of the best step.
+        lines: the recorded metrics, for the plot.
         results: the contents of `results.json`.
 
     Raises:
-        OSError: if a file cannot be written; what was there before is untouched.
+        OSError: if a file cannot be written; earlier files are unchanged.
     """
     folder = Path(recipe.output_dir)
-    with naming(folder), tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as scratch:
+    with path_in_errors(folder), tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as scratch:
         export = Path(scratch) / "adapter"
         if recipe.adapter["peft_type"] == "PREFIX_TUNING_V2" and recipe.adapter.get("prefix_projection"):
             fold(best, export)
         else:
             export.mkdir()
             for path in best.iterdir():
-                if path.name not in checkpoint.NOT_THE_ADAPTER:
+                if path.name not in checkpoint.RESUME_FILES:
                     shutil.copyfile(path, export / path.name)
         recipe.save(export / outputs.RECIPE)
-        outputs.draw_curve(lines, results["metric"], results["best_step"], export / outputs.CURVE)
+        reports.draw_curve(lines, results["metric"], results["best_step"], export / outputs.CURVE)
         (export / outputs.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        outputs.write_card(export, recipe, results)
+        reports.write_card(export, recipe, results)
         paths = sorted(export.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name))
         for path in paths:
-            path.chmod(0o644)  # safetensors makes files that only their owner can read
-            to_disk(path)
+            path.chmod(0o644)  # safetensors creates files that only their owner can read.
+            fsync_path(path)
         for path in paths:
             path.replace(folder / path.name)
-        to_disk(folder)
+        fsync_path(folder)

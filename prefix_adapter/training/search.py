@@ -38,9 +38,10 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock, Timeout
 
-from . import outputs
+from .files import write_text
 from .loop import TrainingDiverged, TrainingInterrupted
 from .model import adapter_config, load_tokenizer
+from .outputs import CHANGEABLE_KEYS
 from .recipe import Recipe, RecipeError
 from .run import load_splits, train
 from .search_space import Parameter, Point, all_points, choose_point, default_space, parse_space, recipe_values
@@ -278,7 +279,7 @@ def _resume_study(job: _SearchJob) -> Study:
     except KeyError as error:
         raise RecipeError(f"`study_name`: the storage has no search {job.settings.study_name!r} to resume.") from error
     for key, value in _comparable_settings(job).items():
-        if before.get(key) != value and key not in outputs.MAY_DIFFER:
+        if before.get(key) != value and key not in CHANGEABLE_KEYS:
             raise RecipeError(
                 f"`{key}`: the search in {job.folder} was started with {before.get(key)!r}, not {value!r}. Resume it "
                 "with the first value, or start a new search."
@@ -429,7 +430,7 @@ def _write_results(job: _SearchJob, study: Study) -> dict[str, Any]:
         seconds = trial.duration.total_seconds() if trial.duration else None
         values = {"trial": trial.number, "state": _state(trial), job.metric: trial.value, "seconds": seconds}
         writer.writerow({**values, **recipe_values(job.space, trial.params), "error": trial.user_attrs.get("error")})
-    outputs.write_text(job.folder / TABLE, table.getvalue())
+    write_text(job.folder / TABLE, table.getvalue())
     if not counts["complete"]:
         raise RecipeError(
             f"`space`: no trial could be completed ({dict(counts)}). {job.folder / TABLE} has the errors."

@@ -1,4 +1,4 @@
-"""Settings that are no keys of a recipe. Nothing here imports torch: the command line lists them all in its help."""
+"""Settings outside of a recipe's keys. This file does not import torch, so that the command line help is fast."""
 
 from __future__ import annotations
 
@@ -8,75 +8,76 @@ from typing import Any, Literal, Optional
 from .recipe import RecipeError
 
 KINDS = ("single_label_classification", "multi_label_classification", "regression")
-"""What a sequence can be classified by; transformers calls this the `problem_type`."""
+"""The kinds of sequence classification; transformers calls them `problem_type`."""
 
 _GENERATION_KWARGS: dict[str, tuple[Any, str]] = {
     "generation_kwargs": ({}, "Further settings of transformers' GenerationConfig (`no_repeat_ngram_size`, ...)."),
 }
 TASK_SETTINGS: dict[str, dict[str, tuple[Any, str]]] = {
     "sequence-classification": {
-        "problem_type": (None, f"One of {', '.join(KINDS)}; the labels tell if it is not given."),
-        "threshold": (0.5, "Probability from which on a label is predicted, of several."),
+        "problem_type": (None, f"One of {', '.join(KINDS)}; by default inferred from the labels."),
+        "threshold": (0.5, "Minimum probability of a predicted label, if a row may have several labels."),
     },
     "token-classification": {
-        "stride": (32, "Pieces that two windows of a long sentence share, half of a window at most."),
+        "stride": (32, "Tokens that two windows of a long sentence share; at most half of a window."),
     },
     "question-answering": {
-        "stride": (128, "Tokens of the context that two windows share, at most half of what one holds."),
-        "max_question_length": (64, "Tokens of a question that are read, at most half of `max_length`."),
-        "max_answer_length": (30, "Tokens of an answer at most."),
-        "n_best": (20, "Passages that the score of an answer, a probability, is spread over."),
+        "stride": (128, "Context tokens that two windows share; at most half of the context tokens of a window."),
+        "max_question_length": (64, "Maximum tokens of a question, which is truncated; at most half of `max_length`."),
+        "max_answer_length": (30, "Maximum tokens of an answer."),
+        "n_best": (20, "Candidate passages among which the score of an answer is a probability."),
         "null_score_threshold": (
             None,
-            "By how much the score of no answer must be above that of the best passage; 0 if not given and some "
-            "training rows have no answer. Higher means more answers.",
+            "Predict no answer if its score is higher than that of the best passage by more than this; higher means "
+            "more answers. By default 0 if some training rows have no answer.",
         ),
     },
     "multiple-choice": {},
     "causal-lm": {
         "packing": (False, "Join texts without prompts and train on blocks of `max_length` tokens."),
-        "generate": (False, "Evaluate by what is generated after the prompts too: exact_match and rougeL."),
+        "generate": (False, "Also evaluate the text generated after the prompts: exact_match and rougeL."),
         **_GENERATION_KWARGS,
-        "max_new_tokens": (None, "Tokens to generate at most; by default 64, or half of `max_length` if less."),
+        "max_new_tokens": (None, "Maximum tokens to generate; by default 64, or half of `max_length` if less."),
     },
     "seq2seq-lm": {
-        "max_target_length": (128, "Tokens of a target at most."),
-        "num_beams": (1, "Beams of the search; 1 is greedy."),
+        "max_target_length": (128, "Maximum tokens of a target."),
+        "num_beams": (1, "Beams of beam search; 1 is greedy search."),
         **_GENERATION_KWARGS,
-        "max_new_tokens": (None, "Tokens to generate at most; by default `max_target_length`."),
+        "max_new_tokens": (None, "Maximum tokens to generate; by default `max_target_length`."),
     },
 }
-"""For each task what `task_kwargs` may say: `{name: (default, help)}`."""
+"""The `task_kwargs` of each task: `{name: (default, help)}`."""
 
 
 @dataclass
 class Search:
-    """The settings of a search.
+    """The settings of a hyper-parameter search.
 
     Args:
-        space: The keys of the recipe that are varied, dotted where nested, and how: a list of choices, or a mapping
-            with `low` and `high` (whole numbers are drawn if both are whole, unless `type: float`) and perhaps
-            `log: true` or `step`. `when: {<another key>: <one of its choices>}` in a mapping limits it to trials with
-            that value (a list then goes under `choices`), and a list of such mappings gives one key several ranges;
-            where none applies the key has its default, whatever the recipe says. By default table or MLP, each with
-            its range of learning rates, and length and dropout of the prefix, but for the keys in `fixed`.
-        n_trials: Trials that are finished in the end, earlier ones of a resumed search included. A pruned trial
-            counts, and one that diverged; one that was cut off is done again and does not.
-        timeout: Begin no further trial after so many seconds.
-        sampler: What chooses the values: tpe (Optuna's default, which learns from the trials before), random, or grid
-            (all combinations in random order, n_trials at most).
-        pruner: What ends poor trials early: median (worse than half of the others after as many evaluations),
-            hyperband, or none.
-        seed: Of the sampler. With it a search in one process can be repeated.
-        storage: Optuna's storage, as a URL that SQLAlchemy knows; `study.db` in the output folder by default. A study
-            belongs to one search at a time.
+        space: The keys of the recipe to vary (dotted if nested), each with a list of choices, or with a mapping that
+            has `low` and `high` and optionally `log: true` or `step`. Integers are drawn if both bounds are integers,
+            unless `type: float`. `when: {<another key>: <one of its choices>}` in a mapping limits the key to trials
+            with that value (a list of choices then goes under `choices`). A list of such mappings gives one key
+            several ranges. In a trial to which none of them applies the key has its default, not the recipe's value.
+            By default the search varies table or MLP, each with its range of learning rates, and the length and
+            dropout of the prefix, except for the keys in `fixed`.
+        n_trials: Finished trials at the end, including earlier trials of a resumed search. A pruned trial counts, and
+            so does one that diverged. An interrupted trial is repeated and does not count.
+        timeout: Start no further trial after this many seconds.
+        sampler: The method that chooses the values: tpe (Optuna's default, which learns from earlier trials), random,
+            or grid (all combinations in random order, at most n_trials).
+        pruner: The method that stops poor trials early: median (worse than half of the others after as many
+            evaluations), hyperband, or none.
+        seed: The seed of the sampler. A search in one process can be repeated with it.
+        storage: Optuna's storage, as a URL for SQLAlchemy; by default `study.db` in the output folder. Only one search
+            may use a study at a time.
         study_name: The name of the study in the storage.
-        n_jobs: Processes that train at the same time; they share out the GPUs, or the threads of the CPU.
-        keep_trials: Whether the trials' folders stay.
-        fixed: Keys of the recipe that stay as the recipe says. Options of the command line are among them.
+        n_jobs: Processes that train at the same time; they share the GPUs, or the threads of the CPU.
+        keep_trials: Whether to keep the trials' folders.
+        fixed: Keys of the recipe that keep the recipe's value. Options on the command line are added to them.
 
     Raises:
-        RecipeError: if a value is impossible.
+        RecipeError: if a value is invalid.
     """
 
     space: Optional[dict[str, Any]] = None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefix_adapter.training.batches import Batches, shares
+from prefix_adapter.training.batches import Batches, split_batch
 
 SIZES = [(1, 4), (7, 3), (48, 8), (50, 8), (5, 50), (1000, 4)]
 
@@ -66,7 +66,7 @@ def test_grouping_saves_padding_and_mixes_the_batches():
 @pytest.mark.parametrize(("parts", "processes"), [(1, 1), (4, 1), (1, 4), (2, 3), (3, 4)])
 def test_the_processes_share_a_batch(parts, processes):
     batch = list(range(100, 124))
-    found = [shares(batch, parts, process, processes) for process in range(processes)]
+    found = [split_batch(batch, parts, process, processes) for process in range(processes)]
     assert all(len(own) == parts for own in found)
     assert {len(part) for own in found for part in own} == {24 // (parts * processes)}
     # In the order in which they are computed: part by part, process by process.

@@ -24,7 +24,7 @@ from test_loop import what_counts
 from test_run import recipe
 from tqdm import tqdm
 
-from prefix_adapter.training import RecipeError, checkpoint, load_recipe, outputs, run, train
+from prefix_adapter.training import RecipeError, checkpoint, load_recipe, reports, run, train
 from prefix_adapter.training.loop import Loop
 
 PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT
@@ -41,7 +41,7 @@ def make(tmp_path, monkeypatch):
         "validation": write_rows(tmp_path / "validation.jsonl", topic_rows(5, 100)),
         "test": write_rows(tmp_path / "test.jsonl", topic_rows(5, 200)),
     }
-    monkeypatch.setattr(outputs, "draw_curve", lambda *args: None)  # it takes longer than all the rest
+    monkeypatch.setattr(reports, "draw_curve", lambda *args: None)  # it takes longer than all the rest
 
     def make(name, **changes):
         settings = {"num_train_epochs": 2, "save_steps": 1, "eval_steps": 2, "logging_steps": 1, **changes}
@@ -131,8 +131,8 @@ def die_at(number: int, folder: Path) -> None:
 
 def assert_whole(folder: Path) -> None:
     """Every checkpoint can be read completely."""
-    for step in checkpoint.find(folder / "checkpoints"):
-        own = checkpoint.folder_of(folder / "checkpoints", step)
+    for step in checkpoint.saved_steps(folder / "checkpoints"):
+        own = checkpoint.step_folder(folder / "checkpoints", step)
         assert json.loads((own / "state.json").read_text())["step"] == step
         names = set(load_file(own / "adapter_model.safetensors"))
         assert len(load_file(own / "optimizer.safetensors")) == 3 * len(names)
@@ -200,9 +200,9 @@ def test_killed_at_any_moment(make, tmp_path):
     train(make("whole", **long))
     folder, report, killed, moments = tmp_path / "killed", tmp_path / "report", 0, random.Random(0)
     while True:
-        before = checkpoint.find(folder / "checkpoints")
+        before = checkpoint.saved_steps(folder / "checkpoints")
         child = in_child(lambda: go_on(make("killed", **long)), report)
-        while checkpoint.find(folder / "checkpoints") == before and not os.waitid(os.P_PID, child, PEEK):
+        while checkpoint.saved_steps(folder / "checkpoints") == before and not os.waitid(os.P_PID, child, PEEK):
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.1))
         os.kill(child, signal.SIGKILL)
@@ -229,7 +229,7 @@ def test_a_full_disk(make, tmp_path, size):
 
     def fill(step, metrics):
         if step == 4:
-            assert checkpoint.find(folder / "checkpoints") == [2, 3]
+            assert checkpoint.saved_steps(folder / "checkpoints") == [2, 3]
             limit_files(limit)
 
     def work():
@@ -238,7 +238,7 @@ def test_a_full_disk(make, tmp_path, size):
         limit_files(resource.RLIM_INFINITY)
         said = str(error.value)
         assert said.startswith(str(folder / "checkpoints" / "step-000004")) and "File too large" in said
-        assert "The checkpoint of step 4 was not written; what was there before is untouched." in said
+        assert "The checkpoint of step 4 was not written; earlier files are unchanged." in said
 
     assert not was_killed(in_child(work, report), report)
     assert sorted(os.listdir(folder / "checkpoints")) == ["step-000002", "step-000003"]
@@ -334,7 +334,7 @@ def test_a_disk_that_is_full_at_every_write_in_turn(make, tmp_path):
     assert what_counts(folder) == expected
 
 
-@pytest.mark.parametrize(("module", "name"), [(outputs, "write_card"), (run, "to_disk"), (run.shutil, "copyfile")])
+@pytest.mark.parametrize(("module", "name"), [(reports, "write_card"), (run, "fsync_path"), (run.shutil, "copyfile")])
 def test_a_disk_that_is_full_at_the_end(make, tmp_path, monkeypatch, module, name):
     """The last copies: the files of a finished run get their places together, or none does."""
     train(make("whole"))
@@ -356,13 +356,13 @@ def test_a_folder_in_use_is_left_alone(make, tmp_path):
     folder = tmp_path / "thesis"
     folder.mkdir()
     (folder / "chapter.tex").write_text("Years of work")
-    for overwrite, said in ((False, "is not empty.*--resume.*--overwrite"), (True, "no run of ours")):
+    for overwrite, said in ((False, "is not empty.*--resume.*--overwrite"), (True, "no earlier run")):
         with pytest.raises(RecipeError, match=rf"`output_dir`: .*thesis .*{said}"):
             train(make("thesis"), overwrite=overwrite)
     with pytest.raises(RecipeError, match=r"`output_dir`: there is no run to resume in .*thesis"):
         train(make("thesis"), resume=True)
     (folder / "recipe.yaml").write_text("task: sequence-classification\n")  # of the user's, to start the run with
-    with pytest.raises(RecipeError, match=r"holds 'chapter.tex' too"):
+    with pytest.raises(RecipeError, match=r"also contains 'chapter.tex'"):
         train(make("thesis"), overwrite=True)
     assert durable(folder).keys() == {"chapter.tex", "recipe.yaml"}
     (tmp_path / "file").write_text("")

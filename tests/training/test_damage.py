@@ -15,7 +15,8 @@ from test_loop import what_counts
 from torch import nn
 
 from prefix_adapter.training import RecipeError, checkpoint, train
-from prefix_adapter.training.distributed import start_moments
+from prefix_adapter.training.distributed import initialize_optimizer_state
+from prefix_adapter.training.loop import Loop
 from prefix_adapter.training.model import load_base, load_tokenizer, wrap
 from prefix_adapter.training.tasks import TASK_CLASSES
 
@@ -25,9 +26,7 @@ FILES = ("adapter_model.safetensors", "adapter_config.json", "optimizer.safetens
 
 def scripted(monkeypatch):
     """Have the second step be the best, so that there are two checkpoints in the end: of steps 2 and 4."""
-    from prefix_adapter.training.lesson import Lesson
-
-    monkeypatch.setattr(Lesson, "is_better", lambda self, metrics, best: best is None)
+    monkeypatch.setattr(Loop, "_is_better", lambda self, metrics, best: best is None)
 
 
 @pytest.fixture
@@ -36,7 +35,7 @@ def run(make, monkeypatch):  # noqa: F811
     scripted(monkeypatch)
     train(make("whole", **STEPS))
     folder = Path(make("whole").output_dir)
-    assert checkpoint.find(folder / "checkpoints") == [2, 4]
+    assert checkpoint.saved_steps(folder / "checkpoints") == [2, 4]
 
     def copy(name="copy"):
         target = folder.with_name(name)
@@ -93,15 +92,15 @@ def test_every_damage_to_every_file_is_seen(run, model, damage):
         damage(places / "step-000004" / name)
         harmless = name == "SHA256SUMS" and damage in (delete, empty)
         if harmless:
-            assert checkpoint.choose(places, Accelerator(), model, "accuracy") == 4
+            assert checkpoint.find_intact(places, Accelerator(), model, "accuracy") == 4
             continue
-        with pytest.warns(UserWarning, match=r"step-000004/.*goes on from the whole checkpoint of step 2"):
-            assert checkpoint.choose(places, Accelerator(), model, "accuracy") == 2
+        with pytest.warns(UserWarning, match=r"step-000004/.*resumes from the intact checkpoint of step 2"):
+            assert checkpoint.find_intact(places, Accelerator(), model, "accuracy") == 2
         # Of the best checkpoint, too, whose weights are what the run leaves.
         places = run() / "checkpoints"
         damage(places / "step-000002" / name)
         with pytest.raises(checkpoint.CheckpointError, match=r"step-000002/.*(damaged|missing).*--overwrite"):
-            checkpoint.choose(places, Accelerator(), model, "accuracy")
+            checkpoint.find_intact(places, Accelerator(), model, "accuracy")
 
 
 def change_state(key, value):
@@ -209,13 +208,13 @@ def test_a_checkpoint_without_checksums_is_held_against_the_run(run, model):
     change_state("best_step", 4)(folder)
     (folder / "SHA256SUMS").unlink()
     kept = shutil.copytree(folder, places.parent / "kept")
-    assert checkpoint.choose(places, Accelerator(), model, "accuracy") == 4
+    assert checkpoint.find_intact(places, Accelerator(), model, "accuracy") == 4
     for what, (name, change) in CHANGES.items():
         shutil.rmtree(folder)
         shutil.copytree(kept, folder)
         change(folder)
         with pytest.raises(checkpoint.CheckpointError) as error:
-            checkpoint.choose(places, Accelerator(), model, "accuracy")
+            checkpoint.find_intact(places, Accelerator(), model, "accuracy")
         assert str(folder / name) in str(error.value), (what, error.value)
 
 
@@ -241,7 +240,7 @@ def test_moments_that_are_not_finite_are_not_kept(tmp_path):
     model, optimizer = nn.Linear(2, 2), None
     accelerator = Accelerator()
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
-    start_moments(optimizer.optimizer)
+    initialize_optimizer_state(optimizer.optimizer)
     optimizer.state[model.weight]["exp_avg_sq"].fill_(torch.inf)
     with pytest.raises(FloatingPointError, match=r"moments of weight"):
         checkpoint.save(tmp_path / "checkpoints", 1, accelerator, model, optimizer, {})
@@ -263,14 +262,14 @@ def test_a_part_that_has_no_gradient_yet_can_be_resumed(tmp_path):
     accelerator = Accelerator()
     state = {"best_step": None, "best_metrics": None, "evaluations_since_best": 0, "loss_sum": 0.0, "loss_count": 0}
     model, optimizer, plain = new()
-    start_moments(plain)
+    initialize_optimizer_state(plain)
     step(model, optimizer, "used")
     places = tmp_path / "checkpoints"
     checkpoint.save(places, 1, accelerator, model, optimizer, {**state, "scheduler": {"last_epoch": 1}})
     again, other, plain = new()
-    start_moments(plain)
-    assert checkpoint.choose(places, accelerator, again, "accuracy") == 1
-    checkpoint.restore(checkpoint.folder_of(places, 1), accelerator, again, other)
+    initialize_optimizer_state(plain)
+    assert checkpoint.find_intact(places, accelerator, again, "accuracy") == 1
+    checkpoint.restore(checkpoint.step_folder(places, 1), accelerator, again, other)
     reference, third, _ = new()  # AdamW alone, which makes the state of a parameter with its first gradient
     step(reference, third, "used")
     for own, its in ((model, optimizer), (again, other), (reference, third)):
@@ -285,12 +284,12 @@ def test_a_part_that_has_no_gradient_yet_can_be_resumed(tmp_path):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (b"{", "no JSON"),
-        (b"\xff", "no JSON"),
-        (b"[1]", "no JSON object"),
+        (b"{", "not JSON"),
+        (b"\xff", "not JSON"),
+        (b"[1]", "not a JSON object"),
         (b'{"epoch": 1, "split": "train", "loss": 1}', "`step` is None"),
         (b'{"step": 1, "epoch": 1, "split": 5, "loss": 1}', "`split` is 5"),
-        (b'{"step": 1, "epoch": 1, "split": "train", "loss": "low"}', "`loss` is no number"),
+        (b'{"step": 1, "epoch": 1, "split": "train", "loss": "low"}', "`loss` is not a number"),
     ],
 )
 def test_a_damaged_line_of_metrics_is_named(run, make, line, said):  # noqa: F811

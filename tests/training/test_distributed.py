@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from prefix_adapter.training import Data, Recipe, RecipeError, checkpoint, train
-from prefix_adapter.training.distributed import check
+from prefix_adapter.training.distributed import check_launch
 from prefix_adapter.training.loop import new_accelerator
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "accelerate"
@@ -364,7 +364,7 @@ def test_a_checkpoint_of_deepspeeds_goes_on_under_deepspeed(tmp_path):
     (tmp_path / "deepspeed").mkdir()
     state = {"best_step": None, "best_metrics": None, "evaluations_since_best": 0, "loss_sum": 0.0, "loss_count": 0}
     state |= {"step": 3, "scheduler": {"last_epoch": 3}, "scaler": None}
-    state["generators"] = [checkpoint._generators()] * 2
+    state["generators"] = [checkpoint._get_rng_states()] * 2
     (tmp_path / "state.json").write_text(json.dumps(state))
     with pytest.raises(RecipeError, match="written under DeepSpeed by 2 processes"):
         checkpoint.restore(tmp_path, Accelerator(), None, None)
@@ -421,7 +421,7 @@ def test_fsdp_that_cannot_work_is_refused(recipe, monkeypatch, variable, fsdp2, 
         monkeypatch.setenv(variable, "SIZE_BASED_WRAP")
     accelerator = SimpleNamespace(num_processes=1, distributed_type=DistributedType.FSDP, is_fsdp2=fsdp2)
     with pytest.raises(RecipeError, match=message):
-        check(accelerator, recipe)
+        check_launch(accelerator, recipe)
 
 
 def test_batches_must_be_shared_out_evenly(recipe, monkeypatch):

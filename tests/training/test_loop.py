@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from prefix_adapter import PeftModel
-from prefix_adapter.training import RecipeError, TrainingDiverged, TrainingInterrupted, checkpoint, lesson, train
+from prefix_adapter.training import RecipeError, TrainingDiverged, TrainingInterrupted, checkpoint, objective, train
 from prefix_adapter.training.loop import Loop
 from prefix_adapter.training.tasks.sequence_classification import SequenceClassification
 
@@ -136,7 +136,7 @@ def test_what_was_recorded_after_the_checkpoint_is_forgotten(dropping, few, tmp_
             train(make("stopped"))
     recorded = tmp_path / "stopped" / "metrics.jsonl"
     assert {line["step"] for line in lines(tmp_path / "stopped")} == {2, 3, 4, 6}
-    assert checkpoint.find(tmp_path / "stopped" / "checkpoints") == [3]
+    assert checkpoint.saved_steps(tmp_path / "stopped" / "checkpoints") == [3]
     recorded.write_text(recorded.read_text()[:-20])  # the last line was cut off, too
     train(make("stopped"), resume=True)
     assert what_counts(tmp_path / "stopped") == what_counts(tmp_path / "whole")
@@ -156,7 +156,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(dropping, few, tmp_path, monkey
         assert error.value.signal_number == number
         assert {each: signal.getsignal(each) for each in handlers} == handlers
         # A step at most is trained after the one in which the signal came.
-        assert step < checkpoint.find(tmp_path / "stopped" / "checkpoints")[-1] <= step + 2
+        assert step < checkpoint.saved_steps(tmp_path / "stopped" / "checkpoints")[-1] <= step + 2
     train(stopped, resume=True)
     assert what_counts(tmp_path / "stopped") == what_counts(tmp_path / "whole")
 
@@ -208,15 +208,15 @@ def test_a_run_is_a_function_of_its_seed(dropping, few, tmp_path):
 
 
 def train_scripted(monkeypatch, accuracies: list[float], run) -> dict:
-    """Train with evaluations that find these accuracies."""
-    coming, original = iter(accuracies), lesson.evaluate
+    """Train with evaluations that find these accuracies, in this order; further evaluations are not changed."""
+    coming, original = iter(accuracies), objective.evaluate
 
     def evaluate(*args):
         metrics, answers = original(*args)
-        return {**metrics, "accuracy": next(coming)}, answers
+        return {**metrics, "accuracy": next(coming, metrics["accuracy"])}, answers
 
     with monkeypatch.context() as patch:
-        patch.setattr(lesson, "evaluate", evaluate)
+        patch.setattr(objective, "evaluate", evaluate)
         return train(run)
 
 

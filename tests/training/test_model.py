@@ -115,7 +115,7 @@ def test_a_head_of_another_size_makes_room_for_a_new_one(kind, topics, tmp_path,
     """The saved base has a head for three labels, and the rows have two."""
     base = save_base(tmp_path / "base", kind, "AutoModelForSequenceClassification")
     train(recipe(base, topics, tmp_path / "out", num_train_epochs=1))
-    assert f"{base} has a head with 3 outputs. The task needs 2: that head is not used." in capsys.readouterr().err
+    assert f"{base} has a head with 3 outputs. The task needs 2, so a new head replaces it." in capsys.readouterr().err
     recorded = json.loads((tmp_path / "out" / "results.json").read_text())["validation"]
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -132,7 +132,7 @@ def test_tags_and_questions_with_a_head_of_another_size(tmp_path):
 
 def test_another_size_of_the_backbone_is_refused(tiny_bert, topics, tmp_path):
     with pytest.raises(
-        RecipeError, match=r"`model`: .*intermediate.dense.bias is \(48,\) in the .*and \(56,\) by its conf"
+        RecipeError, match=r"`model`: .*intermediate.dense.bias is \(48,\) in the .*and \(56,\) in its conf"
     ):
         train(recipe(tiny_bert, topics, tmp_path / "out", model_kwargs={"intermediate_size": 56}))
     made = recipe(tiny_bert, topics, tmp_path / "out", task="causal-lm", model_kwargs={"vocab_size": 120})

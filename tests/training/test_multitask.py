@@ -29,13 +29,14 @@ from prefix_adapter.training import (
     load_joint_recipe,
     load_recipe,
     predict,
+    reports,
     train,
     train_together,
 )
 from prefix_adapter.training import multitask as module
-from prefix_adapter.training.batches import Batches
+from prefix_adapter.training import run as run_module
+from prefix_adapter.training.batches import Batches, JointBatches
 from prefix_adapter.training.loop import Loop
-from prefix_adapter.training.multitask import JointBatches
 
 PREFIX = "base_model.model.prefix_tuning_v2.prefix_tuning_v2_embedding.weight"
 CLASSES = {
@@ -97,7 +98,7 @@ def values(base, tmp_path) -> dict:
 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
-    monkeypatch.setattr(module.outputs, "draw_curve", lambda *args: None)  # it takes longer than all the rest
+    monkeypatch.setattr(reports, "draw_curve", lambda *args: None)  # it takes longer than all the rest
 
 
 def load(folder, task: str, base: str):
@@ -133,7 +134,7 @@ def test_what_is_left_is_an_adapter_for_each_task_with_one_prefix(values, base, 
     train(Recipe.from_dict(alone))
     prefix = load_file(tmp_path / "alone" / "adapter_model.safetensors")[PREFIX]
     torch.testing.assert_close(prefix, prefixes["tags"], atol=1e-6, rtol=0)
-    assert "trained together with other tasks, for each of which there is an adapter with it: tags." in (
+    assert "trained together with other tasks, each of which has its own adapter: tags." in (
         out / "topics" / "README.md"
     ).read_text().replace("\n", " ")
     best = max(
@@ -292,8 +293,8 @@ def test_the_draws():
     # And a step is the same when it is asked for first.
     again = JointBatches([Batches(30, 4, 0), Batches(7, 4, 0), Batches(300, 4, 0)], 1.0, seed=5)
     assert again[3999] == steps[3999] and again[10] == steps[10]
-    alike = JointBatches([Batches(30, 4, 0), Batches(300, 4, 0)], 0.0, seed=5).turns(2000)
-    assert alike.count(0) / 2000 == pytest.approx(0.5, abs=0.05)
+    alike = JointBatches([Batches(30, 4, 0), Batches(300, 4, 0)], 0.0, seed=5).task_steps(2000)
+    assert alike[0] / 2000 == pytest.approx(0.5, abs=0.05)
 
 
 def test_where_less_is_more_the_score_goes_up_as_the_metric_goes_down(values, tmp_path):
@@ -331,17 +332,17 @@ def changed(values: dict, path: str, value) -> dict:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("tasks", {"a": {"task": "causal-lm"}}, r"`tasks`: there must be two at least, got \['a'\]"),
+        ("tasks", {"a": {"task": "causal-lm"}}, r"`tasks`: at least two tasks are needed, got \['a'\]"),
         ("tasks", ["a"], "`tasks` must be a mapping"),
-        ("tasks.tags.model", "other", "`tasks.tags.model`: a task has no such key of its own"),
+        ("tasks.tags.model", "other", "`tasks.tags.model`: a task cannot set this key"),
         ("tasks.tags.data.trian", "x", r"`tasks.tags.data.trian`: there is no such key"),
         ("tasks.tags.max_length", 0, "`tasks.tags.max_length` must be at least 1"),
         ("tasks.tags.task", "tagging", "`tasks.tags.task` must be"),
         ("tasks.tags.task_kwargs", {"strid": 1}, "`tasks.tags.task_kwargs.strid`"),
         ("tasks.tags.metric_for_best_model", "f2", "`tasks.tags.metric_for_best_model`: there is no 'f2'"),
         ("tasks.tags.data.train", "none.jsonl", "`tasks.tags`: There is no file 'none.jsonl'"),
-        ("tasks.checkpoints", {}, "`tasks.checkpoints`: a run leaves a file or folder 'checkpoints' too"),
-        ("tasks.readme.md", {}, "it must be of letters"),
+        ("tasks.checkpoints", {}, "`tasks.checkpoints`: the run creates another file or folder 'checkpoints'"),
+        ("tasks.readme.md", {}, "use letters, digits"),
         ("max_length", 16, "`max_length`: each task has its own"),
         ("learning_rat", 1, "^`learning_rat`: there is no such key"),
         ("learning_rate", -1, "^`learning_rate` must be above 0"),
@@ -390,8 +391,8 @@ def test_two_processes_give_what_one_gives(values, tmp_path):
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
 def test_what_divides_models_is_refused(values, monkeypatch, kind):
     accelerator = SimpleNamespace(distributed_type=kind)
-    monkeypatch.setattr(module, "accelerating", lambda recipe: nullcontext(accelerator))
-    with pytest.raises(RecipeError, match=f"^{kind.value} cannot divide models"):
+    monkeypatch.setattr(run_module, "training_accelerator", lambda recipe: nullcontext(accelerator))
+    with pytest.raises(RecipeError, match=f"^{kind.value} cannot shard models"):
         train_together(JointRecipe.from_dict(values))
 
 
@@ -411,7 +412,7 @@ def test_the_output_folder(values, tmp_path):
     with pytest.raises(RecipeError, match="was trained together with others, and cannot be resumed alone"):
         train(load_recipe(out / "tags" / "recipe.yaml"), resume=True)
     (out / "tags" / "notes.txt").write_text("mine")
-    with pytest.raises(RecipeError, match=r"'tags/notes\.txt' too"):
+    with pytest.raises(RecipeError, match=r"also contains 'tags/notes\.txt'"):
         train_together(first, overwrite=True)
     (out / "tags" / "notes.txt").unlink()
     renamed = json.loads(json.dumps(values).replace('"tags"', '"words"', 1).replace('"words": [', '"tags": ['))

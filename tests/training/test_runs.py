@@ -77,9 +77,9 @@ def test_a_run_that_cannot_start_leaves_no_folder(make, tmp_path):  # noqa: F811
 
 
 def test_a_lock_without_a_note_is_one_too(tmp_path):
-    with files.locked(tmp_path):
+    with files.lock_folder(tmp_path):
         (tmp_path / ".run.json").write_text("{")
-        with pytest.raises(RecipeError, match="another process is working"), files.locked(tmp_path):
+        with pytest.raises(RecipeError, match="another process is working"), files.lock_folder(tmp_path):
             pass
 
 
@@ -166,7 +166,7 @@ def test_on_the_command_line(make, tmp_path, capsys):  # noqa: F811
 def test_a_run_is_not_made_shorter(make, tmp_path):  # noqa: F811
     train(make("out", **CONSTANT))
     before = durable(tmp_path / "out")
-    with pytest.raises(RecipeError, match=r"`num_train_epochs`.* 4 steps, and with these it would have 2"):
+    with pytest.raises(RecipeError, match=r"`num_train_epochs`.* 4 steps, and these values allow 2"):
         train(make("out", **{**CONSTANT, "num_train_epochs": 1}), resume=True)
     assert durable(tmp_path / "out") == before
 
@@ -207,7 +207,7 @@ def test_ctrl_c_before_the_first_step(make, tmp_path, monkeypatch, capsys):  # n
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("what", ["load_base", "leave"])
+@pytest.mark.parametrize("what", ["load_base", "write_adapter"])
 def test_ctrl_c_before_and_after_training(make, tmp_path, monkeypatch, capsys, what):  # noqa: F811
     train(make("whole"))
     with monkeypatch.context() as patch:
@@ -225,7 +225,7 @@ def test_ctrl_c_before_and_after_training(make, tmp_path, monkeypatch, capsys, w
 def test_the_second_signal_in_a_save_leaves_the_checkpoint_before(make, tmp_path, monkeypatch):  # noqa: F811
     train(make("whole"))
 
-    def to_disk(path):
+    def fsync_path(path):
         if "step-000003" in str(sys._getframe(1).f_locals.get("target")):
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
@@ -233,7 +233,7 @@ def test_the_second_signal_in_a_save_leaves_the_checkpoint_before(make, tmp_path
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr("prefix_adapter.training.checkpoint.to_disk", to_disk)
+            patch.setattr("prefix_adapter.training.checkpoint.fsync_path", fsync_path)
             with pytest.raises(KeyboardInterrupt, match="Resume with"):
                 train(make("out"))
     finally:

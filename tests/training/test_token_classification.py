@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from prefix_adapter.training import Data, DataError, Recipe, RecipeError, load_recipe, train
 from prefix_adapter.training.batches import Batches
 from prefix_adapter.training.evaluation import answer_rows, evaluate
-from prefix_adapter.training.model import load_base, trained, wrap
+from prefix_adapter.training.model import load_base, trained_parameters, wrap
 from prefix_adapter.training.run import load_splits
 from prefix_adapter.training.tasks import TASK_CLASSES
 
@@ -298,7 +298,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens(tiny_bert, tmp_path, m
     loss = total / sum(len(row["tokens"]) for row in batch)
     loss.backward()
     expected = {"adapter": [], "head": []}
-    for name, parameter in trained(model).items():
+    for name, parameter in trained_parameters(model).items():
         expected["head" if "modules_to_save" in name else "adapter"].append(parameter.grad)
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
     line = next(each for each in read_log(tmp_path / "out") if each["split"] == "train")
@@ -363,7 +363,7 @@ def test_bad_tags(tiny_bert, tmp_path):
     with pytest.raises(DataError, match=r"alike.jsonl: all tokens have the same tag, \{'O'\}"):
         train(make_recipe(tiny_bert, tmp_path / "out", {"train": alike}))
     nothing = write_rows(tmp_path / "nothing.jsonl", [{"tokens": ["", ""], "tags": ["O", "B-X"]}] * 5)
-    with pytest.raises(DataError, match="No training row has anything to learn from"):
+    with pytest.raises(DataError, match="No training row contributes to the loss"):
         train(make_recipe(tiny_bert, tmp_path / "nothing", {"train": nothing}))
 
 

@@ -1,0 +1,121 @@
+"""The objective of a training loop: its batches and loss, and the metrics that choose the best checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from .batches import Batches
+from .data import DataError, rows_of
+from .distributed import prepare_for_training
+from .evaluation import evaluate, make_features
+from .recipe import RecipeError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from datasets import Dataset
+    from torch import Tensor
+
+    from .batches import JointBatches
+    from .recipe import Recipe
+    from .tasks import Task
+
+
+class TrainingObjective(Protocol):
+    """The interface of `Loop` to the tasks: `TaskObjective` for one task, `JointObjective` for several."""
+
+    metric: str
+    """The metric that chooses the best checkpoint."""
+    lower_is_better: bool
+    """Whether a lower value of `metric` is better."""
+    items: list[int]
+    """For each feature, the number of items (rows, words, tokens) over which its loss is the mean."""
+
+    @property
+    def batches(self) -> Batches | JointBatches:
+        """The batches, as lists of feature indices."""
+
+    def prepare(self, model: Any) -> tuple[Any, Any, torch.optim.Optimizer]:
+        """Prepare the model and a new optimizer with Accelerate.
+
+        Returns:
+            The prepared model, the prepared optimizer, and the PyTorch optimizer inside it.
+        """
+
+    def dry_run(self, model: Any) -> None:
+        """Find errors that would otherwise end the run in the middle.
+
+        Args:
+            model: the model without Accelerate's wrapper; it is left in eval mode.
+
+        Raises:
+            RecipeError: if the longest row is too long for the model, or the metric does not exist.
+        """
+
+    def loss(self, model: Any, features: list[int]) -> Tensor:
+        """The model's mean loss on the features with these indices."""
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """The metrics on the validation rows, `loss` among them; `model` has no wrapper of Accelerate's."""
+
+
+class TaskObjective:
+    """The training objective of one task.
+
+    Args:
+        recipe: the recipe.
+        task: the recipe's task, with labels.
+        rows: the checked rows by split: `train`, `validation` and perhaps `test`.
+        accelerator: the accelerator.
+
+    Raises:
+        DataError: if no training row contributes to the loss.
+    """
+
+    def __init__(self, recipe: Recipe, task: Task, rows: dict[str, Dataset], accelerator: Accelerator) -> None:
+        self.recipe, self.task, self.rows, self.accelerator = recipe, task, rows, accelerator
+        features = make_features(task, rows["train"], True, recipe.data.num_proc)
+        task.check_tokens(features, recipe.data.train)
+        items = [task.num_items(labels) for labels in features["labels"]]
+        if not all(items):  # For instance a truncated completion. The mean of no losses is not a number.
+            kept = [i for i, count in enumerate(items) if count]
+            accelerator.print(f"{len(items) - len(kept)} features do not contribute to the loss and are left out.")
+            features, items = features.select(kept), [items[i] for i in kept]
+        if not items:
+            raise DataError("No training row contributes to the loss: `max_length` may be too small.")
+        self.features, self.items = features, items
+        lengths = [len(ids) for ids in features["input_ids"]] if recipe.group_by_length else None
+        self.batches = Batches(len(items), recipe.batch_size, recipe.seed, lengths)
+        self.metric = recipe.metric_for_best_model or task.default_metric
+        self.lower_is_better = self.metric in task.lower_is_better
+
+    def prepare(self, model: Any) -> tuple[Any, Any, torch.optim.Optimizer]:
+        """See `TrainingObjective.prepare` and `distributed.prepare_for_training`."""
+        return prepare_for_training(self.accelerator, model, self.recipe)
+
+    def dry_run(self, model: Any) -> None:
+        """See `TrainingObjective.dry_run`."""
+        lengths = [len(ids) for ids in self.features["input_ids"]]
+        try:
+            with torch.no_grad():
+                self.loss(model.eval(), [lengths.index(max(lengths))])
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise RecipeError(f"`max_length`: the model cannot process the longest row: {error}") from error
+        if self.recipe.metric_for_best_model:
+            rows = self.rows["validation"]
+            known = self._metrics(model, rows.select(range(min(2, len(rows)))))
+            if self.metric not in known:
+                raise RecipeError(f"`metric_for_best_model`: there is no {self.metric!r}; there are {sorted(known)}.")
+
+    def loss(self, model: Any, features: list[int]) -> Tensor:
+        """See `TrainingObjective.loss`."""
+        batch = self.task.collate(rows_of(self.features[features]))
+        return self.task.loss(model, {key: value.to(self.accelerator.device) for key, value in batch.items()})[0]
+
+    def evaluate(self, model: Any, split: str = "validation") -> dict[str, float]:
+        """The metrics on the rows of a split, `loss` among them; `model` has no wrapper of Accelerate's."""
+        return self._metrics(model, self.rows[split])
+
+    def _metrics(self, model: Any, rows: Dataset) -> dict[str, float]:
+        return evaluate(self.task, model, rows, self.recipe.eval_batch_size, self.accelerator)[0]
