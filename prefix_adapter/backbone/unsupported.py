@@ -28,6 +28,14 @@ class UnsupportedBackboneError(ValueError):
     Args:
         model: The model.
         why: The reason, as a sentence.
+
+    Example:
+        ```python
+        try:
+            model = get_peft_model(model, PrefixTuningV2Config())
+        except UnsupportedBackboneError:  # ALBERT or DistilBERT, for instance
+            model = get_peft_model(model, LoraConfig())
+        ```
     """
 
     def __init__(self, model: nn.Module, why: str):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,8 @@ class BatchPlanner:
 
     def __init__(self, targets: list[AttentionTarget], adapters: Mapping[str, AdapterInfo]):
         self._targets, self._adapters = targets, adapters
-        self._plans: dict[Any, BatchPlan | None] = {}
-        self._expected: dict[Any, list[int]] = {}
+        self._plans: dict[Hashable, BatchPlan | None] = {}
+        self._expected: dict[Hashable, list[int]] = {}
 
     def clear(self) -> None:
         """Drop all cached plans."""

@@ -48,6 +48,12 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     Raises:
         UnsupportedBackboneError: If none of its attention modules takes a prefix.
         ValueError: If its attention is divided over processes by tensor parallelism.
+
+    Example:
+        ```python
+        layer = get_peft_model(model, PrefixTuningV2Config()).base_model.prefix_layer
+        layer.encoder_of("default").embedding.weight  # the table, [20, columns]
+        ```
     """
 
     adapter_layer_names = tuple(PREFIX + name for name in PrefixEncoder._fields)

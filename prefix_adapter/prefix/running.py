@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,9 +45,9 @@ class AdapterCall:
     rows: list[Row]
     outer: AdapterCall | None = None
     count_rows: bool = False
-    plans: dict[Any, BatchPlan | None] = field(default_factory=dict)
-    prefixes: dict[Any, KeyValues] = field(default_factory=dict)
-    expected: dict[Any, list[int]] = field(default_factory=dict)
+    plans: dict[Hashable, BatchPlan | None] = field(default_factory=dict)
+    prefixes: dict[Hashable, KeyValues] = field(default_factory=dict)
+    expected: dict[Hashable, list[int]] = field(default_factory=dict)
 
     @property
     def mixed(self) -> bool:

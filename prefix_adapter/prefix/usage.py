@@ -12,7 +12,14 @@ from .state import ForwardState
 
 
 class PrefixNotUsedError(RuntimeError):
-    """An attention layer did not use its prefix, so the adapter would have had no effect there."""
+    """An attention layer did not use its prefix, so the adapter would have had no effect there.
+
+    Example:
+        ```python
+        model.base_model.model.encoder.layer[0] = other_layer  # replaced after the adapter was added
+        model(**batch)  # PrefixNotUsedError: The forward pass did not reach encoder.layer.0.attention.self ...
+        ```
+    """
 
 
 @dataclass
