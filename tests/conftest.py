@@ -23,7 +23,20 @@ torch.set_num_threads(1)
 _CACHE = tempfile.TemporaryDirectory(prefix="prefix-adapter-datasets-", ignore_cleanup_errors=True)
 os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+TESTS = Path(__file__).resolve().parent
+SHARED = TESTS.parents[1] / "shared"
+
+# The tests of `pytest -m core`: wrapping, forwards, saving and loading, without compilers and other processes.
+CORE = ("backbone", "prefix", "files", "adapters", "test_architecture.py", "test_peft.py", "test_placement.py",
+        "test_private.py")  # fmt: skip
+NOT_CORE = ("test_compiled.py", "test_exchange.py", "test_hub.py", "test_tensor_parallel.py")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        path = item.path.relative_to(TESTS)
+        if path.parts[0] in CORE and path.name not in NOT_CORE:
+            item.add_marker("core")
 
 
 @pytest.fixture(autouse=True)
