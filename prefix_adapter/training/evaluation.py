@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from .tasks.task import Columns, Row
 
 
-def make_features(task: Task, rows: Dataset, solved: bool, num_proc: int | None = None) -> Dataset:
+def make_features(task: Task, rows: Dataset, with_targets: bool, num_proc: int | None = None) -> Dataset:
     """Tokenize the rows of a data set.
 
     Args:
         task: the task.
         rows: the checked rows.
-        solved: whether the rows have solutions, from which labels are made.
+        with_targets: whether the rows have targets, from which labels are made.
         num_proc: the number of processes; `None` for this process alone.
     """
     return rows.map(
         task.training_features,
         batched=True,
         with_indices=True,
-        fn_kwargs={"solved": solved},
+        fn_kwargs={"with_targets": with_targets},
         remove_columns=rows.column_names,
         num_proc=num_proc,
         load_from_cache_file=False,
@@ -58,7 +58,7 @@ def answer_rows(
     Returns:
         An answer for each row.
     """
-    return _predict(task, model, rows, batch_size, device, solved=False, progress=progress)[0]
+    return _predict(task, model, rows, batch_size, device, with_targets=False, progress=progress)[0]
 
 
 def _predict(
@@ -67,11 +67,11 @@ def _predict(
     rows: Columns,
     batch_size: int,
     device: torch.device,
-    solved: bool,
+    with_targets: bool,
     progress: bool = False,
     rounds: int | None = None,
 ) -> tuple[list[Row], float, int]:
-    """Predict the answers of rows, and compute their loss if they are solved.
+    """Predict the answers of rows, and compute their loss if they have targets.
 
     Args:
         task: the task.
@@ -79,7 +79,7 @@ def _predict(
         rows: the columns of the rows.
         batch_size: features of a forward pass.
         device: the model's device.
-        solved: whether to use the rows' solutions.
+        with_targets: whether to use the rows' targets.
         progress: whether to show a progress bar.
         rounds: the number of forward passes; by default as many as there are batches.
 
@@ -87,7 +87,7 @@ def _predict(
         An answer for each row, the sum of the losses of all items, and the number of items.
     """
     count = len(next(iter(rows.values())))
-    columns = task.features(rows, list(range(count)), solved)
+    columns = task.features(rows, list(range(count)), with_targets)
     features = rows_of(columns)
     # Features of similar length share a batch.
     order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))
@@ -100,7 +100,7 @@ def _predict(
         chosen = [features[i] for i in indices]
         batch = {key: value.to(device) for key, value in task.collate(chosen).items()}
         output = None
-        if solved:
+        if with_targets:
             mean, output = task.loss(model, batch)
             own = sum(task.num_items(each["labels"]) for each in chosen)
             if number < len(batches) and own:  # The mean of no losses is not a number.
@@ -119,7 +119,7 @@ def _predict(
 def evaluate(
     task: Task, model: nn.Module, rows: Dataset, batch_size: int, accelerator: Accelerator
 ) -> tuple[dict[str, float], list[Row]]:
-    """Evaluate a model on rows with solutions; each process computes its share of the rows.
+    """Evaluate a model on rows with targets; each process computes its share of the rows.
 
     Args:
         task: the task.
@@ -148,9 +148,9 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        answers, loss, items = predict(solved=True)
+        answers, loss, items = predict(with_targets=True)
         if not task.answers_with_labels:
-            answers, _, _ = predict(solved=False)
+            answers, _, _ = predict(with_targets=False)
     finally:
         model.train(training)
     if not has_rows:

@@ -243,7 +243,7 @@ def test_generation_in_evaluation(bases):
 
 
 @pytest.mark.parametrize(
-    ("row", "task_kwargs", "solved", "message"),
+    ("row", "task_kwargs", "with_targets", "message"),
     [
         ({"text": ""}, {}, True, "row 1: 'text' is empty"),
         ({"text": None}, {}, True, "row 1: 'text' must be a text, got None"),
@@ -260,10 +260,10 @@ def test_generation_in_evaluation(bases):
         ({"completion": "w1"}, {}, True, r"has no column 'text'.*data.columns: \{text: ...\}"),
     ],
 )
-def test_bad_rows(bases, row, task_kwargs, solved, message):
+def test_bad_rows(bases, row, task_kwargs, with_targets, message):
     task = make_task(bases["llama"], task_kwargs=task_kwargs)
     with pytest.raises(DataError, match=message):
-        task.check(Dataset.from_list([row]), "rows.jsonl", solved)
+        task.check(Dataset.from_list([row]), "rows.jsonl", with_targets)
 
 
 @pytest.mark.parametrize(

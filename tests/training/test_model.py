@@ -79,7 +79,7 @@ def test_unknown_words_are_counted(tiny_bert, topics, capsys, unknown, said):
     task = task_of(recipe(tiny_bert, topics, "out", labels=["a", "b"]))
     text = " ".join([*(f"?{i}" for i in range(unknown)), *WORDS[:8]])
     rows = Dataset.from_list([{"text": text, "label": "a"}] * 3)
-    features = rows.map(task.features, batched=True, with_indices=True, fn_kwargs={"solved": True})
+    features = rows.map(task.features, batched=True, with_indices=True, fn_kwargs={"with_targets": True})
     capsys.readouterr()
     if unknown == 6:
         features = features.map(lambda row: {"input_ids": [*row["input_ids"], 1, 1, 1]})  # 9 of 17 words

@@ -58,7 +58,7 @@ def test_copa_as_the_model_reads_it(shared, minilm):
     task = new_task(minilm)
     table = Dataset.from_list(rows).rename_column("premise", "text")
     task.check(table, "rows")
-    features = make_features(task, table, solved=True)
+    features = make_features(task, table, with_targets=True)
     plain = AutoTokenizer.from_pretrained(minilm)
     for row, feature in zip(rows, features, strict=True):
         assert feature["labels"] == row["label"]
@@ -122,14 +122,14 @@ def test_bad_rows(tiny_bert, changes, message):
 @pytest.mark.parametrize("label", [-1, 2, 1.5, None])
 def test_a_number_that_is_no_choice(tiny_bert, label):
     row = {"text": "one", "choices": ["two", "three"], "label": label}
-    assert "from 0 to 1" in new_task(tiny_bert).problem(row, solved=True)
-    assert new_task(tiny_bert).problem(row, solved=False) is None
+    assert "from 0 to 1" in new_task(tiny_bert).problem(row, with_targets=True)
+    assert new_task(tiny_bert).problem(row, with_targets=False) is None
 
 
 def test_more_choices_than_columns(tiny_bert):
     task, many = new_task(tiny_bert), {f"choice{number}": f"w{number}" for number in range(12)}
-    assert "more than ten" in task.problem({"text": "one", **many, "label": 0}, solved=True)
-    assert task.problem({"text": "one", "choices": list(many.values()), "label": 11}, solved=True) is None
+    assert "more than ten" in task.problem({"text": "one", **many, "label": 0}, with_targets=True)
+    assert task.problem({"text": "one", "choices": list(many.values()), "label": 11}, with_targets=True) is None
 
 
 def test_missing_columns(tiny_bert):

@@ -62,7 +62,7 @@ def test_windows_cover_the_context_and_hold_the_answers(tokenizer, max_length, s
     name = request.getfixturevalue("minilm") if tokenizer == "minilm" else str(shared / "models" / tokenizer)
     rows, task = xquad(shared), new_task(name, max_length=max_length)
     plain = AutoTokenizer.from_pretrained(name)
-    features = make_features(task, Dataset.from_list(rows), solved=True)[:]
+    features = make_features(task, Dataset.from_list(rows), with_targets=True)[:]
     assert len(features["row"]) > len(rows)  # some contexts are too long for one window
     for row, windows in zip(rows, by_row(features), strict=True):
         whole = plain(row["context"], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -271,7 +271,7 @@ def test_bad_rows(tiny_bert, changes, message):
     task = new_task(tiny_bert)
     good = row("w19 w20 w21 w22", "w21")
     task.check(Dataset.from_list([good, row("w20")]), "rows")
-    assert task.problem({**good, **changes}, solved=True)
+    assert task.problem({**good, **changes}, with_targets=True)
     with pytest.raises(DataError, match=f"rows, row 2: .*{message}"):
         task.check(Dataset.from_list([good, {**good, **changes}]), "rows")
     with pytest.raises(DataError, match="no column 'answers'"):

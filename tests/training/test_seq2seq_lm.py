@@ -161,7 +161,7 @@ def test_rouge_knows_other_letters_than_english_ones(bases):
 
 
 @pytest.mark.parametrize(
-    ("row", "solved", "message"),
+    ("row", "with_targets", "message"),
     [
         ({"text": " ", "target": "w1"}, True, "row 2: 'text' is empty"),
         ({"text": "w1", "target": ""}, True, "row 2: 'target' is empty"),
@@ -171,10 +171,10 @@ def test_rouge_knows_other_letters_than_english_ones(bases):
         ({"target": "w1"}, False, "has no column 'text'"),
     ],
 )
-def test_bad_rows(bases, row, solved, message):
+def test_bad_rows(bases, row, with_targets, message):
     rows = Dataset.from_list([dict.fromkeys(row, "w1"), row])
     with pytest.raises(DataError, match=message):
-        make_task(bases["t5"]).check(rows, "rows.jsonl", solved)
+        make_task(bases["t5"]).check(rows, "rows.jsonl", with_targets)
 
 
 @pytest.mark.parametrize(

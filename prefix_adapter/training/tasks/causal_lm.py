@@ -62,20 +62,20 @@ class CausalLM(TextGeneration):
                 f"`task_kwargs.max_new_tokens` ({self.kwargs['max_new_tokens']}), got {self.max_length}."
             )
 
-    def problem(self, row: Row, solved: bool) -> str | None:
+    def problem(self, row: Row, with_targets: bool) -> str | None:
         prompt = row.get("prompt")
         if not isinstance(prompt, (str, type(None))):
             return f"'prompt' must be a text, got {prompt!r}."
-        if prompt and solved and self.kwargs["packing"]:
+        if prompt and with_targets and self.kwargs["packing"]:
             return "the row has a prompt, but `task_kwargs.packing` is for texts without prompts."
-        if not (prompt or "").strip() and (self.kwargs["generate"] or not solved):
+        if not (prompt or "").strip() and (self.kwargs["generate"] or not with_targets):
             return "there is no 'prompt' to generate from. If the column has another name, set `data.columns`."
-        return text_problem(row, "text") if solved else None
+        return text_problem(row, "text") if with_targets else None
 
-    def features(self, rows: Columns, indices: list[int], solved: bool) -> Columns:
+    def features(self, rows: Columns, indices: list[int], with_targets: bool) -> Columns:
         prompts = self._prompts(rows)
         result: Columns = {"row": [], "input_ids": [], "attention_mask": []}
-        if not solved:
+        if not with_targets:
             room = self.max_length - self.kwargs["max_new_tokens"]
             for index, (_, prompt) in zip(indices, prompts, strict=True):
                 self._add(result, index, self._last_tokens(prompt, room))
@@ -90,9 +90,9 @@ class CausalLM(TextGeneration):
                     self._add(result, index, block, first_label=0)
         return result
 
-    def training_features(self, rows: Columns, indices: list[int], solved: bool = True) -> Columns:
+    def training_features(self, rows: Columns, indices: list[int], with_targets: bool = True) -> Columns:
         if not self.kwargs["packing"]:
-            return self.features(rows, indices, solved)
+            return self.features(rows, indices, with_targets)
         result: Columns = {"row": [], "input_ids": [], "attention_mask": [], "labels": []}
         texts = zip(self._prompts(rows), self._texts(rows), strict=True)
         for block in self._blocks([token for (_, start), text in texts for token in start + text]):

@@ -46,15 +46,15 @@ class MultipleChoice(Task):
     target = "label"
     default_metric = "accuracy"
 
-    def check(self, rows: Dataset, source: str, solved: bool = True) -> None:
+    def check(self, rows: Dataset, source: str, with_targets: bool = True) -> None:
         if not {"choices", *_COLUMNS} & set(rows.column_names):
             raise DataError(
                 f"{source} has no column 'choices' (a list of strings), nor 'choice1', 'choice2' and so on; it has "
                 f"{rows.column_names}. If the column has another name, set `data.columns: {{choices: ...}}`."
             )
-        super().check(rows, source, solved)
+        super().check(rows, source, with_targets)
 
-    def problem(self, row: Row, solved: bool) -> str | None:
+    def problem(self, row: Row, with_targets: bool) -> str | None:
         for name in ("text", "question"):
             if name in row and (problem := text_problem(row, name, may_be_empty=name != "text")):
                 return problem
@@ -66,9 +66,9 @@ class MultipleChoice(Task):
         for choice in choices:
             if not isinstance(choice, str) or not choice.strip():
                 return f"a choice must be a text that is not empty, got {choice!r}."
-        return _label_problem(row[self.target], choices) if solved else None
+        return _label_problem(row[self.target], choices) if with_targets else None
 
-    def features(self, rows: Columns, indices: list[int], solved: bool) -> Columns:
+    def features(self, rows: Columns, indices: list[int], with_targets: bool) -> Columns:
         rows_with_choices = [(row, choices_of(row)) for row in rows_of(rows)]
         texts = [row["text"] for row, choices in rows_with_choices for _ in choices]
         pairs = [
@@ -81,7 +81,7 @@ class MultipleChoice(Task):
         for key, values in encoded.items():
             remaining = iter(values)
             result[key] = [[next(remaining) for _ in choices] for _, choices in rows_with_choices]
-        if solved:
+        if with_targets:
             result["labels"] = [matching_choices(row[self.target], choices)[0] for row, choices in rows_with_choices]
         return result
 

@@ -64,11 +64,11 @@ class QuestionAnswering(Task):
         self.stride = min(self.kwargs["stride"], room // 2)
         self.tokenizer.truncation_side = "right"  # so that the windows are in the order of the text
 
-    def problem(self, row: Row, solved: bool) -> str | None:
+    def problem(self, row: Row, with_targets: bool) -> str | None:
         for name in self.columns:
             if problem := text_problem(row, name):
                 return problem
-        return _answers_problem(row[self.target], row["context"]) if solved else None
+        return _answers_problem(row[self.target], row["context"]) if with_targets else None
 
     def learn_labels(self, rows: Dataset, source: str) -> None:
         answered = [bool(answers["text"]) for answers in rows[self.target]]
@@ -80,7 +80,7 @@ class QuestionAnswering(Task):
     def model_kwargs(self) -> dict[str, Any]:
         return {"num_labels": 2}  # start and end; the checkpoint can have another number
 
-    def features(self, rows: Columns, indices: list[int], solved: bool) -> Columns:
+    def features(self, rows: Columns, indices: list[int], with_targets: bool) -> Columns:
         encoded = self.tokenizer(
             self._truncated(rows["question"]),
             rows["context"],
@@ -98,7 +98,7 @@ class QuestionAnswering(Task):
             for i, own in enumerate(encoded.pop("offset_mapping"))
         ]
         result = {**encoded, "offsets": offsets, "row": [indices[owner] for owner in owners]}
-        if solved:
+        if with_targets:
             result["labels"] = [
                 self._label(
                     encoded["input_ids"][i], offsets[i], rows[self.target][owner], *self._extent(i, owners, offsets)

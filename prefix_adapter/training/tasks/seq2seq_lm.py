@@ -38,15 +38,15 @@ class Seq2SeqLM(TextGeneration):
         for name in ("max_target_length", "max_new_tokens", "num_beams"):
             self.integer_setting(name)
 
-    def problem(self, row: Row, solved: bool) -> str | None:
+    def problem(self, row: Row, with_targets: bool) -> str | None:
         problem = text_problem(row, "text")
-        return text_problem(row, self.target) if solved and problem is None else problem
+        return text_problem(row, self.target) if with_targets and problem is None else problem
 
-    def features(self, rows: Columns, indices: list[int], solved: bool) -> Columns:
+    def features(self, rows: Columns, indices: list[int], with_targets: bool) -> Columns:
         options = {"truncation": True, "verbose": False}
         encoded = self.tokenizer(rows["text"], max_length=self.max_length, **options)
         result = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "row": indices}
-        if solved:
+        if with_targets:
             length = self.kwargs["max_target_length"]
             targets = self.tokenizer(text_target=rows[self.target], max_length=length, **options)
             result["labels"] = targets["input_ids"]

@@ -60,11 +60,11 @@ class SequenceClassification(Task):
             raise DataError(f"{source}: all rows have the same label, {found or 'none'}: there is nothing to learn.")
         self.labels = sort_labels(found)
 
-    def problem(self, row: Row, solved: bool) -> str | None:
+    def problem(self, row: Row, with_targets: bool) -> str | None:
         problem = text_problem(row, "text")
         if problem is None and "text_pair" in row:
             problem = text_problem(row, "text_pair", may_be_empty=True)
-        return self._label_problem(row[self.target]) if solved and problem is None else problem
+        return self._label_problem(row[self.target]) if with_targets and problem is None else problem
 
     def _label_problem(self, target: Any) -> str | None:
         if target is None:
@@ -87,12 +87,12 @@ class SequenceClassification(Task):
             return {"num_labels": 1, "problem_type": self.problem_type}
         return {"problem_type": self.problem_type, **label_config(self.labels)}
 
-    def features(self, rows: Columns, indices: list[int], solved: bool) -> Columns:
+    def features(self, rows: Columns, indices: list[int], with_targets: bool) -> Columns:
         encoded = self.tokenizer(
             rows["text"], rows.get("text_pair"), truncation=True, max_length=self.max_length, verbose=False
         )
         result = {**encoded, "row": indices}
-        if solved:
+        if with_targets:
             result["labels"] = [self._label(target) for target in rows[self.target]]
         return result
 

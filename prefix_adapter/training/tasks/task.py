@@ -47,7 +47,7 @@ class Task:
 
     Example:
         >>> task = TASK_CLASSES[recipe.task](recipe, load_tokenizer(recipe))
-        >>> features = task.features({"text": ["a text"]}, [0], solved=False)
+        >>> features = task.features({"text": ["a text"]}, [0], with_targets=False)
     """
 
     auto_class: ClassVar[str]
@@ -133,34 +133,34 @@ class Task:
         """
         return None if isinstance(label, bool) else self._numbers.get(str(label))
 
-    def check(self, rows: Dataset, source: str, solved: bool = True) -> None:
+    def check(self, rows: Dataset, source: str, with_targets: bool = True) -> None:
         """Validate all rows, before anything is computed.
 
         Args:
             rows: The rows.
             source: The name of the rows in error messages.
-            solved: Whether the rows must have targets.
+            with_targets: Whether the rows must have targets.
 
         Raises:
             DataError: For a missing column or the first invalid row. The message names it.
         """
-        for name, meaning in {**self.columns, **({self.target: "the target"} if solved else {})}.items():
+        for name, meaning in {**self.columns, **({self.target: "the target"} if with_targets else {})}.items():
             if name not in rows.column_names:
                 raise DataError(
                     f"{source} has no column {name!r} ({meaning}); it has {rows.column_names}. "
                     f"If the column has another name, set `data.columns: {{{name}: ...}}`."
                 )
         for number, row in enumerate(rows, start=1):
-            problem = self.problem(row, solved)
+            problem = self.problem(row, with_targets)
             if problem:
                 raise DataError(f"{source}, row {number}: {problem}")
 
-    def problem(self, row: Row, solved: bool) -> str | None:
+    def problem(self, row: Row, with_targets: bool) -> str | None:
         """Describe what is wrong with a row; `None` if it is valid.
 
         Args:
             row: The row.
-            solved: Whether the row must have a target.
+            with_targets: Whether the row must have a target.
         """
         raise NotImplementedError
 
@@ -179,13 +179,13 @@ class Task:
         """Return the arguments for `from_pretrained` of the base model that the head needs."""
         return {}
 
-    def features(self, rows: Columns, indices: list[int], solved: bool) -> Columns:
+    def features(self, rows: Columns, indices: list[int], with_targets: bool) -> Columns:
         """Tokenize a batch of rows, for `datasets.Dataset.map`.
 
         Args:
             rows: The columns of the rows.
             indices: The indices of the rows in the data set.
-            solved: Whether the rows have targets, from which `labels` are made.
+            with_targets: Whether the rows have targets, from which `labels` are made.
 
         Returns:
             The columns of the features, in the order of the rows: the inputs of the model, and `row`, the index of the
@@ -193,9 +193,9 @@ class Task:
         """
         raise NotImplementedError
 
-    def training_features(self, rows: Columns, indices: list[int], solved: bool = True) -> Columns:
+    def training_features(self, rows: Columns, indices: list[int], with_targets: bool = True) -> Columns:
         """Tokenize rows for training only. Unlike in `features`, one feature can combine several rows."""
-        return self.features(rows, indices, solved)
+        return self.features(rows, indices, with_targets)
 
     def check_tokens(self, features: Dataset, source: str) -> None:
         """Check that the tokenizer knows the words of the rows, and that the model has an embedding for every token.

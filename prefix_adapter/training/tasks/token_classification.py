@@ -43,13 +43,13 @@ class TokenClassification(Task):
         self.stride = min(self.integer_setting("stride", least=0), (self.max_length - special) // 2)
         self.tokenizer.truncation_side = "right"  # so that the windows are in the order of the text
 
-    def problem(self, row: Row, solved: bool) -> str | None:
+    def problem(self, row: Row, with_targets: bool) -> str | None:
         tokens = row["tokens"]
         if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
             return f"'tokens' must be a list of strings, got {tokens!r}."
         if not tokens:
             return "'tokens' is empty."
-        if not solved:
+        if not with_targets:
             return None
         tags = row[self.target]
         if not isinstance(tags, list) or len(tags) != len(tokens):
@@ -75,7 +75,7 @@ class TokenClassification(Task):
     def model_kwargs(self) -> dict[str, Any]:
         return label_config(self.labels)
 
-    def features(self, rows: Columns, indices: list[int], solved: bool) -> Columns:
+    def features(self, rows: Columns, indices: list[int], with_targets: bool) -> Columns:
         encoded = self.tokenizer(
             [" ".join(tokens) for tokens in rows["tokens"]],
             truncation=True,
@@ -104,7 +104,7 @@ class TokenClassification(Task):
             last_token[owner] = last
             firsts.append(first)
         result = {**encoded, "first_piece_of": firsts, "row": [indices[owner] for owner in owners]}
-        if solved:
+        if with_targets:
             assert self.labels is not None
             result["labels"] = [
                 [-100 if number < 0 else self.label_number(rows[self.target][owner][number]) for number in first]
