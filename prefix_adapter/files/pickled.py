@@ -168,11 +168,11 @@ def _check_description(path: Path, name: str, tensor: Any) -> None:
     storage = tensor.storage if isinstance(tensor, _TensorDescription) else tensor
     if isinstance(storage, _UnsupportedObject):
         raise ValueError(f"{path}: {name} is not a dense tensor of a usual dtype ({shorten(storage.name)}).")
-    if not isinstance(tensor, _TensorDescription):
+    if not isinstance(tensor, _TensorDescription) or not isinstance(storage, _StorageDescription):
         raise ValueError(f"{path} is no state dict: {name} is no tensor.")
     sizes, strides, offset = tensor.size, tensor.stride, tensor.offset
-    numbers = (*sizes, *strides, offset) if isinstance(sizes, tuple) and isinstance(strides, tuple) else ("",)
-    if len(sizes) != len(strides) or not all(type(number) is int and number >= 0 for number in numbers):
+    lengths_fit = isinstance(sizes, tuple) and isinstance(strides, tuple) and len(sizes) == len(strides)
+    if not lengths_fit or not all(type(number) is int and number >= 0 for number in (*sizes, *strides, offset)):
         raise ValueError(f"{path}: {name} has the size {shorten(sizes)} and the strides {shorten(strides)}.")
     last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
     if math.prod(sizes) > storage.numel or (math.prod(sizes) and last >= storage.numel):

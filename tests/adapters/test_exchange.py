@@ -15,7 +15,7 @@ import reference
 import tiny
 import torch
 import transformers as tr
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
@@ -542,6 +542,8 @@ def test_ptuning_v2_reads_what_torch_reads(dtype, tmp_path):
 
 
 @settings(max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@example(place=0.5078125, change=b"", cut=1, in_pickle=True)  # another object in the place of the storage
+@example(place=0.53125, change=b"", cut=1, in_pickle=True)  # a number in the place of the sizes
 @given(
     place=st.floats(0, 1),
     change=st.binary(max_size=6),
