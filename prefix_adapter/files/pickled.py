@@ -175,7 +175,8 @@ def _check_description(path: Path, name: str, tensor: Any) -> None:
     if not lengths_fit or not all(type(number) is int and number >= 0 for number in (*sizes, *strides, offset)):
         raise ValueError(f"{path}: {name} has the size {shorten(sizes)} and the strides {shorten(strides)}.")
     last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-    if math.prod(sizes) > storage.numel or (math.prod(sizes) and last >= storage.numel):
+    count = math.prod(sizes)
+    if count > storage.numel or (count and last >= storage.numel):
         raise ValueError(
-            f"{path}: {name} would have {math.prod(sizes):,} numbers, and the file has {storage.numel:,} for it."
+            f"{path}: {name} would have {count:,} numbers, and the file has {storage.numel:,} for it."
         )
