@@ -177,6 +177,4 @@ def _check_description(path: Path, name: str, tensor: Any) -> None:
     last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
     count = math.prod(sizes)
     if count > storage.numel or (count and last >= storage.numel):
-        raise ValueError(
-            f"{path}: {name} would have {count:,} numbers, and the file has {storage.numel:,} for it."
-        )
+        raise ValueError(f"{path}: {name} would have {count:,} numbers, and the file has {storage.numel:,} for it.")
