@@ -68,7 +68,8 @@ def running_config_read() -> ReadingConfig | None:
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not reader:
         frame = frame.f_back
-    found = {} if frame is None else frame.f_locals
+    # A copy: from Python 3.13 on `f_locals` is a proxy without all methods of a dictionary.
+    found = {} if frame is None else dict(frame.f_locals)
     if not {"pretrained_model_name_or_path", "subfolder", "hf_hub_download_kwargs"} <= found.keys():
         return None
     return ReadingConfig(found["pretrained_model_name_or_path"], found["subfolder"], found["hf_hub_download_kwargs"])
