@@ -18,7 +18,7 @@ from .config import PrefixTuningV2Config
 from .files.check import check_tensors
 from .files.contents import find_embeddings, tensors_of
 from .prefix.batch import check_name_count
-from .prefix.heads import adopt_heads, check_one_head, find_heads
+from .prefix.heads import adopt_heads, check_one_head, find_head_wrappers
 from .prefix.layer import NAME_TAKEN, PrefixTuningV2Layer
 from .prefix.names import LAYER_NAME, PREFIX
 from .private import compile_in_place, is_offloaded, undo_compile_in_place
@@ -131,7 +131,7 @@ class PrefixTuningV2Model(BaseTuner):
         """
         # Another method may have added heads since the last switch.
         adopt_heads(self.model, self.prefix_layer)
-        for module in [*find_heads(self.model), self.prefix_layer]:
+        for module in [*find_head_wrappers(self.model), self.prefix_layer]:
             set_adapter(module, adapter_name, inference_mode, layer_cls=self.tuner_layer_cls)
         self.active_adapter = adapter_name
 

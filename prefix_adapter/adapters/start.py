@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.attention import AttentionTarget, PrefixSlot
-from ..backbone.calls import ModuleCall
 from ..backbone.insert import insert_prefix
 from ..backbone.probe import untouched
 from ..config import PrefixTuningV2Config
@@ -182,9 +181,9 @@ def _compute_key_values(layer: PrefixTuningV2Layer, ids: list[int], start: int) 
             found[slot] = torch.cat([part[0].transpose(0, 1).flatten(1) for part in parts], dim=1)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-            call = ModuleCall(target.names, args, kwargs)
+            call = target.call(args, kwargs)
             insert_prefix(call, target, layer.model, 0, None, no_prefix)
-            return tuple(call.args), call.kwargs
+            return call.arguments()
 
         return hook
 

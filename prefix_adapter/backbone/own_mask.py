@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,27 +61,16 @@ class OwnMasks:
         kwargs: dict[str, Any],
     ) -> Any:
         """Run a module's forward, with a wider mask if there is a request."""
-        if torch.compiler.is_compiling():
-            return self._run(target, request, forward, args, kwargs)
-        with self._lock:
-            return self._run(target, request, forward, args, kwargs)
-
-    @staticmethod
-    def _run(
-        target: AttentionTarget,
-        request: WiderMask | None,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        if request is None or target.own_mask is None:
-            return forward(*args, **kwargs)
-        # Read under the lock: another thread may have widened the mask before.
-        own = getattr(request.module, target.own_mask)
-        try:
-            wide = F.pad(own, (request.length, 0, request.length, 0), value=True)
-            setattr(request.module, target.own_mask, wide)
-            request.applied = True
-            return forward(*args, **kwargs)
-        finally:
-            setattr(request.module, target.own_mask, own)
+        # A compiled graph takes no lock.
+        with nullcontext() if torch.compiler.is_compiling() else self._lock:
+            if request is None or target.own_mask is None:
+                return forward(*args, **kwargs)
+            # Read under the lock: another thread may have widened the mask before.
+            own = getattr(request.module, target.own_mask)
+            try:
+                wide = F.pad(own, (request.length, 0, request.length, 0), value=True)
+                setattr(request.module, target.own_mask, wide)
+                request.applied = True
+                return forward(*args, **kwargs)
+            finally:
+                setattr(request.module, target.own_mask, own)

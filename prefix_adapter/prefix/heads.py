@@ -106,14 +106,14 @@ class PrefixHeadWrapper(ModulesToSaveWrapper):
         return next((heads[name] for name in names if name in heads), self.original_module)
 
 
-def find_heads(model: nn.Module) -> list[AuxiliaryTrainingWrapper]:
+def find_head_wrappers(model: nn.Module) -> list[AuxiliaryTrainingWrapper]:
     """PEFT's wrappers of `modules_to_save` and the like in a model."""
     return find_outermost(model, AuxiliaryTrainingWrapper)
 
 
 def adopt_heads(model: nn.Module, adapters: PrefixAdapters) -> None:
     """Turn PEFT's wrappers of `modules_to_save` into `PrefixHeadWrapper`."""
-    for head in find_heads(model):
+    for head in find_head_wrappers(model):
         if type(head) is ModulesToSaveWrapper:
             head.__class__ = PrefixHeadWrapper
             vars(head)["prefix_adapters"] = (adapters,)
