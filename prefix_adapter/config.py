@@ -15,7 +15,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-from .backbone.attention import KINDS
+from .backbone.attention import ENTRY_POINTS, KINDS, EntryPoint
 from .files.card import replace_pickle, write_model_card
 from .files.source import AdapterSource, read_json
 from .messages import shorten
@@ -91,6 +91,10 @@ class PrefixTuningV2Config(PeftConfig):
             The kinds of attention that get a prefix: `"encoder"` self-attention, `"decoder"` self-attention, `"cross"`
             attention; every kind that the model has if `None` (as in Li and Liang 2021,
             https://arxiv.org/abs/2101.00190, section 4).
+        entry_point (`str`, defaults to `"cache"`):
+            Where the prefix enters: `"cache"`, in front of the keys and values that attention takes from
+            `past_key_values`, or `"attention"`, in the call of the attention function, for backbones whose attention
+            takes no cache (ModernBERT, DistilBERT, ALBERT, ViT, wav2vec 2.0). All adapters of a model have the same.
         shift_positions (`bool`, defaults to `False`):
             Whether the positions of the input start at n instead of 0, as in the reference and in PEFT's prefix
             tuning. The default keeps the backbone's own positions, so that its full input length stays usable.
@@ -127,6 +131,10 @@ class PrefixTuningV2Config(PeftConfig):
     target_attention: Optional[list[Literal["encoder", "decoder", "cross"]]] = field(
         default=None,
         metadata={"help": "Kinds of attention that get a prefix: encoder, decoder, cross; all by default."},
+    )
+    entry_point: EntryPoint = field(
+        default="cache",
+        metadata={"help": "Where the prefix enters: through the cache, or through the attention function."},
     )
     shift_positions: bool = field(
         default=False, metadata={"help": "Whether the positions of the input start after the prefix."}
@@ -170,6 +178,8 @@ class PrefixTuningV2Config(PeftConfig):
         _check_number("init_std", self.init_std)
         if not 0 < self.init_std <= 1000:
             raise ValueError(f"`init_std` must be above 0 and at most 1000, got {shorten(self.init_std)}.")
+        if self.entry_point not in ENTRY_POINTS:
+            raise ValueError(f"`entry_point` must be one of {list(ENTRY_POINTS)}, got {shorten(self.entry_point)}.")
         self._check_layers()
         self._check_names("target_attention", KINDS)
         self._check_names("modules_to_save", None)

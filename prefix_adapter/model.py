@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from .backbone.attention import EntryPoint
 from .backbone.unsupported import UnsupportedBackboneError
 from .config import PrefixTuningV2Config
 from .files.check import check_tensors
@@ -101,7 +102,7 @@ class PrefixTuningV2Model(BaseTuner):
         try:
             _drop_failed_loads(model)
             first = not hasattr(model, LAYER_NAME)
-            layer = _new_layer(model) if first else getattr(model, LAYER_NAME)
+            layer = _new_layer(model, config.entry_point) if first else getattr(model, LAYER_NAME)
             known = adapter_name in layer.adapter_names
             check_one_head(model, layer, adapter_name, config.modules_to_save or ())
             layer.update_layer(adapter_name, config, low_cpu_mem_usage)
@@ -271,9 +272,9 @@ class PrefixTuningV2Model(BaseTuner):
         return list(names), given is None
 
 
-def _new_layer(model: nn.Module) -> PrefixTuningV2Layer:
+def _new_layer(model: nn.Module, entry_point: EntryPoint) -> PrefixTuningV2Layer:
     try:
-        return PrefixTuningV2Layer(model)
+        return PrefixTuningV2Layer(model, entry_point)
     except UnsupportedBackboneError as error:
         if not is_offloaded(model) or not any(parameter.is_meta for parameter in model.parameters()):
             raise

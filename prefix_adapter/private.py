@@ -6,8 +6,9 @@ training command's uses of Accelerate are in `training/distributed.py`.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
@@ -81,6 +82,36 @@ def running_config_read() -> ReadingConfig | None:
 def get_attention_implementation(config: Any) -> str | None:
     """The attention implementation of a model's config (`"sdpa"`, ...): it decides what a mask looks like."""
     return getattr(config, "_attn_implementation", None)
+
+
+def copy_config(config: Any, attention_implementation: str) -> Any:
+    """A copy of a module's config that names another attention implementation.
+
+    The public `_attn_implementation` would change the configs inside it too, which the copy shares with the original.
+    """
+    changed = copy.copy(config)
+    changed._attn_implementation_internal = attention_implementation
+    return changed
+
+
+def find_attention_interface(cls: type) -> tuple[Any, Callable[..., Any] | None] | None:
+    """Find where a module's class looks up its attention function.
+
+    A class uses transformers' attention interface if one of its methods names `ALL_ATTENTION_FUNCTIONS`, which a
+    modeling file imports or defines anew. The function for "eager" is in no mapping. The same method names that
+    function, which its modeling file defines as `eager_attention_forward` or with something in front of that name.
+
+    Returns:
+        The mapping, and the function for "eager" (`None` if there is none); `None` if the class uses no interface.
+    """
+    methods = [inspect.unwrap(value) for base in cls.__mro__ for value in vars(base).values() if callable(value)]
+    for method in filter(inspect.isfunction, methods):
+        names, known = method.__code__.co_names, method.__globals__
+        interface = known.get("ALL_ATTENTION_FUNCTIONS") if "ALL_ATTENTION_FUNCTIONS" in names else None
+        if interface is not None:
+            eager = [known[name] for name in names if name.endswith("eager_attention_forward") and name in known]
+            return interface, eager[0] if eager else None
+    return None
 
 
 def uses_reentrant_checkpointing(module: nn.Module) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -17,8 +19,38 @@ from .key_values import KeyValueShape
 
 AttentionKind = Literal["encoder", "decoder", "cross"]
 KINDS: tuple[str, ...] = get_args(AttentionKind)
+EntryPoint = Literal["cache", "attention"]
+ENTRY_POINTS: tuple[str, ...] = get_args(EntryPoint)
 # Attention implementations whose masks masks.py can widen, by the start of their names in transformers.
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention")
+
+
+class AttentionEntry(ABC):
+    """A way for a prefix into the attention of a module that takes no cache.
+
+    The module computes query, key and value. It then calls a function, which the entry replaces.
+    """
+
+    @property
+    @abstractmethod
+    def implementation(self) -> str:
+        """The attention implementation, which decides the form of masks.
+
+        Raises:
+            ValueError: If masks.py cannot widen the masks of that implementation.
+        """
+
+    @abstractmethod
+    def install(self, module: nn.Module, attend: Callable[..., Any]) -> None:
+        """Have a module call `attend` with module, query, key, value, mask and keyword arguments."""
+
+    @abstractmethod
+    def uninstall(self, module: nn.Module) -> None:
+        """Let a module attend by itself again, as before `install`."""
+
+    @abstractmethod
+    def attend(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Attend as the module itself does; the arguments are those that `install` passes on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +76,10 @@ class AttentionTarget:
         name: The module's name in the model.
         module: The module.
         names: The arguments of its `forward`, in order.
-        cache: The argument that takes the cache.
+        cache: The argument that takes the cache; empty if the prefix enters through `entry`.
         encoder_decoder: Whether it belongs to an encoder-decoder model.
-        slots: Its prefix slots, by the layer index with which it updates the cache (several if layers share it).
+        slots: Its prefix slots, by the layer index with which it updates the cache (several if layers share it). If
+            the prefix enters through `entry`, by the number of the module's call in a forward, or by `None`.
         dtype: The dtype of the keys that it computes.
         shares_bias: Whether the first layer of its stack computes a position bias for all layers (T5).
         bias: The argument with ALiBi biases if the model passes them to each layer, else `None`.
@@ -56,6 +89,7 @@ class AttentionTarget:
         own_mask: The buffer with which the module itself hides keys (GPT-Neo's local attention), else `None`.
         groups: How many of its query heads share one key head, if it repeats key heads before attention.
         windowed: Whether it hides keys that are further away than a sliding window.
+        entry: Where the prefix enters; `None` for the cache.
     """
 
     name: str
@@ -73,6 +107,7 @@ class AttentionTarget:
     own_mask: str | None = None
     groups: int = 1
     windowed: bool = False
+    entry: AttentionEntry | None = None
 
     @cached_property
     def kind(self) -> str:
@@ -111,7 +146,15 @@ def get_implementation(module: nn.Module, model: nn.Module) -> str:
     Raises:
         ValueError: If masks.py cannot widen the masks of that implementation.
     """
-    config = getattr(module, "config", None) or getattr(model, "config", None)
+    return check_implementation(getattr(module, "config", None) or getattr(model, "config", None))
+
+
+def check_implementation(config: Any) -> str:
+    """The attention implementation that a config names.
+
+    Raises:
+        ValueError: If masks.py cannot widen the masks of that implementation.
+    """
     implementation = get_attention_implementation(config) or "eager"
     if not implementation.startswith(IMPLEMENTATIONS):
         raise ValueError(

@@ -69,8 +69,7 @@ def find_targets(model: nn.Module) -> FoundTargets:
             source = _find_source(model, target, targets)
             target.follows, target.slots = True, source.slots
             followers.append((target, source))
-    for position in positions:
-        position.kind = max((t for t in targets if t.kind != "cross"), key=partial(_nearness, position.name)).kind
+    set_position_kinds(positions, targets)
     return FoundTargets(targets, followers, positions)
 
 
@@ -326,6 +325,12 @@ def _find_source(model: nn.Module, follower: AttentionTarget, targets: list[Atte
             model, f"{follower.name} shares the keys and values of a layer that is not known."
         )
     return before[-1]
+
+
+def set_position_kinds(positions: list[PositionTarget], targets: list[AttentionTarget]) -> None:
+    """Set the kind of each position module: that of the self-attention whose name is nearest to the module's."""
+    for position in positions:
+        position.kind = max((t for t in targets if t.kind != "cross"), key=partial(_nearness, position.name)).kind
 
 
 def _nearness(name: str, target: AttentionTarget) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -61,11 +62,7 @@ def widen_masks(
     # Reading a config takes time, so the answer is shared.
     config, read = getattr(target.module, "config", None), partial(get_implementation, target.module, model)
     implementation = shared.get("implementation", (config,), read)
-    if implementation.startswith("flash_attention") and get_window(target.module):
-        raise ValueError(
-            f"{target.name}: flash attention with a sliding window would hide the prefix behind the window. Use "
-            "attn_implementation='sdpa' or 'eager'."
-        )
+    check_window(target, implementation, get_window(target.module))
     inverted = target.mask_true_means_hidden
     if target.bias is not None and target.slopes is not None:
         mask = call.get_first(MASK_ARGUMENTS)
@@ -80,6 +77,24 @@ def widen_masks(
             names = [name for name in MASK_ARGUMENTS if name in call.names]
             # A module with two mask arguments (GPT-2) reads the encoder's in cross-attention.
             call.set(names[-1] if target.kind == "cross" else names[0], mask)
+
+
+def check_window(target: AttentionTarget, implementation: str, window: Any) -> None:
+    """Check that a sliding window does not hide the prefix.
+
+    Args:
+        target: The attention module.
+        implementation: Its attention implementation.
+        window: Its sliding window in tokens, if it has one.
+
+    Raises:
+        ValueError: If flash attention applies the window, instead of a mask.
+    """
+    if window and implementation.startswith("flash_attention"):
+        raise ValueError(
+            f"{target.name}: flash attention with a sliding window would hide the prefix behind the window. Use "
+            "attn_implementation='sdpa' or 'eager'."
+        )
 
 
 def widen_mask(mask: Tensor, length: int, visible: Tensor | None, true_means_hidden: bool = False) -> Tensor:
@@ -127,8 +142,7 @@ def _get_missing_mask(
     batch, queries = states.shape[:2]
     causal = queries > 1 and implementation == "sdpa" and target.kind != "cross"
     if causal:
-        given = call.get("is_causal")
-        causal = bool(getattr(target.module, "is_causal", True) if given is None else given)
+        causal = is_causal(target.module, call.get("is_causal"))
     if visible is None and not causal:
         return None
     inner = call.get(target.cache)
@@ -145,37 +159,65 @@ def _get_missing_mask(
         # The shortest of the module's layers: its other layers may have stored this call's keys already.
         past, layer_idx = min((inner.get_seq_length(index or 0), index or 0) for index in target.slots)
         keys, offset = inner.get_mask_sizes(queries, layer_idx)
-    past = past if causal else None
+    size = MaskSize(batch, queries, keys, past if causal else None, offset, states.device, states.dtype)
     groups = target.groups if torch.is_grad_enabled() else 1
-    key = ("mask", implementation, batch, queries, keys, past, offset, length, states.device, states.dtype, groups)
-    compute = partial(_make_mask, states, keys, past, offset, implementation, length, visible, groups)
-    return shared.get(key, (visible,), compute)
+    compute = partial(make_mask, size, implementation, length, visible, groups)
+    return shared.get(("mask", implementation, size, length, groups), (visible,), compute)
 
 
-def _make_mask(
-    states: Tensor,
-    keys: int,
-    past: int | None,
-    offset: int,
-    implementation: str,
-    length: int,
-    visible: Tensor | None,
-    groups: int,
-) -> Tensor:
-    """A mask with a prefix in front. It is causal behind `past` tokens; `None` means that it is not causal."""
-    batch, queries, device = *states.shape[:2], states.device
+def is_causal(module: nn.Module, given: bool | None) -> bool:
+    """Whether sdpa applies the causal rule in a module: what the caller passes, else the module's own attribute."""
+    return bool(getattr(module, "is_causal", True) if given is None else given)
+
+
+@dataclass(frozen=True)
+class MaskSize:
+    """The facts about an attention call from which a mask can be made.
+
+    Attributes:
+        batch: Rows of the batch.
+        queries: Number of queries.
+        keys: Number of keys, without the prefix.
+        past: How many keys the first query follows, if attention is causal, else `None`.
+        offset: The position of the first key.
+        device: Device of the states.
+        dtype: Dtype of the states.
+    """
+
+    batch: int
+    queries: int
+    keys: int
+    past: int | None
+    offset: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def make_mask(
+    size: MaskSize, implementation: str, length: int, visible: Tensor | None, groups: int = 1
+) -> Tensor | CausalMask:
+    """A mask for a call that has none, with `length` columns for a prefix.
+
+    Args:
+        size: The facts about the call.
+        implementation: The attention implementation, which decides the form of the mask.
+        length: Prefix length in tokens.
+        visible: Bool `[batch, length]`; `None` if all rows see the whole prefix.
+        groups: How many query heads share one key head.
+    """
+    batch, queries, keys, past, device = size.batch, size.queries, size.keys, size.past, size.device
     if implementation.startswith("flash_attention"):
         return widen_mask(torch.ones(batch, keys, dtype=torch.bool, device=device), length, visible)
-    square = visible is None and offset == 0 and past == 0 and keys == queries
+    square = visible is None and size.offset == 0 and past == 0 and keys == queries
     if square and (groups > 1 or is_square_faster(queries, length)) and not torch.compiler.is_compiling():
         return CausalMask(queries, length, device, groups)
     mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device)
     if past is not None:
         positions = torch.arange(queries, device=device) + past
-        mask = mask & (torch.arange(keys, device=device) + offset <= positions[:, None])
+        mask = mask & (torch.arange(keys, device=device) + size.offset <= positions[:, None])
     mask = widen_mask(mask, length, visible)
     if implementation == "eager":
-        mask = torch.zeros_like(mask, dtype=states.dtype).masked_fill(~mask, torch.finfo(states.dtype).min)
+        mask = torch.zeros_like(mask, dtype=size.dtype).masked_fill(~mask, torch.finfo(size.dtype).min)
     return mask
 
 

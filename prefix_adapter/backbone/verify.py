@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..private import get_forward_attribute
-from .attention import AttentionTarget
-from .calls import ModuleCall
+from .attention import AttentionEntry, AttentionTarget
+from .attention_entry import attend_with_prefix
+from .calls import CACHE_ARGUMENTS, ModuleCall
 from .insert import insert_prefix
 from .key_values import KeyValues
+from .masks import SharedValues
 from .probe import PROBE_LENGTH
 from .unsupported import UnsupportedBackboneError
 
@@ -71,6 +73,11 @@ class Verifier:
 
         def attend(length: int, visible: Tensor | None) -> Tensor:
             call = ModuleCall(recorded.names, tuple(recorded.args), recorded.kwargs)
+            if target.entry is not None:
+                for name in CACHE_ARGUMENTS:
+                    if call.get(name) is not None:
+                        call.set(name, None)
+                return _run_with_entry(target, target.entry, call, shape.split(drawn[:, :length]), visible)
             call.set(target.cache, None)
             if target.shares_bias:
                 # The recorded bias has no columns for a prefix. Each layer can compute the bias itself.
@@ -80,8 +87,7 @@ class Verifier:
                 return shape.split(drawn[:, :length])
 
             insert_prefix(call, target, self._model, length, visible, get_prefix)
-            output = target.module(*call.args, **call.kwargs)
-            return (output[0] if isinstance(output, tuple) else output).detach().float()
+            return _run_module(target, call)
 
         shown = torch.ones(1, PROBE_LENGTH, dtype=torch.bool, device=states.device)
         why = ""
@@ -99,7 +105,8 @@ class Verifier:
             elif _difference(plain, without) == 0 and without.any():
                 why = "does not see it"
             else:
-                target.groups = getattr(target.module, "num_key_value_groups", 1)
+                if target.entry is None:
+                    target.groups = getattr(target.module, "num_key_value_groups", 1)
                 if target.groups > 1 and not (
                     plain.any() and _difference(attend(PROBE_LENGTH, None), plain) <= _TOLERANCE
                 ):
@@ -108,6 +115,29 @@ class Verifier:
         raise UnsupportedBackboneError(
             self._model, f"tried with a prefix, {target.name} ({type(target.module).__name__}) {why}."
         )
+
+
+def _run_module(target: AttentionTarget, call: ModuleCall) -> Tensor:
+    output = target.module(*call.args, **call.kwargs)
+    return (output[0] if isinstance(output, tuple) else output).detach().float()
+
+
+def _run_with_entry(
+    target: AttentionTarget, entry: AttentionEntry, call: ModuleCall, prefix: KeyValues, visible: Tensor | None
+) -> Tensor:
+    """Run a module whose prefix enters through its attention function. Without a prefix the module is as it was."""
+    if not prefix[0].shape[2]:
+        return _run_module(target, call)
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        shown = None if visible is None else visible.expand(key.shape[0], -1)
+        return attend_with_prefix(prefix, shown, target, SharedValues(), module, query, key, *args, **kwargs)
+
+    entry.install(target.module, attend)
+    try:
+        return _run_module(target, call)
+    finally:
+        entry.uninstall(target.module)
 
 
 def _difference(one: Tensor, other: Tensor) -> float:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..backbone.attention import AttentionTarget
+from ..backbone.attention import AttentionTarget, PrefixSlot
+from ..backbone.attention_entry import attend_with_prefix
 from ..backbone.calls import ModuleCall, get_sequences
 from ..backbone.checkpointing import CheckpointingGuard
 from ..backbone.find import FoundTargets
@@ -63,6 +64,8 @@ class ModelHooks:
         self._get_rows, self._begin_forward = get_rows, begin_forward
         self._usage, self._current, self._own_masks = UsageCheck(found.targets), CurrentForward(), OwnMasks()
         self._checkpointing = CheckpointingGuard(model, shares_keys=bool(found.followers))
+        # The same as `ForwardState.calls`, for a graph that is being compiled.
+        self._traced_calls: dict[int, int] = {}
         self._num_layers = getattr(get_text_config(model), "num_hidden_layers", None)
         self._handles: list[RemovableHandle] = []
         # Modules whose `forward` is wrapped, the attribute with the forward, and its former value on the instance.
@@ -81,6 +84,11 @@ class ModelHooks:
         self._add_pre_hook(self.model, self._note_replica)
         self._wrap_forward(self.model, self._run_model)
         for index, target in enumerate(self._targets):
+            if target.entry is not None:
+                target.entry.install(target.module, partial(self._attend, index))
+                if len(target.slots) > 1:
+                    self._add_pre_hook(target.module, partial(self._count_call, index))
+                continue
             self._add_pre_hook(target.module, partial(self._before_attention, index))
             if target.own_mask is not None:
                 self._wrap_forward(target.module, self._run_with_own_mask, index)
@@ -110,6 +118,9 @@ class ModelHooks:
         self._handles, self._removed = [], True
         if hasattr(self, "positions"):
             self.positions.remove()
+        for target in self._targets:
+            if target.entry is not None:
+                target.entry.uninstall(target.module)
         for module, name, before in self._wrapped:
             # A wrapper that other code has wrapped again stays, and does nothing.
             if getattr(vars(module).get(name), "func", None) in (self._run_model, self._run_with_own_mask):
@@ -139,6 +150,7 @@ class ModelHooks:
         state = ForwardState([()] if self._removed else self._begin_forward())
         active = any(state.rows)
         if compiling:
+            self._traced_calls.clear()
             if active:
                 self._before_model(state, module, args, kwargs)
             return forward(*args, **kwargs)
@@ -229,6 +241,47 @@ class ModelHooks:
         target = self._targets[index]
         forward = self._get_unwrapped(entry, target.module if wider_mask is None else wider_mask.module)
         return self._own_masks.run(target, wider_mask, forward, args, kwargs)
+
+    def _count_call(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count the calls of a module that serves several layers."""
+        calls = self._traced_calls if torch.compiler.is_compiling() else self._current.get().calls
+        calls[index] = calls.get(index, 0) + 1
+
+    def _get_called_slot(self, index: int, state: ForwardState) -> PrefixSlot:
+        """The slot for the running call of a module that serves several layers.
+
+        Raises:
+            RuntimeError: If the call was not counted, or the module was called more often than in the probe.
+        """
+        target = self._targets[index]
+        calls = self._traced_calls if torch.compiler.is_compiling() else state.calls
+        number = calls.get(index, 0) - 1
+        if number not in target.slots:
+            raise RuntimeError(
+                f"{target.name} serves {len(target.slots)} layers, each with a prefix of its own, and it is "
+                "unknown which of them runs. Call the whole model, with as many layers as when the adapter was "
+                "added, and without gradient checkpointing."
+            )
+        return target.slots[number]
+
+    def _attend(
+        self, index: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Call the attention function of a module, with the prefix in front of keys and values."""
+        target, state = self._targets[index], self._current.get()
+        rows = state.rows or self._get_rows()
+        running = self._calls.current if len(rows) > 1 else None
+        plan = self._planner.plan(index, key, rows, running)
+        assert target.entry is not None
+        if plan is None:
+            return target.entry.attend(module, query, key, value, *args, **kwargs)
+        slot = self._get_called_slot(index, state) if len(target.slots) > 1 else target.get_slot(None)
+        prefix = self._values.get(slot, plan, key, state, running)
+        if slot is next(reversed(target.slots.values())):
+            self._usage.note_served(index, state)
+        return attend_with_prefix(
+            prefix, plan.visible, target, state.shared, module, query, key, value, *args, **kwargs
+        )
 
     def _before_follower(
         self,

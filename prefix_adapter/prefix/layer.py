@@ -10,8 +10,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..backbone.attention import AttentionTarget
+from ..backbone.attention import AttentionTarget, EntryPoint
 from ..backbone.find import find_targets
+from ..backbone.find_attention import find_attention_targets
 from ..backbone.parallel import check_no_tensor_parallelism
 from ..backbone.positions import PositionTarget
 from ..backbone.unsupported import UnsupportedBackboneError
@@ -44,6 +45,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     Args:
         model: The transformers model.
+        entry_point: Where its prefixes enter: `"cache"` or `"attention"`.
 
     Raises:
         UnsupportedBackboneError: If none of its attention modules takes a prefix.
@@ -59,11 +61,12 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     adapter_layer_names = tuple(PREFIX + name for name in PrefixEncoder._fields)
     other_param_names = ("_adapters", "_pending")
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, entry_point: EntryPoint = "cache"):
         super().__init__()
         check_no_tensor_parallelism(model)
+        self.entry_point = entry_point
         try:
-            self._found = find_targets(model)
+            self._found = find_attention_targets(model) if entry_point == "attention" else find_targets(model)
         except UnsupportedBackboneError as error:
             error.point_to_inner_model(model)
             raise
@@ -159,6 +162,12 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
                 model with other layers or asks for an absurd size, or if its file does not fit. Nothing is changed
                 then.
         """
+        if config.entry_point != self.entry_point:
+            raise ValueError(
+                f"Adapter {adapter_name!r} has `entry_point={config.entry_point!r}`, and the model's other adapters "
+                f"have {self.entry_point!r}. All adapters of a model must have the same. Load the base model anew for "
+                "this one."
+            )
         slots = select_slots(self.model, self._found, config)
         config.check_layout(type(self.model).__name__, describe_slots(slots))
         columns, end = {}, 0

@@ -24,6 +24,7 @@ class ForwardState:
         batch: The number of sequences in a mixed batch, if it is known.
         shifts: The position shift of each row, by kind of attention.
         called: The indices of targets that received a prefix.
+        calls: How often targets that serve several layers were called, by their index.
         served: The indices of targets that asked the cache view for their prefix.
         prefixes: Keys and values by adapter and slot.
         encoded: Columns `[n, columns of the slot]` by adapter and slot, if `prefix_dropout` is still to be applied.
@@ -34,6 +35,7 @@ class ForwardState:
     batch: int | None = None
     shifts: dict[str, list[int]] = field(default_factory=dict)
     called: set[int] = field(default_factory=set)
+    calls: dict[int, int] = field(default_factory=dict)
     served: set[int] = field(default_factory=set)
     prefixes: dict[str, dict[PrefixSlot, KeyValues]] = field(default_factory=dict)
     encoded: dict[str, dict[PrefixSlot, Tensor]] = field(default_factory=dict)

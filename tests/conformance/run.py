@@ -22,7 +22,7 @@ def _run_job(job: tuple) -> dict:
     return run_one(*job)
 
 
-def run_one(model_type: str, task: str, names: list[str] | None = None) -> dict:
+def run_one(model_type: str, task: str, names: list[str] | None = None, entry_point: str = "cache") -> dict:
     """Run the checks on one model type and task; return the status and the result of each check."""
     import checks
     import torch
@@ -35,8 +35,8 @@ def run_one(model_type: str, task: str, names: list[str] | None = None) -> dict:
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     started = time.perf_counter()
-    result: dict = {"type": model_type, "task": task, "checks": {}}
-    case = checks.Case(model_type, task)
+    result: dict = {"type": model_type, "task": task, "entry_point": entry_point, "checks": {}}
+    case = checks.Case(model_type, task, config={"entry_point": entry_point})
     try:
         model = case.wrapped()
         layer = checks.layer_of(model)
@@ -64,10 +64,13 @@ def main() -> None:
     """Run the command."""
     from zoo import tasks_of, text_model_types
 
+    from prefix_adapter.backbone.attention import ENTRY_POINTS
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--types", nargs="*")
     parser.add_argument("--tasks", nargs="*")
     parser.add_argument("--checks", nargs="*")
+    parser.add_argument("--entry-point", choices=ENTRY_POINTS, default="cache")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--first-task", action="store_true", help="only the first task of each type")
     parser.add_argument("--json", type=Path)
@@ -79,7 +82,7 @@ def main() -> None:
     results = []
     # Processes are replaced after 50 jobs, because the models of 200 types do not free all their memory.
     with get_context("spawn").Pool(args.jobs, maxtasksperchild=50) as pool:
-        for result in pool.imap_unordered(_run_job, [(*pair, args.checks) for pair in pairs]):
+        for result in pool.imap_unordered(_run_job, [(*pair, args.checks, args.entry_point) for pair in pairs]):
             results.append(result)
             said = [f"{name}: {text}" for name, text in result["checks"].items() if text.startswith("FAIL")]
             line = f"{result['type']:28} {result['task']:14} {result['status']:9} {result.get('why', '')[:300]}"

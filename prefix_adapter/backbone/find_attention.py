@@ -1,0 +1,175 @@
+"""Find the attention modules that take a prefix through their attention function (attention_entry.py).
+
+As in find.py there is no list of models: the probe shows which modules call an attention function, and each of them is
+verified with a prefix.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import KINDS, AttentionEntry, AttentionTarget, PrefixSlot
+from .attention_entry import InterfaceEntry
+from .calls import ENCODER_STATES_ARGUMENTS, ModuleCall, parameter_names
+from .disentangled import DisentangledEntry
+from .find import FoundTargets, set_position_kinds
+from .key_values import KeyValueShape
+from .masks import is_causal
+from .positions import PositionProbe, PositionTarget
+from .probe import probe, untouched
+from .unsupported import UnsupportedBackboneError
+from .verify import Verifier
+
+_NO_FUNCTION = "its attention modules compute attention themselves, not through transformers' attention interface."
+
+
+@dataclass
+class _AttentionCall:
+    """A call of an attention function in the probe.
+
+    Attributes:
+        kind: The kind of attention.
+        shape: Heads and head sizes of keys and values.
+        dtype: The dtype of the keys.
+        without_gradient: Whether gradients were off.
+        windowed: Whether the module passed a sliding window.
+    """
+
+    kind: str
+    shape: KeyValueShape
+    dtype: torch.dtype
+    without_gradient: bool
+    windowed: bool
+
+
+@dataclass
+class _Recorder:
+    """Records the calls of one attention module in the probe.
+
+    Attributes:
+        target: The module.
+        entry: Its entry.
+        order: The numbers of the calls of all modules, in order; shared by all recorders.
+        calls: For each call of the module, its number in `order`, its arguments, and the calls of the attention
+            function within it (several if the module divides its input, as some image encoders do).
+    """
+
+    target: AttentionTarget
+    entry: AttentionEntry
+    order: list[str]
+    calls: list[tuple[int, ModuleCall, list[_AttentionCall]]] = field(default_factory=list)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of the module."""
+        self.calls.append((len(self.order), ModuleCall(self.target.names, args, kwargs), []))
+        self.order.append(self.target.name)
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The attention function that the module calls."""
+        _, call, within = self.calls[-1]
+        states = call.get_first(ENCODER_STATES_ARGUMENTS)
+        if states is not None or query.shape[2] != key.shape[2]:
+            kind = "cross"
+        else:
+            kind = "decoder" if is_causal(module, kwargs.get("is_causal")) else "encoder"
+        shape = KeyValueShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3])
+        gradients, window = torch.is_grad_enabled(), bool(kwargs.get("sliding_window"))
+        within.append(_AttentionCall(kind, shape, key.dtype, not gradients, window))
+        return self.entry.attend(module, query, key, value, *args, **kwargs)
+
+
+def find_attention_targets(model: nn.Module) -> FoundTargets:
+    """Run the probe, find the modules that call an attention function, and verify each of them with a prefix.
+
+    Raises:
+        UnsupportedBackboneError: If there are none, if one of them treats a prefix wrongly, or if the probe fails.
+        ValueError: If the attention implementation cannot show a prefix.
+    """
+    with untouched(model):
+        recorders, positions = _run_probe(model)
+        called = [recorder for recorder in recorders if any(within for *_, within in recorder.calls)]
+        if not called:
+            raise UnsupportedBackboneError(model, _NO_FUNCTION)
+        for recorder in called:
+            _complete_target(model, recorder)
+        _number_layers(called)
+        verifier = Verifier(model)
+        for recorder in called:
+            verifier.verify(recorder.target, recorder.calls[0][1])
+    targets = [recorder.target for recorder in called]
+    targets.sort(key=lambda target: (KINDS.index(target.kind), min(slot.layer for slot in target.slots.values())))
+    set_position_kinds(positions, targets)
+    return FoundTargets(targets, [], positions)
+
+
+def _run_probe(model: nn.Module) -> tuple[list[_Recorder], list[PositionTarget]]:
+    """Run the probe with a recorder at each module that uses transformers' attention interface."""
+    order: list[str] = []
+    recorders = [
+        _Recorder(AttentionTarget(name, module, parameter_names(module), "", False, entry=entry), entry, order)
+        for name, module in model.named_modules()
+        if (entry := InterfaceEntry.find(module) or DisentangledEntry.find(module)) is not None
+    ]
+    if not recorders:
+        raise UnsupportedBackboneError(model, _NO_FUNCTION)
+    position_probe = PositionProbe(model, [recorder.target.name for recorder in recorders])
+    handles = []
+    # Inside `try`, because an interruption may meet the loop.
+    try:
+        for recorder in recorders:
+            module = recorder.target.module
+            handles.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
+            recorder.entry.install(module, recorder.attend)
+        position_probe.register()
+        probe(model)
+    except Exception as error:
+        why = f"a forward pass on a dummy input failed ({type(error).__name__}: {error})."
+        raise UnsupportedBackboneError(model, why) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for recorder in recorders:
+            recorder.entry.uninstall(recorder.target.module)
+        position_probe.remove_hooks()
+    return recorders, position_probe.get_found()
+
+
+def _complete_target(model: nn.Module, recorder: _Recorder) -> None:
+    """Check the calls of one module, and set the facts about them in its target, but for its slots."""
+    target = recorder.target
+    recorder.calls = [call for call in recorder.calls if call[2]]
+    calls = [call for *_, within in recorder.calls for call in within]
+    if any(call.without_gradient for call in calls) and not torch.is_inference_mode_enabled():
+        raise UnsupportedBackboneError(
+            model, f"it runs {target.name} without gradients in part, so a prefix there could not be trained."
+        )
+    if len({(call.kind, call.shape) for call in calls}) > 1:
+        raise UnsupportedBackboneError(
+            model, f"{target.name} ({type(target.module).__name__}) computes attention of several kinds or shapes."
+        )
+    target.dtype, target.windowed = calls[0].dtype, calls[0].windowed
+
+
+def _number_layers(recorders: list[_Recorder]) -> None:
+    """Give the modules their slots: one for each call in a forward.
+
+    Layers count as the model runs them, for each kind of attention. A module that serves several layers (ALBERT) has
+    a slot for each of its calls.
+    """
+    calls = sorted(
+        (order, recorder.target, number, within[0])
+        for recorder in recorders
+        for number, (order, _, within) in enumerate(recorder.calls)
+    )
+    layers: Counter[str] = Counter()
+    for _, target, number, call in calls:
+        target.slots[number] = PrefixSlot(call.kind, layers[call.kind], call.shape)
+        layers[call.kind] += 1
+    for recorder in recorders:
+        if len(recorder.calls) == 1:
+            recorder.target.slots = {None: recorder.target.slots[0]}
