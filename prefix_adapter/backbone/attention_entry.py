@@ -8,13 +8,14 @@ of the backbone stays, and with it the masks that the backbone makes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from ..private import copy_config, find_attention_interface, get_attention_implementation
 from .attention import AttentionEntry, AttentionTarget, check_implementation
@@ -51,7 +52,10 @@ class InterfaceEntry(AttentionEntry):
     def find(cls, module: nn.Module) -> InterfaceEntry | None:
         """The entry into a module; `None` if the module does not use the interface."""
         config = getattr(module, "config", None)
-        found = None if config is None else find_attention_interface(type(module))
+        if config is None or isinstance(module, PreTrainedModel):
+            # A model names the interface in order to choose an implementation.
+            return None
+        found = find_attention_interface(type(module))
         return None if found is None else cls(config, *found)
 
     @property
@@ -72,7 +76,12 @@ class InterfaceEntry(AttentionEntry):
 
     def attend(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call the function that the module's own config names."""
-        return self._interface.get_interface(self.implementation, self._eager)(module, *args, **kwargs)
+        implementation = self.implementation
+        if implementation not in ("sdpa", "eager"):
+            # Flash attention reads its implementation from the config of the module that it receives.
+            module = copy.copy(module)
+            module.config = self._config
+        return self._interface.get_interface(implementation, self._eager)(module, *args, **kwargs)
 
 
 def attend_with_prefix(

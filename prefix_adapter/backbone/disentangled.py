@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..private import get_forward_attribute
 from .attention import AttentionEntry
+from .attention_entry import InterfaceEntry
 
 # The parts of a module that the forward below uses.
 _PARTS = ("query_proj", "key_proj", "value_proj", "pos_att_type", "disentangled_attention_bias")
@@ -59,6 +60,11 @@ class DisentangledEntry(AttentionEntry):
         scores = scores.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
         weights = module.dropout(scores.softmax(-1))
         return (weights @ value).transpose(1, 2), weights
+
+
+def find_entry(module: nn.Module) -> AttentionEntry | None:
+    """The entry for a prefix into a module's attention; `None` if there is none, or if it is no attention module."""
+    return InterfaceEntry.find(module) or DisentangledEntry.find(module)
 
 
 def _forward(

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from .attention import KINDS, AttentionEntry, AttentionTarget, PrefixSlot
-from .attention_entry import InterfaceEntry
 from .calls import ENCODER_STATES_ARGUMENTS, ModuleCall, parameter_names
-from .disentangled import DisentangledEntry
-from .find import FoundTargets, set_position_kinds
+from .disentangled import find_entry
+from .find import FoundTargets, find_cache_argument, set_position_kinds
 from .key_values import KeyValueShape
 from .masks import is_causal
 from .positions import PositionProbe, PositionTarget
-from .probe import probe, untouched
+from .probe import innermost, probe, untouched
 from .unsupported import UnsupportedBackboneError
 from .verify import Verifier
 
@@ -94,7 +93,7 @@ def find_attention_targets(model: nn.Module) -> FoundTargets:
         recorders, positions = _run_probe(model)
         called = [recorder for recorder in recorders if any(within for *_, within in recorder.calls)]
         if not called:
-            raise UnsupportedBackboneError(model, _NO_FUNCTION)
+            raise UnsupportedBackboneError(model, _NO_FUNCTION, "attention")
         for recorder in called:
             _complete_target(model, recorder)
         _number_layers(called)
@@ -113,11 +112,13 @@ def _run_probe(model: nn.Module) -> tuple[list[_Recorder], list[PositionTarget]]
     recorders = [
         _Recorder(AttentionTarget(name, module, parameter_names(module), "", False, entry=entry), entry, order)
         for name, module in model.named_modules()
-        if (entry := InterfaceEntry.find(module) or DisentangledEntry.find(module)) is not None
+        if (entry := find_entry(module)) is not None
     ]
     if not recorders:
-        raise UnsupportedBackboneError(model, _NO_FUNCTION)
-    position_probe = PositionProbe(model, [recorder.target.name for recorder in recorders])
+        raise UnsupportedBackboneError(model, _NO_FUNCTION, "attention")
+    # Layers with another kind of memory (hybrids) are layers for the search for positions too.
+    with_cache = {name: module for name, module in model.named_modules() if find_cache_argument(module)}
+    position_probe = PositionProbe(model, {*(recorder.target.name for recorder in recorders), *innermost(with_cache)})
     handles = []
     # Inside `try`, because an interruption may meet the loop.
     try:
@@ -129,7 +130,7 @@ def _run_probe(model: nn.Module) -> tuple[list[_Recorder], list[PositionTarget]]
         probe(model)
     except Exception as error:
         why = f"a forward pass on a dummy input failed ({type(error).__name__}: {error})."
-        raise UnsupportedBackboneError(model, why) from error
+        raise UnsupportedBackboneError(model, why, "attention") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -146,11 +147,15 @@ def _complete_target(model: nn.Module, recorder: _Recorder) -> None:
     calls = [call for *_, within in recorder.calls for call in within]
     if any(call.without_gradient for call in calls) and not torch.is_inference_mode_enabled():
         raise UnsupportedBackboneError(
-            model, f"it runs {target.name} without gradients in part, so a prefix there could not be trained."
+            model,
+            f"it runs {target.name} without gradients in part, so a prefix there could not be trained.",
+            "attention",
         )
     if len({(call.kind, call.shape) for call in calls}) > 1:
         raise UnsupportedBackboneError(
-            model, f"{target.name} ({type(target.module).__name__}) computes attention of several kinds or shapes."
+            model,
+            f"{target.name} ({type(target.module).__name__}) computes attention of several kinds or shapes.",
+            "attention",
         )
     target.dtype, target.windowed = calls[0].dtype, calls[0].windowed
 

@@ -14,6 +14,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..version import __version__
+from .attention import EntryPoint
+from .disentangled import find_entry
 
 _ALTERNATIVES = {
     "encoder": "BERT, RoBERTa, XLM-RoBERTa, ELECTRA or CamemBERT (all-MiniLM is a BERT of DistilBERT's size)",
@@ -22,23 +24,30 @@ _ALTERNATIVES = {
 }
 
 
+_ENTRIES = {
+    "cache": "by way of `past_key_values` (`cache` from transformers 5.24 on)",
+    "attention": "in the call of its attention function",
+}
+
+
 class UnsupportedBackboneError(ValueError):
-    """The backbone's attention cannot receive `past_key_values`, so it can take no prefix.
+    """The backbone's attention cannot receive keys and values from outside, so it can take no prefix.
 
     Args:
         model: The model.
         why: The reason, as a sentence.
+        entry_point: Where the prefix should have entered: `"cache"` or `"attention"`.
 
     Example:
         ```python
         try:
             model = get_peft_model(model, PrefixTuningV2Config())
         except UnsupportedBackboneError:  # ALBERT or DistilBERT, for instance
-            model = get_peft_model(model, LoraConfig())
+            model = get_peft_model(model, PrefixTuningV2Config(entry_point="attention"))
         ```
     """
 
-    def __init__(self, model: nn.Module, why: str):
+    def __init__(self, model: nn.Module, why: str, entry_point: EntryPoint = "cache"):
         config = getattr(model, "config", None)
         model_type = getattr(config, "model_type", None)
         if getattr(config, "is_encoder_decoder", False):
@@ -47,11 +56,14 @@ class UnsupportedBackboneError(ValueError):
             family = "decoder"
         else:
             family = "encoder"
+        other = ""
+        if entry_point == "cache" and any(map(find_entry, model.modules())):
+            other = 'set `PrefixTuningV2Config(entry_point="attention")`, which uses another way in, or '
         super().__init__(
             f"{type(model).__name__} cannot take a prefix: {why} P-Tuning v2 puts learned keys and values in front of "
-            f"every attention layer by way of `past_key_values` (`cache` from transformers 5.24 on). Backbones of the "
-            f"same kind that work: {_ALTERNATIVES[family]}. For this one, use another PEFT method (LoRA, for "
-            f"instance).{_describe_untested_transformers()}"
+            f"every attention layer {_ENTRIES[entry_point]}. Backbones of the same kind that work: "
+            f"{_ALTERNATIVES[family]}. For this one, {other}use another PEFT method (LoRA, for instance)."
+            f"{_describe_untested_transformers()}"
         )
 
     def point_to_inner_model(self, model: nn.Module) -> None:

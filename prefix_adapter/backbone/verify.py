@@ -113,7 +113,9 @@ class Verifier:
                     target.groups = 1  # the module does not repeat key heads in transformers' usual way
                 return
         raise UnsupportedBackboneError(
-            self._model, f"tried with a prefix, {target.name} ({type(target.module).__name__}) {why}."
+            self._model,
+            f"tried with a prefix, {target.name} ({type(target.module).__name__}) {why}.",
+            "cache" if target.entry is None else "attention",
         )
 
 

@@ -34,9 +34,9 @@ class AdapterInfo:
         """By how much it shifts positions in the encoder or decoder: its length, if it has a prefix there."""
         return self.length if self.shifts and any(slot.kind == kind for slot in self.columns) else 0
 
-    def has_prefix_for(self, target: AttentionTarget) -> bool:
-        """Whether it has a prefix for an attention module."""
-        return any(slot in self.columns for slot in target.slots.values())
+    def has_prefix_for(self, target: AttentionTarget, slot: PrefixSlot | None = None) -> bool:
+        """Whether it has a prefix for an attention module: for one of its slots, or for any."""
+        return any(slot in self.columns for slot in ([slot] if slot else target.slots.values()))
 
 
 class BatchPlanner:
@@ -59,7 +59,14 @@ class BatchPlanner:
         """Drop all cached plans."""
         self._plans, self._expected = {}, {}
 
-    def plan(self, index: int, states: Tensor, rows: list[Row], call: AdapterCall | None) -> BatchPlan | None:
+    def plan(
+        self,
+        index: int,
+        states: Tensor,
+        rows: list[Row],
+        call: AdapterCall | None,
+        slot: PrefixSlot | None = None,
+    ) -> BatchPlan | None:
         """The plan for an attention module; `None` if it gets no prefix.
 
         Args:
@@ -67,13 +74,14 @@ class BatchPlanner:
             states: Its hidden states `[batch, ...]`.
             rows: The adapters of each row; a single entry if all rows have the same.
             call: The running call of this thread.
+            slot: The slot that the module's call fills, if the module has several and it is known which.
         """
         mixed = len(rows) > 1
-        key = (index, states.device, states.shape[0]) if mixed else (index, rows[0])
+        key = (index, slot, states.device, states.shape[0]) if mixed else (index, slot, rows[0])
         plans = self._plans if call is None or not mixed else call.plans
         if key in plans:
             return plans[key]
-        plan = make_plan(rows, self._adapters, self._targets[index], states)
+        plan = make_plan(rows, self._adapters, self._targets[index], states, slot)
         if mixed or plan is None or plan.visible is None:
             plans[key] = plan
         return plan
@@ -100,11 +108,15 @@ class BatchPlanner:
 
 
 def make_plan(
-    rows: list[Row], adapters: Mapping[str, AdapterInfo], target: AttentionTarget, states: Tensor
+    rows: list[Row],
+    adapters: Mapping[str, AdapterInfo],
+    target: AttentionTarget,
+    states: Tensor,
+    slot: PrefixSlot | None = None,
 ) -> BatchPlan | None:
     """The prefix of a batch at one attention module with hidden states `[batch, ...]`; `None` if there is none."""
     distinct = list(dict.fromkeys(rows))
-    parts = [_get_parts(row, adapters, target) for row in distinct]
+    parts = [_get_parts(row, adapters, target, slot) for row in distinct]
     length = max(sum(part.length for part in row) for row in parts)
     if not any(part.adapter for row in parts for part in row) and not (length and target.shares_bias):
         return None
@@ -118,11 +130,13 @@ def make_plan(
     return BatchPlan(length, padded, picked, visible)
 
 
-def _get_parts(row: Row, adapters: Mapping[str, AdapterInfo], target: AttentionTarget) -> list[PrefixPart]:
+def _get_parts(
+    row: Row, adapters: Mapping[str, AdapterInfo], target: AttentionTarget, slot: PrefixSlot | None
+) -> list[PrefixPart]:
     parts = []
     for name in row:
         adapter = adapters[name]
-        if adapter.has_prefix_for(target):
+        if adapter.has_prefix_for(target, slot):
             parts.append(PrefixPart(name, adapter.length))
         elif target.shares_bias and any(slot.kind == target.kind for slot in adapter.columns):
             # A stack that computes one position bias for all layers needs the same number of columns in all of them.

@@ -26,7 +26,7 @@ from .plan import Row
 from .position_hooks import PositionHooks
 from .running import RunningCalls
 from .state import CurrentForward, ForwardState
-from .usage import UsageCheck
+from .usage import PrefixNotUsedError, UsageCheck
 from .values import PrefixValues
 
 
@@ -186,6 +186,14 @@ class ModelHooks:
 
     def _after_model(self, state: ForwardState, kwargs: dict[str, Any]) -> None:
         """Check that each prefix was used."""
+        for index, calls in state.calls.items():
+            target = self._targets[index]
+            if calls != len(target.slots):
+                raise PrefixNotUsedError(
+                    f"{target.name} serves {len(target.slots)} layers, each with a prefix of its own, and was called "
+                    f"{calls} times. Was the number of layers changed after the adapter was added? Wrap the model "
+                    "again."
+                )
         drops_layers = False
         if self.model.training:
             config = getattr(self.model, "config", None)
@@ -251,13 +259,13 @@ class ModelHooks:
         """The slot for the running call of a module that serves several layers.
 
         Raises:
-            RuntimeError: If the call was not counted, or the module was called more often than in the probe.
+            PrefixNotUsedError: If the call was not counted, or the module was called more often than in the probe.
         """
         target = self._targets[index]
         calls = self._traced_calls if torch.compiler.is_compiling() else state.calls
         number = calls.get(index, 0) - 1
         if number not in target.slots:
-            raise RuntimeError(
+            raise PrefixNotUsedError(
                 f"{target.name} serves {len(target.slots)} layers, each with a prefix of its own, and it is "
                 "unknown which of them runs. Call the whole model, with as many layers as when the adapter was "
                 "added, and without gradient checkpointing."
@@ -271,14 +279,15 @@ class ModelHooks:
         target, state = self._targets[index], self._current.get()
         rows = state.rows or self._get_rows()
         running = self._calls.current if len(rows) > 1 else None
-        plan = self._planner.plan(index, key, rows, running)
         assert target.entry is not None
+        plan = None
+        if any(rows):
+            slot = self._get_called_slot(index, state) if len(target.slots) > 1 else target.get_slot(None)
+            plan = self._planner.plan(index, key, rows, running, slot)
         if plan is None:
             return target.entry.attend(module, query, key, value, *args, **kwargs)
-        slot = self._get_called_slot(index, state) if len(target.slots) > 1 else target.get_slot(None)
         prefix = self._values.get(slot, plan, key, state, running)
-        if slot is next(reversed(target.slots.values())):
-            self._usage.note_served(index, state)
+        self._usage.note_served(index, state)
         return attend_with_prefix(
             prefix, plan.visible, target, state.shared, module, query, key, value, *args, **kwargs
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..backbone.attention import PrefixSlot
+from ..backbone.attention import KINDS, PrefixSlot
 from ..backbone.find import FoundTargets
 from ..config import PrefixTuningV2Config
 from ..messages import shorten
@@ -22,7 +22,11 @@ def select_slots(model: nn.Module, found: FoundTargets, config: PrefixTuningV2Co
             positions that cannot be shifted.
     """
     name = type(model).__name__
-    slots = [slot for target in found.targets for slot in target.slots.values()]
+    # A module that serves several layers lies among other modules: its slots are not next to each other.
+    slots = sorted(
+        (slot for target in found.targets for slot in target.slots.values()),
+        key=lambda slot: (KINDS.index(slot.kind), slot.layer),
+    )
     kinds = {slot.kind for slot in slots}
     absent = sorted(set(config.target_attention or ()) - kinds)
     if absent:
@@ -38,9 +42,23 @@ def select_slots(model: nn.Module, found: FoundTargets, config: PrefixTuningV2Co
                 f"are {sorted(known)}."
             )
         slots = [slot for slot in slots if slot.layer in wanted]
+        _check_shared_modules(found, slots)
     if config.shift_positions:
         _check_can_shift(name, found)
     return slots
+
+
+def _check_shared_modules(found: FoundTargets, slots: list[PrefixSlot]) -> None:
+    """Check that a module which serves several layers gets prefixes for all of them or for none.
+
+    Its cache shows which layer it serves only after its masks are made. (Its attention function is called later.)
+    """
+    for target in found.targets:
+        layers = {slot.layer: slot in slots for slot in target.slots.values()}
+        if target.entry is None and len(set(layers.values())) > 1:
+            raise ValueError(
+                f"`layers_to_transform`: {target.name} serves layers {sorted(layers)}. Name all of them, or none."
+            )
 
 
 def _check_can_shift(name: str, found: FoundTargets) -> None:

@@ -97,3 +97,38 @@ def test_a_sliding_window_would_hide_the_prefix_and_is_refused(when):
             model(input_ids=tiny.ids(2, 1))
         else:
             get_peft_model(model, PrefixTuningV2Config())
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "modernbert"])
+def test_the_attention_entry(kind):
+    """The function receives the module with its own config: the real one loads its kernel by the name in there."""
+    small = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "distilbert":
+        config = tr.DistilBertConfig(vocab_size=99, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
+    else:
+        special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
+        config = tr.ModernBertConfig(**small, **special, intermediate_size=48, global_attn_every_n_layers=2)
+    inputs = {"input_ids": tiny.ids(), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    inputs["attention_mask"][1, -3:] = 0
+    seen, outputs = [], []
+
+    def watched(module, *args, **kwargs):
+        seen.append((module.config._attn_implementation, module.config is model.config))
+        return flash_attention_reference(module, *args, **kwargs)
+
+    tr.AttentionInterface.register(NAME, watched)
+    for attn in ("eager", NAME):
+        torch.manual_seed(0)
+        model = tr.AutoModel.from_config(config, attn_implementation="eager").eval()
+        settings = PrefixTuningV2Config(num_virtual_tokens=5, init_std=1.0, entry_point="attention")
+        wrapped = get_peft_model(model, settings).eval()
+        model.config._attn_implementation = attn
+        if kind == "modernbert" and attn == NAME:
+            with pytest.raises(ValueError, match="sliding window would hide the prefix"):
+                wrapped(**inputs)
+            return
+        outputs.append(wrapped(**inputs)[0][:, :4])
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-4)
+    assert set(seen) == {(NAME, True)}
+    with pytest.raises(ValueError, match="packed for flash attention"):
+        wrapped(**inputs, cu_seq_lens_k=torch.tensor([0, 7, 14]))

@@ -336,6 +336,8 @@ def one_pass(case: Case) -> None:
         table = layer.prefix_tuning_v2_embedding["default"].weight
         for slot, columns in layer.adapters["default"].columns.items():
             stored = cache.layers[slot.layer]
+            if stored.keys.shape[1] * stored.keys.shape[3] != slot.shape.key_columns:
+                raise Skip("its cache does not hold the keys that attention receives")
             parts = [t[0].transpose(0, 1).flatten(1) for t in (stored.keys, stored.values)]
             table[:, columns] = torch.cat(parts, dim=1)
         ours = token_logits(model, {"input_ids": x})
