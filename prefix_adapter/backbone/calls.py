@@ -26,6 +26,12 @@ def parameter_names(module: nn.Module) -> list[str]:
     return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)][1:]
 
 
+def get_required_names(module: nn.Module) -> list[str]:
+    """The arguments without a default of a module's `forward`, in order."""
+    parameters = inspect.signature(type(module).forward).parameters
+    return [name for name in parameter_names(module) if parameters[name].default is inspect.Parameter.empty]
+
+
 class ModuleCall:
     """The arguments of one call of a module, by name, however they were passed.
 

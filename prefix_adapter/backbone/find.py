@@ -18,10 +18,10 @@ from transformers.cache_utils import Cache
 
 from .attention import KINDS, AttentionTarget, PrefixSlot, get_implementation, get_window
 from .cache import GetPrefix
-from .calls import CACHE_ARGUMENTS, SHARED_STATES_ARGUMENT, ModuleCall, parameter_names
+from .calls import CACHE_ARGUMENTS, ENCODER_STATES_ARGUMENTS, SHARED_STATES_ARGUMENT, ModuleCall, parameter_names
 from .key_values import KeyValueShape
 from .positions import PositionProbe, PositionTarget
-from .probe import PROBE_LENGTH, innermost, probe, untouched
+from .probe import ProbeError, innermost, probe, untouched
 from .unsupported import UnsupportedBackboneError
 from .verify import Verifier
 
@@ -119,6 +119,11 @@ class _Recorder:
         call.set(self.target.cache, self.target.view(inner, 0, self._record("self"), self._record("cross")))
         return call.arguments()
 
+    def clear(self) -> None:
+        """Forget all calls."""
+        self.call, self.without_gradient, self.cached, self.updates_per_call = None, False, False, 0
+        self.updates, self.biases = {}, {}
+
     def _record(self, part: str) -> GetPrefix:
         def get_no_prefix(keys: Tensor, values: Tensor, layer_idx: int | None) -> None:
             self.updates[layer_idx] = (part, keys, values)
@@ -140,26 +145,8 @@ def _run_probe(model: nn.Module) -> tuple[dict[str, _Recorder], list[PositionTar
     known: tuple[str, ...] = CACHE_ARGUMENTS
     recorders = _make_recorders(model, modules, known)
     while True:
-        for recorder in recorders.values():
-            get_implementation(recorder.target.module, model)
         passed: set[str] = set()
-        note = partial(_note_cache_argument, passed)
-        position_probe, handles = PositionProbe(model, recorders), []
-        # Inside `try`, because an interruption may meet the loop.
-        try:
-            for name, module in modules.items():
-                hook = recorders.get(name, note)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            position_probe.register()
-            output = probe(model)
-        except Exception as error:
-            why = f"a forward pass on a dummy input failed ({type(error).__name__}: {error})."
-            raise UnsupportedBackboneError(model, why if recorders else _NO_CACHE) from error
-        finally:
-            for handle in handles:
-                handle.remove()
-            position_probe.remove_hooks()
-        positions = position_probe.get_found()
+        positions, output = _run_with_recorders(model, modules, recorders, passed)
         known = (*known, *sorted(passed - {*known}))
         before, recorders = recorders, _make_recorders(model, modules, known)
         if recorders.keys() == before.keys():
@@ -167,6 +154,38 @@ def _run_probe(model: nn.Module) -> tuple[dict[str, _Recorder], list[PositionTar
     if not before:
         raise UnsupportedBackboneError(model, _NO_CACHE)
     return before, positions, output
+
+
+def _run_with_recorders(
+    model: nn.Module, modules: dict[str, nn.Module], recorders: dict[str, _Recorder], passed: set[str]
+) -> tuple[list[PositionTarget], Any]:
+    """Run the probe with hooks: the recorders, and one on each other module that adds cache arguments to `passed`."""
+    for recorder in recorders.values():
+        get_implementation(recorder.target.module, model)
+    position_probe, handles = PositionProbe(model, recorders), []
+
+    def begin() -> None:
+        position_probe.clear()
+        for recorder in recorders.values():
+            recorder.clear()
+
+    def is_enough() -> bool:
+        return all(recorder.call is not None for recorder in recorders.values())
+
+    # Inside `try`, because an interruption may meet the loop.
+    try:
+        for name, module in modules.items():
+            hook = recorders.get(name, partial(_note_cache_argument, passed))
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        position_probe.register()
+        output = probe(model, begin, is_enough)
+    except ProbeError as error:
+        raise UnsupportedBackboneError(model, str(error) if recorders else _NO_CACHE) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        position_probe.remove_hooks()
+    return position_probe.get_found(), output
 
 
 def _note_cache_argument(passed: set[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -231,12 +250,13 @@ def _as_target(model: nn.Module, recorder: _Recorder) -> AttentionTarget:
             model, f"it runs {target.name} without gradients in part, so a prefix there could not be trained."
         )
     for layer_idx, (part, keys, values) in recorder.updates.items():
-        shape = _get_shape(keys, values)
+        batch, tokens = _get_attended(recorder, part)
+        shape = _get_shape(keys, values, batch, tokens)
         if shape is None:
             raise UnsupportedBackboneError(
                 model,
                 f"{target.name} ({type(target.module).__name__}) caches keys of shape {tuple(keys.shape)} and values "
-                f"of {tuple(values.shape)} for an input of {PROBE_LENGTH} tokens, not [batch, heads, tokens, size].",
+                f"of {tuple(values.shape)} for {batch} x {tokens} hidden states, not [batch, heads, tokens, size].",
             )
         # The probe asks for a cache, and a backbone passes it to the layers of its decoder alone.
         kind = "cross" if part == "cross" else "decoder" if recorder.cached else "encoder"
@@ -246,9 +266,17 @@ def _as_target(model: nn.Module, recorder: _Recorder) -> AttentionTarget:
     return target
 
 
-def _get_shape(keys: Tensor, values: Tensor) -> KeyValueShape | None:
+def _get_attended(recorder: _Recorder, part: str) -> tuple[int, int]:
+    """The rows and tokens of the hidden states `[batch, tokens, ...]` that a module's last call computed keys of."""
+    call: Any = recorder.call
+    states = call.get_first(ENCODER_STATES_ARGUMENTS) if part == "cross" else None
+    states = call.get(call.names[0]) if states is None else states
+    return (states.shape[0], states.shape[1]) if isinstance(states, Tensor) and states.dim() > 2 else (0, 0)
+
+
+def _get_shape(keys: Tensor, values: Tensor, batch: int, tokens: int) -> KeyValueShape | None:
     for tensor in (keys, values):
-        if tensor.dim() != 4 or tensor.shape[0] != 1 or tensor.shape[2] != PROBE_LENGTH:
+        if tensor.dim() != 4 or tensor.shape[0] != batch or tensor.shape[2] != tokens:
             return None
     if values is keys:
         # The keys serve as values too (DeepSeek-V4), so the prefix is one tensor as well.
