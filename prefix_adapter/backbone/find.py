@@ -14,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .attention import KINDS, AttentionTarget, PrefixSlot, get_implementation, get_window
@@ -69,6 +70,7 @@ def find_targets(model: nn.Module) -> FoundTargets:
             source = _find_source(model, target, targets)
             target.follows, target.slots = True, source.slots
             followers.append((target, source))
+    positions = _drop_other_towers(model, positions, targets)
     for position in positions:
         position.kind = max((t for t in targets if t.kind != "cross"), key=partial(_nearness, position.name)).kind
     return FoundTargets(targets, followers, positions)
@@ -354,6 +356,20 @@ def _find_source(model: nn.Module, follower: AttentionTarget, targets: list[Atte
             model, f"{follower.name} shares the keys and values of a layer that is not known."
         )
     return before[-1]
+
+
+def _drop_other_towers(
+    model: nn.Module, positions: list[PositionTarget], targets: list[AttentionTarget]
+) -> list[PositionTarget]:
+    """The position modules without those of models inside that have no target, such as a vision tower.
+
+    A limit of that tower says nothing about texts, and its patches stay where they are.
+    """
+    towers = [
+        name for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and name and not any(t.name.startswith(f"{name}.") for t in targets)
+    ]  # fmt: skip
+    return [position for position in positions if not position.name.startswith(tuple(f"{name}." for name in towers))]
 
 
 def _nearness(name: str, target: AttentionTarget) -> int:
