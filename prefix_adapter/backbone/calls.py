@@ -26,6 +26,12 @@ def parameter_names(module: nn.Module) -> list[str]:
     return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)][1:]
 
 
+def get_required_names(module: nn.Module) -> list[str]:
+    """The arguments without a default of a module's `forward`, in order."""
+    parameters = inspect.signature(type(module).forward).parameters
+    return [name for name in parameter_names(module) if parameters[name].default is inspect.Parameter.empty]
+
+
 class ModuleCall:
     """The arguments of one call of a module, by name, however they were passed.
 
@@ -64,20 +70,28 @@ class ModuleCall:
         return tuple(self.args), self.kwargs
 
 
-def get_sequences(
-    args: tuple[Any, ...], kwargs: dict[str, Any], side: str = ""
-) -> tuple[Tensor | None, tuple[int, ...]]:
+def get_sequences(call: ModuleCall, side: str = "") -> tuple[Tensor | None, tuple[int, ...]]:
     """The token ids that a model receives, and their shape: batch, choices (in multiple choice) and tokens.
 
     Args:
-        args: The positional arguments of the model's call.
-        kwargs: The keyword arguments.
+        call: The call of the model.
         side: `"decoder_"` for the inputs of an encoder-decoder's decoder.
 
     Returns:
         The ids are `None` if the model receives embeddings. The shape is empty if it receives neither.
     """
-    ids, embeddings = kwargs.get(f"{side}input_ids", args[0] if args else None), kwargs.get(f"{side}inputs_embeds")
-    if ids is not None:
+    ids, embeddings = call.get(f"{side}input_ids"), call.get(f"{side}inputs_embeds")
+    if isinstance(ids, Tensor):
         return ids, tuple(ids.shape)
-    return None, tuple(embeddings.shape[:-1]) if embeddings is not None else ()
+    return None, tuple(embeddings.shape[:-1]) if isinstance(embeddings, Tensor) else ()
+
+
+def get_batch_size(call: ModuleCall, main_input: str) -> int | None:
+    """The number of rows that a model receives: of its token ids, else of images, audio and other inputs.
+
+    Args:
+        call: The call of the model.
+        main_input: The name of its main input.
+    """
+    tensors = (call.get_first(("input_ids", "inputs_embeds", main_input)), *call.args, *call.kwargs.values())
+    return next((tensor.shape[0] for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim() > 1), None)

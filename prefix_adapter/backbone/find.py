@@ -14,14 +14,15 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .attention import KINDS, AttentionTarget, PrefixSlot, get_implementation, get_window
 from .cache import GetPrefix
-from .calls import CACHE_ARGUMENTS, SHARED_STATES_ARGUMENT, ModuleCall, parameter_names
+from .calls import CACHE_ARGUMENTS, ENCODER_STATES_ARGUMENTS, SHARED_STATES_ARGUMENT, ModuleCall, parameter_names
 from .key_values import KeyValueShape
 from .positions import PositionProbe, PositionTarget
-from .probe import PROBE_LENGTH, innermost, probe, untouched
+from .probe import ProbeError, innermost, probe, untouched
 from .unsupported import UnsupportedBackboneError
 from .verify import Verifier
 
@@ -69,6 +70,7 @@ def find_targets(model: nn.Module) -> FoundTargets:
             source = _find_source(model, target, targets)
             target.follows, target.slots = True, source.slots
             followers.append((target, source))
+    positions = _drop_other_towers(model, positions, targets)
     set_position_kinds(positions, targets)
     return FoundTargets(targets, followers, positions)
 
@@ -118,6 +120,11 @@ class _Recorder:
         call.set(self.target.cache, self.target.view(inner, 0, self._record("self"), self._record("cross")))
         return call.arguments()
 
+    def clear(self) -> None:
+        """Forget all calls."""
+        self.call, self.without_gradient, self.cached, self.updates_per_call = None, False, False, 0
+        self.updates, self.biases = {}, {}
+
     def _record(self, part: str) -> GetPrefix:
         def get_no_prefix(keys: Tensor, values: Tensor, layer_idx: int | None) -> None:
             self.updates[layer_idx] = (part, keys, values)
@@ -139,26 +146,8 @@ def _run_probe(model: nn.Module) -> tuple[dict[str, _Recorder], list[PositionTar
     known: tuple[str, ...] = CACHE_ARGUMENTS
     recorders = _make_recorders(model, modules, known)
     while True:
-        for recorder in recorders.values():
-            get_implementation(recorder.target.module, model)
         passed: set[str] = set()
-        note = partial(_note_cache_argument, passed)
-        position_probe, handles = PositionProbe(model, recorders), []
-        # Inside `try`, because an interruption may meet the loop.
-        try:
-            for name, module in modules.items():
-                hook = recorders.get(name, note)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            position_probe.register()
-            output = probe(model)
-        except Exception as error:
-            why = f"a forward pass on a dummy input failed ({type(error).__name__}: {error})."
-            raise UnsupportedBackboneError(model, why if recorders else _NO_CACHE) from error
-        finally:
-            for handle in handles:
-                handle.remove()
-            position_probe.remove_hooks()
-        positions = position_probe.get_found()
+        positions, output = _run_with_recorders(model, modules, recorders, passed)
         known = (*known, *sorted(passed - {*known}))
         before, recorders = recorders, _make_recorders(model, modules, known)
         if recorders.keys() == before.keys():
@@ -166,6 +155,38 @@ def _run_probe(model: nn.Module) -> tuple[dict[str, _Recorder], list[PositionTar
     if not before:
         raise UnsupportedBackboneError(model, _NO_CACHE)
     return before, positions, output
+
+
+def _run_with_recorders(
+    model: nn.Module, modules: dict[str, nn.Module], recorders: dict[str, _Recorder], passed: set[str]
+) -> tuple[list[PositionTarget], Any]:
+    """Run the probe with hooks: the recorders, and one on each other module that adds cache arguments to `passed`."""
+    for recorder in recorders.values():
+        get_implementation(recorder.target.module, model)
+    position_probe, handles = PositionProbe(model, recorders), []
+
+    def begin() -> None:
+        position_probe.clear()
+        for recorder in recorders.values():
+            recorder.clear()
+
+    def count_missed() -> int:
+        return sum(recorder.call is None for recorder in recorders.values())
+
+    # Inside `try`, because an interruption may meet the loop.
+    try:
+        for name, module in modules.items():
+            hook = recorders.get(name, partial(_note_cache_argument, passed))
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        position_probe.register()
+        output = probe(model, begin, count_missed)
+    except ProbeError as error:
+        raise UnsupportedBackboneError(model, str(error) if recorders else _NO_CACHE) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        position_probe.remove_hooks()
+    return position_probe.get_found(), output
 
 
 def _note_cache_argument(passed: set[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -230,12 +251,13 @@ def _as_target(model: nn.Module, recorder: _Recorder) -> AttentionTarget:
             model, f"it runs {target.name} without gradients in part, so a prefix there could not be trained."
         )
     for layer_idx, (part, keys, values) in recorder.updates.items():
-        shape = _get_shape(keys, values)
+        batch, tokens = _get_attended(recorder, part)
+        shape = _get_shape(keys, values, batch, tokens)
         if shape is None:
             raise UnsupportedBackboneError(
                 model,
                 f"{target.name} ({type(target.module).__name__}) caches keys of shape {tuple(keys.shape)} and values "
-                f"of {tuple(values.shape)} for an input of {PROBE_LENGTH} tokens, not [batch, heads, tokens, size].",
+                f"of {tuple(values.shape)} for {batch} x {tokens} hidden states, not [batch, heads, tokens, size].",
             )
         # The probe asks for a cache, and a backbone passes it to the layers of its decoder alone.
         kind = "cross" if part == "cross" else "decoder" if recorder.cached else "encoder"
@@ -245,9 +267,17 @@ def _as_target(model: nn.Module, recorder: _Recorder) -> AttentionTarget:
     return target
 
 
-def _get_shape(keys: Tensor, values: Tensor) -> KeyValueShape | None:
+def _get_attended(recorder: _Recorder, part: str) -> tuple[int, int]:
+    """The rows and tokens of the hidden states `[batch, tokens, ...]` that a module's last call computed keys of."""
+    call: Any = recorder.call
+    states = call.get_first(ENCODER_STATES_ARGUMENTS) if part == "cross" else None
+    states = call.get(call.names[0]) if states is None else states
+    return (states.shape[0], states.shape[1]) if isinstance(states, Tensor) and states.dim() > 2 else (0, 0)
+
+
+def _get_shape(keys: Tensor, values: Tensor, batch: int, tokens: int) -> KeyValueShape | None:
     for tensor in (keys, values):
-        if tensor.dim() != 4 or tensor.shape[0] != 1 or tensor.shape[2] != PROBE_LENGTH:
+        if tensor.dim() != 4 or tensor.shape[0] != batch or tensor.shape[2] != tokens:
             return None
     if values is keys:
         # The keys serve as values too (DeepSeek-V4), so the prefix is one tensor as well.
@@ -331,6 +361,20 @@ def set_position_kinds(positions: list[PositionTarget], targets: list[AttentionT
     """Set the kind of each position module: that of the self-attention whose name is nearest to the module's."""
     for position in positions:
         position.kind = max((t for t in targets if t.kind != "cross"), key=partial(_nearness, position.name)).kind
+
+
+def _drop_other_towers(
+    model: nn.Module, positions: list[PositionTarget], targets: list[AttentionTarget]
+) -> list[PositionTarget]:
+    """The position modules without those of models inside that have no target, such as a vision tower.
+
+    A limit of that tower says nothing about texts, and its patches stay where they are.
+    """
+    towers = [
+        name for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and name and not any(t.name.startswith(f"{name}.") for t in targets)
+    ]  # fmt: skip
+    return [position for position in positions if not position.name.startswith(tuple(f"{name}." for name in towers))]
 
 
 def _nearness(name: str, target: AttentionTarget) -> int:

@@ -20,7 +20,7 @@ from .find import FoundTargets, find_cache_argument, set_position_kinds
 from .key_values import KeyValueShape
 from .masks import is_causal
 from .positions import PositionProbe, PositionTarget
-from .probe import innermost, probe, untouched
+from .probe import ProbeError, innermost, probe, untouched
 from .unsupported import UnsupportedBackboneError
 from .verify import Verifier
 
@@ -120,6 +120,16 @@ def _run_probe(model: nn.Module) -> tuple[list[_Recorder], list[PositionTarget]]
     with_cache = {name: module for name, module in model.named_modules() if find_cache_argument(module)}
     position_probe = PositionProbe(model, {*(recorder.target.name for recorder in recorders), *innermost(with_cache)})
     handles = []
+
+    def begin() -> None:
+        position_probe.clear()
+        order.clear()
+        for recorder in recorders:
+            recorder.calls.clear()
+
+    def count_missed() -> int:
+        return sum(not recorder.calls for recorder in recorders)
+
     # Inside `try`, because an interruption may meet the loop.
     try:
         for recorder in recorders:
@@ -127,10 +137,9 @@ def _run_probe(model: nn.Module) -> tuple[list[_Recorder], list[PositionTarget]]
             handles.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
             recorder.entry.install(module, recorder.attend)
         position_probe.register()
-        probe(model)
-    except Exception as error:
-        why = f"a forward pass on a dummy input failed ({type(error).__name__}: {error})."
-        raise UnsupportedBackboneError(model, why, "attention") from error
+        probe(model, begin, count_missed)
+    except ProbeError as error:
+        raise UnsupportedBackboneError(model, str(error), "attention") from error
     finally:
         for handle in handles:
             handle.remove()

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .calls import CACHE_ARGUMENTS, POSITIONS_ARGUMENT, ModuleCall, parameter_names
-from .probe import PROBE_LENGTH, get_first_position, get_input_embeddings, innermost
+from .dummy_inputs import get_backbone, get_input_embeddings
+from .probe import get_first_position, innermost
 
 # The name of the argument of `nn.Embedding.forward`.
 _TABLE_ARGUMENT = "input"
@@ -152,6 +153,10 @@ class PositionProbe:
         for handle in self._handles:
             handle.remove()
 
+    def clear(self) -> None:
+        """Forget all calls."""
+        self._tables, self._called = {}, {}
+
     def _record_table(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             # All tokens of the probe are equal, so consecutive numbers can only be positions.
@@ -169,9 +174,9 @@ class PositionProbe:
             target.absolute = isinstance(output, Tensor) and output.shape[-1] == self._width
             positions = ModuleCall(target.names, args, kwargs).get(POSITIONS_ARGUMENT)
             if isinstance(positions, Tensor):
-                target.column = positions.shape == (PROBE_LENGTH, 1)
+                target.column = positions.dim() == 2 and positions.shape[1] == 1
                 target.axes = positions.dim() > 2
-                rows = positions.reshape(-1, PROBE_LENGTH) if positions.numel() % PROBE_LENGTH == 0 else [positions]
+                rows = positions.reshape(-1, positions.shape[0 if target.column else -1])
                 target.counts = positions.device.type == "meta" or all(get_first_position(row) == 0 for row in rows)
             else:
                 target.movable = target.past_argument is not None
@@ -194,7 +199,7 @@ def find_counting_module(model: nn.Module, targets: list[PositionTarget]) -> nn.
     It is the backbone, unless positions have several axes. Then the backbone itself computes the positions of images
     as long as the caller passes none, and the text model inside counts where the backbone computes none.
     """
-    backbone: nn.Module = getattr(model, "base_model", model)
+    backbone = get_backbone(model)
     if not any(target.axes for target in targets):
         return backbone if POSITIONS_ARGUMENT in parameter_names(backbone) else None
     wanted = {POSITIONS_ARGUMENT, "attention_mask", "inputs_embeds"}

@@ -1,21 +1,25 @@
-"""The probe: one forward pass of a backbone on four tokens.
+"""The probe: one forward pass of a backbone on a short input.
 
 Hooks see what the backbone's modules do, so no list of models is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..private import get_children, get_device, set_children
-from .calls import parameter_names
+from ..private import get_children, set_children
+from .dummy_inputs import ProbeInputs, UnknownInputError, get_inputs
 
-PROBE_LENGTH = 4
+_WAY_OUT = (
+    "If the inputs are not what the model needs, give an example of them around the call: "
+    "`with prefix_adapter.example_inputs(**batch): ...`."
+)
 
 
 def innermost(named: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -48,63 +52,81 @@ def untouched(model: nn.Module) -> Iterator[None]:
             set_children(module, own)
 
 
-def _ordinary_token(model: nn.Module) -> int:
-    """The id of a token that is not special. (A padding token, for instance, may get no position.)"""
-    config = getattr(model, "config", None)
-    special: set[int] = set()
-    for part in (config, getattr(config, "get_text_config", lambda: None)()):
-        for name, value in vars(part).items() if part is not None else ():
-            if name.endswith(("_token_id", "_token_index")):
-                special.update(value if isinstance(value, (list, tuple)) else [value])
-    return next(token for token in range(len(special) + 1) if token not in special)
+class ProbeError(RuntimeError):
+    """No forward pass on dummy inputs, or on the user's example, succeeded."""
 
 
-def get_input_embeddings(model: nn.Module) -> nn.Module | None:
-    """The model's token embeddings; `None` if it has none, or several of them (CANINE)."""
-    try:
-        get_embeddings: Any = getattr(model, "get_input_embeddings", None)
-        return get_embeddings() if get_embeddings is not None else None
-    except NotImplementedError:
-        return None
+def probe(
+    model: nn.Module, begin: Callable[[], None] = lambda: None, count_missed: Callable[[], int] = lambda: 0
+) -> Any:
+    """Run a model on a short input, with a cache. The caller has set hooks, and is in `untouched`.
 
-
-def _make_inputs(model: nn.Module, backbone: nn.Module) -> dict[str, Any]:
-    names = parameter_names(backbone)
-    device = get_device(get_input_embeddings(model) or model) or get_device(model)
-    ids = torch.full((1, PROBE_LENGTH), _ordinary_token(model), dtype=torch.long, device=device)
-    inputs: dict[str, Any] = {"input_ids": ids}
-    for name, value in (
-        ("attention_mask", torch.ones_like(ids)),
-        ("decoder_input_ids", ids),
-        ("use_cache", True),
-    ):
-        # A forward with `**kwargs` alone names no argument.
-        if name in names or (name == "use_cache" and "input_ids" not in names):
-            inputs[name] = value
-    return inputs
-
-
-def probe(model: nn.Module) -> Any:
-    """Run the backbone of a model on four tokens, with a cache. The caller has set hooks, and is in `untouched`.
+    Several inputs are tried until one runs (see dummy_inputs.py). Those of a text come first. Only the part of a
+    vision-language model that reads text is then run, if that is enough.
 
     Gradients are on, as in training: the hooks see where the backbone turns them off. (Without gradients bitsandbytes
-    would also repack its weights for inference, and could no longer train.)
+    would also repack its weights for inference, and could no longer train.) Nothing is kept for a backward pass.
+
+    Args:
+        model: The model.
+        begin: Called before each try. Hooks that record must forget what they saw in a try that failed.
+        count_missed: Called after a try that ran. It returns how many modules of interest the try did not reach. If
+            that is not 0, inputs for more parts of the model are tried.
 
     Returns:
-        The backbone's output.
+        The output of the backbone, or of the model if the user gave an example.
 
     Raises:
-        Exception: Any error of the backbone.
+        ProbeError: If no input runs. It names the inputs of the most complete try.
     """
-    backbone: Any = getattr(model, "base_model", model)
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     handles = [module.register_forward_hook(_require_gradient) for module in embeddings]
     try:
-        with torch.enable_grad():
-            return backbone(**_make_inputs(model, backbone))
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
+            return _run_best(get_inputs(model), begin, count_missed)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _run_best(candidates: Iterator[ProbeInputs], begin: Callable[[], None], count_missed: Callable[[], int]) -> Any:
+    """Run the first inputs that miss no module. If all miss some, run the first of those that miss the fewest."""
+    failed: list[tuple[ProbeInputs, Exception]] = []
+    best: ProbeInputs | None = None
+    fewest = math.inf
+    try:
+        for inputs in candidates:
+            begin()
+            try:
+                output = inputs.module(**inputs.arguments)
+            except Exception as error:
+                failed.append((inputs, error))
+                continue
+            missed = count_missed()
+            if not missed:
+                return output
+            if missed < fewest:
+                best, fewest = inputs, missed
+    except UnknownInputError as error:
+        if best is None:
+            raise ProbeError(f"{error}. {_WAY_OUT}") from error
+    if best is None:
+        raise ProbeError(_describe_failure(*failed[0])) from failed[0][1]
+    if inputs is best:
+        return output
+    begin()
+    return best.module(**best.arguments)
+
+
+def _describe_failure(inputs: ProbeInputs, error: Exception) -> str:
+    kind = "the example inputs" if inputs.is_example else "dummy inputs"
+    what = f"a forward pass on {kind} ({inputs.describe()}) failed ({type(error).__name__}: {error})."
+    return what if inputs.is_example else f"{what} {_WAY_OUT}"
+
+
+def _drop(tensor: Any) -> Any:
+    """Keep no tensor for a backward pass, because there is none."""
+    return None
 
 
 def _require_gradient(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -115,10 +137,10 @@ def _require_gradient(module: nn.Module, args: tuple[Any, ...], output: Any) -> 
 
 
 def get_first_position(tensor: Any) -> int | None:
-    """The first of consecutive integers `[..., PROBE_LENGTH]`; `None` if the tensor has no such form."""
+    """The first of two or more consecutive integers `[..., tokens]`; `None` if the tensor has no such form."""
     if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.device.type == "meta":
         return None
-    if tensor.dim() == 0 or tensor.shape[-1] != PROBE_LENGTH or tensor.numel() != PROBE_LENGTH:
+    if tensor.dim() == 0 or tensor.shape[-1] != tensor.numel() or tensor.numel() < 2:
         return None
     first, *_ = row = tensor.flatten().tolist()
-    return first if row == list(range(first, first + PROBE_LENGTH)) else None
+    return first if row == list(range(first, first + len(row))) else None

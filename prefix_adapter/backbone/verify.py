@@ -18,12 +18,13 @@ from .calls import CACHE_ARGUMENTS, ModuleCall
 from .insert import insert_prefix
 from .key_values import KeyValues
 from .masks import SharedValues
-from .probe import PROBE_LENGTH
 from .unsupported import UnsupportedBackboneError
 
 # Relative difference of outputs. Wide enough for half precision and TF32: an error in a mask has the size of the
 # outputs.
 _TOLERANCE = 5e-2
+# Tokens of the prefix with which a module is tried.
+_PREFIX_LENGTH = 4
 # Attributes of a module that tell layers of one kind apart and do not change what they compute.
 _LAYER_INDICES = ("layer_idx", "layer_id", "layer_index", "layer_number")
 
@@ -69,7 +70,7 @@ class Verifier:
     def _run(self, target: AttentionTarget, recorded: ModuleCall, states: Tensor) -> None:
         shape = next(iter(target.slots.values())).shape
         generator = torch.Generator().manual_seed(0)
-        drawn = torch.randn(1, PROBE_LENGTH, shape.columns, generator=generator).to(states.device, target.dtype)
+        drawn = torch.randn(1, _PREFIX_LENGTH, shape.columns, generator=generator).to(states.device, target.dtype)
 
         def attend(length: int, visible: Tensor | None) -> Tensor:
             call = ModuleCall(recorded.names, tuple(recorded.args), recorded.kwargs)
@@ -89,12 +90,12 @@ class Verifier:
             insert_prefix(call, target, self._model, length, visible, get_prefix)
             return _run_module(target, call)
 
-        shown = torch.ones(1, PROBE_LENGTH, dtype=torch.bool, device=states.device)
+        shown = torch.ones(states.shape[0], _PREFIX_LENGTH, dtype=torch.bool, device=states.device)
         why = ""
         for target.mask_true_means_hidden in (False, True):
             try:
-                without, plain = attend(0, None), attend(PROBE_LENGTH, None)
-                hidden, visible = attend(PROBE_LENGTH, ~shown), attend(PROBE_LENGTH, shown)
+                without, plain = attend(0, None), attend(_PREFIX_LENGTH, None)
+                hidden, visible = attend(_PREFIX_LENGTH, ~shown), attend(_PREFIX_LENGTH, shown)
             except Exception as error:
                 why = f"fails with one ({type(error).__name__}: {error})"
                 continue
@@ -108,7 +109,7 @@ class Verifier:
                 if target.entry is None:
                     target.groups = getattr(target.module, "num_key_value_groups", 1)
                 if target.groups > 1 and not (
-                    plain.any() and _difference(attend(PROBE_LENGTH, None), plain) <= _TOLERANCE
+                    plain.any() and _difference(attend(_PREFIX_LENGTH, None), plain) <= _TOLERANCE
                 ):
                     target.groups = 1  # the module does not repeat key heads in transformers' usual way
                 return

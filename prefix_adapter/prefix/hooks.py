@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..backbone.attention import AttentionTarget, PrefixSlot
 from ..backbone.attention_entry import attend_with_prefix
-from ..backbone.calls import ModuleCall, get_sequences
+from ..backbone.calls import ModuleCall, get_batch_size, get_sequences, parameter_names
 from ..backbone.checkpointing import CheckpointingGuard
 from ..backbone.find import FoundTargets
 from ..backbone.insert import insert_prefix
@@ -66,6 +66,11 @@ class ModelHooks:
         self._checkpointing = CheckpointingGuard(model, shares_keys=bool(found.followers))
         # The same as `ForwardState.calls`, for a graph that is being compiled.
         self._traced_calls: dict[int, int] = {}
+        # A forward with `*args` alone names no argument: the first one is its token ids.
+        self._names = parameter_names(model) or ["input_ids"]
+        # PEFT's classes for texts pass these as None to every model. Whisper would pass them on to its decoder.
+        self._unnamed_inputs = tuple({"input_ids", "inputs_embeds"} - {*self._names}) if parameter_names(model) else ()
+        self._main_input = str(getattr(model, "main_input_name", "input_ids"))
         self._num_layers = getattr(get_text_config(model), "num_hidden_layers", None)
         self._handles: list[RemovableHandle] = []
         # Modules whose `forward` is wrapped, the attribute with the forward, and its former value on the instance.
@@ -144,6 +149,9 @@ class ModelHooks:
         if not compiling and self._calls.thread.replica is not None:
             module, self._calls.thread.replica = self._calls.thread.replica, None
         forward = self._get_unwrapped(entry, module)
+        for name in self._unnamed_inputs:
+            if name in kwargs and kwargs[name] is None:
+                del kwargs[name]
         if torch.jit.is_tracing():
             # `torch.jit.trace` runs the model twice and compares: no run may use plans of an earlier one.
             self._planner.clear()
@@ -173,14 +181,15 @@ class ModelHooks:
         mixed = call is not None and call.mixed
         if not mixed and not torch.compiler.is_compiling():
             self._values.encode_row(state.rows[0], state)
-        self.positions.prepare(state, args, kwargs)
+        inputs = ModuleCall(self._names, args, kwargs)
+        self.positions.prepare(state, inputs)
         if call is not None and mixed:
-            shape = get_sequences(args, kwargs)[1]
-            if shape and call.count_rows:
-                check_name_count(len(call.names or ()), shape[0], replica=module is not self.model)
+            batch = get_batch_size(inputs, self._main_input)
+            if batch is not None and call.count_rows:
+                check_name_count(len(call.names or ()), batch, replica=module is not self.model)
             # In an encoder-decoder the rows are those of the decoder: beams are added after the encoder.
-            shape = get_sequences((), kwargs, "decoder_")[1] or shape
-            state.batch = math.prod(shape[:-1]) if shape else None
+            shape = get_sequences(inputs, "decoder_")[1] or get_sequences(inputs)[1]
+            state.batch = math.prod(shape[:-1]) if shape else batch
         if self.model.training and torch.is_grad_enabled():
             self._checkpointing.prepare()
 

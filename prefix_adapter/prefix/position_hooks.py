@@ -64,8 +64,12 @@ class PositionHooks:
             handle.remove()
         self._handles = []
 
-    def prepare(self, state: ForwardState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def prepare(self, state: ForwardState, call: ModuleCall) -> None:
         """Compute the shifts of a forward, and check the length of its input, before it runs.
+
+        Args:
+            state: The state of the forward.
+            call: The call of the model.
 
         Raises:
             ValueError: If the input is longer than a table of positions.
@@ -73,7 +77,7 @@ class PositionHooks:
         if not self._hooked:
             return
         state.shifts = {target.kind: self._get_shifts(target.kind, state) for target in self._targets}
-        ids, shape = get_sequences(args, kwargs)
+        ids, shape = get_sequences(call)
         if shape:
             shift = max(self._get_shifts(self._first_kind, state))
             check_input_length(self._model, ids, shape[-1], self._targets, shift)
