@@ -70,9 +70,7 @@ def find_targets(model: nn.Module) -> FoundTargets:
             source = _find_source(model, target, targets)
             target.follows, target.slots = True, source.slots
             followers.append((target, source))
-    positions = _drop_other_towers(model, positions, targets)
-    set_position_kinds(positions, targets)
-    return FoundTargets(targets, followers, positions)
+    return FoundTargets(targets, followers, select_positions(model, positions, targets))
 
 
 def find_cache_argument(module: nn.Module, known: tuple[str, ...] = CACHE_ARGUMENTS) -> str | None:
@@ -357,24 +355,25 @@ def _find_source(model: nn.Module, follower: AttentionTarget, targets: list[Atte
     return before[-1]
 
 
-def set_position_kinds(positions: list[PositionTarget], targets: list[AttentionTarget]) -> None:
-    """Set the kind of each position module: that of the self-attention whose name is nearest to the module's."""
-    for position in positions:
-        position.kind = max((t for t in targets if t.kind != "cross"), key=partial(_nearness, position.name)).kind
-
-
-def _drop_other_towers(
+def select_positions(
     model: nn.Module, positions: list[PositionTarget], targets: list[AttentionTarget]
 ) -> list[PositionTarget]:
-    """The position modules without those of models inside that have no target, such as a vision tower.
+    """The position modules of texts, with their kinds: that of the self-attention whose name is nearest to the module's.
 
-    A limit of that tower says nothing about texts, and its patches stay where they are.
+    Models inside that have no target or read something else than token ids, such as a vision tower, are left out. Their
+    limits say nothing about texts, and their patches stay where they are.
     """
     towers = [
-        name for name, module in model.named_modules()
-        if isinstance(module, PreTrainedModel) and name and not any(t.name.startswith(f"{name}.") for t in targets)
-    ]  # fmt: skip
-    return [position for position in positions if not position.name.startswith(tuple(f"{name}." for name in towers))]
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel)
+        and name
+        and (module.main_input_name != "input_ids" or not any(t.name.startswith(f"{name}.") for t in targets))
+    ]
+    selected = [p for p in positions if not p.name.startswith(tuple(f"{name}." for name in towers))]
+    for position in selected:
+        position.kind = max((t for t in targets if t.kind != "cross"), key=partial(_nearness, position.name)).kind
+    return selected
 
 
 def _nearness(name: str, target: AttentionTarget) -> int:

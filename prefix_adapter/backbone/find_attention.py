@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .attention import KINDS, AttentionEntry, AttentionTarget, PrefixSlot
 from .calls import ENCODER_STATES_ARGUMENTS, ModuleCall, parameter_names
 from .disentangled import find_entry
-from .find import FoundTargets, find_cache_argument, set_position_kinds
+from .find import FoundTargets, find_cache_argument, select_positions
 from .key_values import KeyValueShape
 from .masks import is_causal
 from .positions import PositionProbe, PositionTarget
@@ -102,8 +102,7 @@ def find_attention_targets(model: nn.Module) -> FoundTargets:
             verifier.verify(recorder.target, recorder.calls[0][1])
     targets = [recorder.target for recorder in called]
     targets.sort(key=lambda target: (KINDS.index(target.kind), min(slot.layer for slot in target.slots.values())))
-    set_position_kinds(positions, targets)
-    return FoundTargets(targets, [], positions)
+    return FoundTargets(targets, [], select_positions(model, positions, targets))
 
 
 def _run_probe(model: nn.Module) -> tuple[list[_Recorder], list[PositionTarget]]:
