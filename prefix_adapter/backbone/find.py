@@ -358,9 +358,9 @@ def _find_source(model: nn.Module, follower: AttentionTarget, targets: list[Atte
 def select_positions(
     model: nn.Module, positions: list[PositionTarget], targets: list[AttentionTarget]
 ) -> list[PositionTarget]:
-    """The position modules of texts, with their kinds: that of the self-attention whose name is nearest to the module's.
+    """The position modules of texts, with their kinds: that of the self-attention with the nearest name.
 
-    Models inside that have no target or read something else than token ids, such as a vision tower, are left out. Their
+    Models inside that have no target or read no token ids, such as a vision tower, are left out. Their
     limits say nothing about texts, and their patches stay where they are.
     """
     towers = [
