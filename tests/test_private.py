@@ -1,11 +1,13 @@
 """The private names of other libraries (prefix_adapter/private.py): a release that changes one fails here."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import transformers as tr
 from peft import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -20,6 +22,25 @@ def test_the_attention_implementation():
     model.set_attn_implementation("sdpa")
     assert private.get_attention_implementation(model.config) == "sdpa"
     assert private.get_attention_implementation(model.layers[0].self_attn.config) == "sdpa"
+
+
+def test_a_config_with_another_attention_implementation():
+    config = tr.CLIPConfig(attn_implementation="eager")
+    changed = private.copy_config(config, "sdpa")
+    assert changed._attn_implementation == "sdpa" and changed.vision_config is config.vision_config
+    assert {config._attn_implementation, config.vision_config._attn_implementation} == {"eager"}
+
+
+@pytest.mark.parametrize(
+    ("model", "eager"),
+    [("vit.ViTAttention", ""), ("timesfm.TimesFmAttention", "simple_"), ("llama4.Llama4VisionAttention", "vision_")],
+)
+def test_the_attention_interface_of_a_module(model, eager):
+    name, _, cls = model.partition(".")
+    source = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    found = private.find_attention_interface(getattr(source, cls))
+    assert found == (tr.modeling_utils.ALL_ATTENTION_FUNCTIONS, getattr(source, f"{eager}eager_attention_forward"))
+    assert private.find_attention_interface(torch.nn.Linear) is None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
