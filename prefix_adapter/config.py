@@ -7,6 +7,7 @@ import math
 import os
 import tempfile
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -226,20 +227,22 @@ class PrefixTuningV2Config(PeftConfig):
             raise ValueError(f"`{name}` must be a non-empty list out of {list(allowed)}, got {shorten(value)}.")
         setattr(self, name, [item for item in allowed if item in value] if allowed else list(value))
 
-    def check_layout(self, model_name: str, layout: str) -> None:
+    def check_layout(self, model_name: str, layout: str, unreached: Sequence[str] = ()) -> None:
         """Compare `prefix_layout` with the layout of a model, and remember the latter for saving.
 
         Args:
             model_name: The class of the model, for the message.
             layout: Its layers, heads and head sizes, as `describe` writes them.
+            unreached: The attention modules that got no prefix, because the probe did not reach them.
 
         Raises:
             ValueError: If the adapter was made for another layout.
         """
+        hint = ", within the `example_inputs` with which it was made" if unreached else ""
         if self.prefix_layout not in (None, layout):
             raise ValueError(
                 f"The adapter was made for attention layers of another shape: {shorten(self.prefix_layout)}, while "
-                f"{model_name} has {layout}. Load it onto the base model that it was trained on."
+                f"{model_name} has {layout}. Load it onto the base model that it was trained on{hint}."
             )
         self._layouts.add(layout)
 

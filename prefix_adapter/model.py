@@ -18,6 +18,7 @@ from .backbone.unsupported import UnsupportedBackboneError
 from .config import PrefixTuningV2Config
 from .files.check import check_tensors
 from .files.contents import find_embeddings, tensors_of
+from .messages import join_names
 from .prefix.batch import check_name_count
 from .prefix.heads import adopt_heads, check_one_head, find_head_wrappers
 from .prefix.layer import NAME_TAKEN, PrefixTuningV2Layer
@@ -326,5 +327,12 @@ def _warn_of_layers_without_prefix(model: nn.Module, layer: PrefixTuningV2Layer)
         warnings.warn(
             f"Layers {layer.layers_without_prefix} of {name} keep no keys and values of their own (state-space, "
             "convolution, linear or shared attention) and get no prefix; the others do.",
+            stacklevel=3,
+        )
+    if layer.unreached:
+        warnings.warn(
+            f"A forward pass of {name} on dummy inputs did not reach {join_names(layer.unreached)}: no prefix there. "
+            "If these modules are to have one, give inputs that reach them: "
+            "`with prefix_adapter.example_inputs(**batch): get_peft_model(...)`.",
             stacklevel=3,
         )

@@ -38,11 +38,14 @@ class FoundTargets:
         targets: The attention modules: encoder before decoder before cross-attention, layer by layer.
         followers: Modules that attend to the keys and values of a target (Gemma 3n), each with that target.
         positions: The modules that compute or look up positions.
+        unreached: The names of attention modules that the probe did not reach, if the prefix enters through the
+            attention function. They take no prefix.
     """
 
     targets: list[AttentionTarget]
     followers: list[tuple[AttentionTarget, AttentionTarget]]
     positions: list[PositionTarget]
+    unreached: list[str] = field(default_factory=list)
 
 
 def find_targets(model: nn.Module) -> FoundTargets:

@@ -6,7 +6,6 @@ verified with a prefix.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,7 +101,8 @@ def find_attention_targets(model: nn.Module) -> FoundTargets:
             verifier.verify(recorder.target, recorder.calls[0][1])
     targets = [recorder.target for recorder in called]
     targets.sort(key=lambda target: (KINDS.index(target.kind), min(slot.layer for slot in target.slots.values())))
-    return FoundTargets(targets, [], select_positions(model, positions, targets))
+    unreached = [recorder.target.name for recorder in recorders if not recorder.calls]
+    return FoundTargets(targets, [], select_positions(model, positions, targets), unreached)
 
 
 def _run_probe(model: nn.Module) -> tuple[list[_Recorder], list[PositionTarget]]:
@@ -171,18 +171,20 @@ def _complete_target(model: nn.Module, recorder: _Recorder) -> None:
 def _number_layers(recorders: list[_Recorder]) -> None:
     """Give the modules their slots: one for each call in a forward.
 
-    Layers count as the model runs them, for each kind of attention. A module that serves several layers (ALBERT) has
-    a slot for each of its calls.
+    A layer has the number that the modules of its kind of attention call `layer_idx`. Without such numbers, layers
+    count as the model runs them. A module that serves several layers (ALBERT) has a slot for each of its calls.
     """
     calls = sorted(
         (order, recorder.target, number, within[0])
         for recorder in recorders
         for number, (order, _, within) in enumerate(recorder.calls)
     )
-    layers: Counter[str] = Counter()
-    for _, target, number, call in calls:
-        target.slots[number] = PrefixSlot(call.kind, layers[call.kind], call.shape)
-        layers[call.kind] += 1
+    for kind in KINDS:
+        of_kind = [(target, number, call) for _, target, number, call in calls if call.kind == kind]
+        own: list[Any] = [getattr(target.module, "layer_idx", None) for target, _, _ in of_kind]
+        known = len(set(own)) == len(own) and all(isinstance(index, int) for index in own)
+        for order, (target, number, call) in enumerate(of_kind):
+            target.slots[number] = PrefixSlot(kind, own[order] if known else order, call.shape)
     for recorder in recorders:
         if len(recorder.calls) == 1:
             recorder.target.slots = {None: recorder.target.slots[0]}

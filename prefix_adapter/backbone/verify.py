@@ -133,7 +133,8 @@ def _run_with_entry(
         return _run_module(target, call)
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-        shown = None if visible is None else visible.expand(key.shape[0], -1)
+        # A module may divide a batch, or receive the patches of all images in one row.
+        shown = None if visible is None else visible[:1].expand(key.shape[0], -1)
         return attend_with_prefix(prefix, shown, target, SharedValues(), module, query, key, *args, **kwargs)
 
     entry.install(target.module, attend)

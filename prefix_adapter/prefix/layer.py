@@ -117,6 +117,11 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         return {target.kind for target in self.targets}
 
     @property
+    def unreached(self) -> list[str]:
+        """The names of attention modules without a prefix that the probe did not reach."""
+        return self._found.unreached
+
+    @property
     def layers_without_prefix(self) -> list[int]:
         """Indices of layers that take no prefix (in hybrid models, for instance), in a model with one stack."""
         config = get_text_config(self.model)
@@ -169,7 +174,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
                 "this one."
             )
         slots = select_slots(self.model, self._found, config)
-        config.check_layout(type(self.model).__name__, describe_slots(slots))
+        config.check_layout(type(self.model).__name__, describe_slots(slots), self.unreached)
         columns, end = {}, 0
         for slot in slots:
             columns[slot] = slice(end, end + slot.shape.columns)
