@@ -8,7 +8,8 @@ import torch.nn.functional as F
 import transformers as tr
 from peft import get_peft_model
 
-from prefix_adapter import PrefixTuningV2Config
+from prefix_adapter import PeftModel, PrefixTuningV2Config
+from prefix_adapter.backbone.dummy_inputs import example_inputs
 
 TEXT = {
     "vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -157,3 +158,31 @@ def test_shifted_positions_in_a_mixed_batch(kind):
     for one, other in zip(mixed, expected, strict=True):
         close(one, other)
     assert not torch.allclose(expected[0], expected[2], atol=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_attention_entry_in_the_vision_tower(kind, tmp_path):
+    """An image gets the features that it has alone, whatever other images are in the batch."""
+    base, batch = base_of(kind), batch_of(0, 1)
+    with pytest.warns(UserWarning, match="did not reach model.visual"):
+        wrap(base_of(kind), entry_point="attention")
+    with example_inputs(**batch):
+        model = wrap(base, entry_point="attention")
+    tower = model.get_base_model().model.visual
+    names = {target.name for target in model.base_model.prefix_layer.targets}
+    assert sum("visual" in name for name in names) == 2 and sum("language_model" in name for name in names) == 2
+
+    def see(pixels, grid):
+        return tower(pixels, grid_thw=grid).pooler_output
+
+    with torch.no_grad():
+        both = see(torch.cat(PIXELS), SIZE.repeat(2, 1))
+        alone = torch.cat([see(pixels, SIZE) for pixels in PIXELS])
+        torch.testing.assert_close(both, alone, atol=1e-5, rtol=1e-4)
+        with model.disable_adapter():
+            assert (see(PIXELS[0], SIZE) - alone[: len(alone) // 2]).abs().max() > 1e-2
+        cached, without = (model.generate(**batch, **GENERATE, use_cache=use_cache) for use_cache in (True, False))
+        assert torch.equal(cached, without)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="within the `example_inputs` with which it was made"):
+        PeftModel.from_pretrained(base_of(kind), str(tmp_path))
