@@ -329,6 +329,12 @@ def _warn_of_layers_without_prefix(model: nn.Module, layer: PrefixTuningV2Layer)
             "convolution, linear or shared attention) and get no prefix; the others do.",
             stacklevel=3,
         )
+    if layer.plain_attention:
+        warnings.warn(
+            f"{join_names(layer.plain_attention)} of {name} compute attention themselves and get no prefix. The "
+            "others do.",
+            stacklevel=3,
+        )
     if layer.unreached:
         warnings.warn(
             f"A forward pass of {name} on dummy inputs did not reach {join_names(layer.unreached)}: no prefix there. "

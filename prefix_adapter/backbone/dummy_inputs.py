@@ -22,8 +22,8 @@ from transformers import PreTrainedConfig
 from ..private import get_device
 from .calls import get_required_names, parameter_names
 
-# Tokens in a dummy text.
-TEXT_LENGTH = 4
+# Tokens in a dummy text. A number that is rarely a number of heads: shapes show which side is which.
+TEXT_LENGTH = 5
 # Frames, patches and positions, where the config does not say how many an input must have.
 _SHORT = 16
 # Pixels of an image's side: convolutions halve it up to five times.

@@ -40,12 +40,14 @@ class FoundTargets:
         positions: The modules that compute or look up positions.
         unreached: The names of attention modules that the probe did not reach, if the prefix enters through the
             attention function. They take no prefix.
+        plain: The names of modules that compute attention themselves, in that case. They take no prefix either.
     """
 
     targets: list[AttentionTarget]
     followers: list[tuple[AttentionTarget, AttentionTarget]]
     positions: list[PositionTarget]
     unreached: list[str] = field(default_factory=list)
+    plain: list[str] = field(default_factory=list)
 
 
 def find_targets(model: nn.Module) -> FoundTargets:

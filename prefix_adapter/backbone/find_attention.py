@@ -18,6 +18,7 @@ from .disentangled import find_entry
 from .find import FoundTargets, find_cache_argument, select_positions
 from .key_values import KeyValueShape
 from .masks import is_causal
+from .plain_attention import PlainAttentionWatch
 from .positions import PositionProbe, PositionTarget
 from .probe import ProbeError, innermost, probe, untouched
 from .unsupported import UnsupportedBackboneError
@@ -32,6 +33,7 @@ class _AttentionCall:
 
     Attributes:
         kind: The kind of attention.
+        query_heads: Number of query heads.
         shape: Heads and head sizes of keys and values.
         dtype: The dtype of the keys.
         without_gradient: Whether gradients were off.
@@ -39,6 +41,7 @@ class _AttentionCall:
     """
 
     kind: str
+    query_heads: int
     shape: KeyValueShape
     dtype: torch.dtype
     without_gradient: bool
@@ -77,7 +80,7 @@ class _Recorder:
             kind = "decoder" if is_causal(module, kwargs.get("is_causal")) else "encoder"
         shape = KeyValueShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3])
         gradients, window = torch.is_grad_enabled(), bool(kwargs.get("sliding_window"))
-        within.append(_AttentionCall(kind, shape, key.dtype, not gradients, window))
+        within.append(_AttentionCall(kind, query.shape[1], shape, key.dtype, not gradients, window))
         return self.entry.attend(module, query, key, value, *args, **kwargs)
 
 
@@ -89,8 +92,12 @@ def find_attention_targets(model: nn.Module) -> FoundTargets:
         ValueError: If the attention implementation cannot show a prefix.
     """
     with untouched(model):
-        recorders, positions = _run_probe(model)
-        called = [recorder for recorder in recorders if any(within for *_, within in recorder.calls)]
+        recorders, positions, plain = _run_probe(model)
+        called = [
+            recorder
+            for recorder in recorders
+            if any(within for *_, within in recorder.calls) and _is_over_tokens(recorder)
+        ]
         if not called:
             raise UnsupportedBackboneError(model, _NO_FUNCTION, "attention")
         for recorder in called:
@@ -102,11 +109,15 @@ def find_attention_targets(model: nn.Module) -> FoundTargets:
     targets = [recorder.target for recorder in called]
     targets.sort(key=lambda target: (KINDS.index(target.kind), min(slot.layer for slot in target.slots.values())))
     unreached = [recorder.target.name for recorder in recorders if not recorder.calls]
-    return FoundTargets(targets, [], select_positions(model, positions, targets), unreached)
+    return FoundTargets(targets, [], select_positions(model, positions, targets), unreached, plain)
 
 
-def _run_probe(model: nn.Module) -> tuple[list[_Recorder], list[PositionTarget]]:
-    """Run the probe with a recorder at each module that uses transformers' attention interface."""
+def _run_probe(model: nn.Module) -> tuple[list[_Recorder], list[PositionTarget], list[str]]:
+    """Run the probe with a recorder at each module that has an entry.
+
+    Returns:
+        The recorders, the position modules, and the names of modules that compute attention without an entry.
+    """
     order: list[str] = []
     recorders = [
         _Recorder(AttentionTarget(name, module, parameter_names(module), "", False, entry=entry), entry, order)
@@ -119,9 +130,11 @@ def _run_probe(model: nn.Module) -> tuple[list[_Recorder], list[PositionTarget]]
     with_cache = {name: module for name, module in model.named_modules() if find_cache_argument(module)}
     position_probe = PositionProbe(model, {*(recorder.target.name for recorder in recorders), *innermost(with_cache)})
     handles = []
+    watch = PlainAttentionWatch(model, lambda caller: isinstance(caller, _Recorder))
 
     def begin() -> None:
         position_probe.clear()
+        watch.found.clear()
         order.clear()
         for recorder in recorders:
             recorder.calls.clear()
@@ -136,7 +149,8 @@ def _run_probe(model: nn.Module) -> tuple[list[_Recorder], list[PositionTarget]]
             handles.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
             recorder.entry.install(module, recorder.attend)
         position_probe.register()
-        probe(model, begin, count_missed)
+        with watch:
+            probe(model, begin, count_missed)
     except ProbeError as error:
         raise UnsupportedBackboneError(model, str(error), "attention") from error
     finally:
@@ -145,7 +159,7 @@ def _run_probe(model: nn.Module) -> tuple[list[_Recorder], list[PositionTarget]]
         for recorder in recorders:
             recorder.entry.uninstall(recorder.target.module)
         position_probe.remove_hooks()
-    return recorders, position_probe.get_found()
+    return recorders, position_probe.get_found(), watch.found
 
 
 def _complete_target(model: nn.Module, recorder: _Recorder) -> None:
@@ -166,6 +180,19 @@ def _complete_target(model: nn.Module, recorder: _Recorder) -> None:
             "attention",
         )
     target.dtype, target.windowed = calls[0].dtype, calls[0].windowed
+
+
+def _is_over_tokens(recorder: _Recorder) -> bool:
+    """Whether a module attends to tokens: its number of query heads is a setting of the module or of its config.
+
+    Some models use the attention interface for other things, such as a choice among earlier layers for each token.
+    """
+    module = recorder.target.module
+    parts = [vars(part) for part in (module, getattr(module, "config", None)) if part is not None]
+    values = [value for part in parts for name, value in part.items() if "head" in name]
+    numbers = {n for value in values for n in (value if isinstance(value, (list, tuple)) else [value])}
+    heads = {call.query_heads for *_, within in recorder.calls for call in within}
+    return heads <= numbers
 
 
 def _number_layers(recorders: list[_Recorder]) -> None:

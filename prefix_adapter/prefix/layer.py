@@ -122,6 +122,11 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         return self._found.unreached
 
     @property
+    def plain_attention(self) -> list[str]:
+        """The names of modules without a prefix that compute attention themselves."""
+        return self._found.plain
+
+    @property
     def layers_without_prefix(self) -> list[int]:
         """Indices of layers that take no prefix (in hybrid models, for instance), in a model with one stack."""
         config = get_text_config(self.model)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers as tr
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prefix_adapter import (
     PeftModel,
@@ -302,3 +303,42 @@ def test_rows_of_a_batch_with_adapters_of_their_own():
         with model.disable_adapter():
             torch.testing.assert_close(mixed[2], model(**inputs)[0][2], atol=1e-5, rtol=1e-4)
     assert (mixed[0] - mixed[1]).abs().max() > 1e-2 < (mixed[1] - mixed[2]).abs().max()
+
+
+def test_attention_beside_the_interface_is_named():
+    """GIT's vision tower uses transformers' attention interface, and its text layers compute attention themselves."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "image_size": 16, "patch_size": 8}  # fmt: skip
+    model = tr.GitForCausalLM(tr.GitConfig(**SMALL, vision_config=vision))
+    with pytest.warns(UserWarning, match=r"layer\.0\.attention\.self, .* attention themselves and get no prefix"):
+        wrapped = get_peft_model(model, config())
+    names = [target.name for target in wrapped.base_model.prefix_layer.targets]
+    assert len(names) == 2 and all("vision_model" in name for name in names)
+
+
+def test_attention_to_something_else_than_tokens_gets_no_prefix():
+    """A module that chooses among states of each token by the attention interface, as some decoders choose layers."""
+
+    class Choice(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config, self.num_key_value_groups, self.is_causal = config, 1, False
+
+        def forward(self, states):
+            function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+            return function(self, states[:, :, :1], states, states, None)[0][:, 0]
+
+    class Block(torch.nn.Module):
+        def __init__(self, block, config):
+            super().__init__()
+            self.block, self.choice = block, Choice(config)
+
+        def forward(self, states, *args, **kwargs):
+            after = self.block(states, *args, **kwargs)
+            return self.choice(torch.stack([states, after], 2))
+
+    model = base("distilbert", attn="sdpa")
+    model.transformer.layer[1] = Block(model.transformer.layer[1], model.config)
+    wrapped = get_peft_model(model, config())
+    assert len(wrapped.base_model.prefix_layer.targets) == 2
+    assert not torch.allclose(wrapped(**padded())[0], wrapped.unload()(**padded())[0], atol=1e-3)
