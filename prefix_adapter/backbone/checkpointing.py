@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..private import has_input_gradients, uses_reentrant_checkpointing
+from .dummy_inputs import get_input_embeddings
 
 
 class CheckpointingGuard:
@@ -23,6 +25,7 @@ class CheckpointingGuard:
     def __init__(self, model: nn.Module, shares_keys: bool):
         self._model, self._shares_keys = model, shares_keys
         self._enabled = False
+        self._copying: RemovableHandle | None = None
         self._modules: list[Any] | None = None
 
     def prepare(self) -> None:
@@ -46,6 +49,9 @@ class CheckpointingGuard:
         if enable is not None and not has_input_gradients(self._model):
             enable()
             self._enabled = True
+            embeddings = get_input_embeddings(self._model)
+            if embeddings is not None:
+                self._copying = embeddings.register_forward_hook(_copy)
 
     def release(self) -> None:
         """Turn input gradients off again if this guard has turned them on."""
@@ -53,3 +59,10 @@ class CheckpointingGuard:
             model: Any = self._model
             model.disable_input_require_grads()
             self._enabled = False
+        if self._copying is not None:
+            self._copying.remove()
+
+
+def _copy(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """A copy of embeddings: some models (BLIP) change them in place, which autograd does not allow for a leaf."""
+    return output.clone() if isinstance(output, Tensor) else output

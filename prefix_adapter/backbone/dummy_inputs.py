@@ -393,13 +393,12 @@ def _make_features(maker: _DummyMaker, name: str, names: list[str]) -> list[Any]
     positions = sizes.get("max_source_positions", default=0)
     if positions:
         convolutions = [m for m in maker.backbone.modules() if isinstance(m, nn.Conv1d) and m.stride[0] > 1]
-        full = positions * math.prod(convolution.stride[0] for convolution in convolutions[:2])
-        # Short inputs come last: a model that takes any length takes the full one too.
-        frames = [full, *(frames if full > frames[0] else [])]
+        # Whisper takes inputs of full length alone.
+        frames.append(positions * math.prod(convolution.stride[0] for convolution in convolutions[:2]))
     shapes: list[tuple[int, ...]] = []
     for length in frames:
         shapes += [(1, bins, length), (1, length, bins)]
-    return maker.noise(*shapes, (1, 1, frames[-1], bins))
+    return maker.noise(*shapes, (1, 1, frames[0], bins))
 
 
 def _make_feature_mask(maker: _DummyMaker, name: str, names: list[str]) -> list[Any]:

@@ -130,7 +130,9 @@ class _Recorder:
 
     def _record(self, part: str) -> GetPrefix:
         def get_no_prefix(keys: Tensor, values: Tensor, layer_idx: int | None) -> None:
-            self.updates[layer_idx] = (part, keys, values)
+            # Cross-attention may use a cache of one part (BLIP).
+            crosses = self.call is not None and self.call.get_first(ENCODER_STATES_ARGUMENTS) is not None
+            self.updates[layer_idx] = ("cross" if crosses else part, keys, values)
             self.updates_per_call += 1
 
         return get_no_prefix

@@ -222,17 +222,27 @@ def count_behind_padding(targets: list[PositionTarget], call: ModuleCall) -> Ten
     mask, past = call.get("attention_mask"), call.get_first(CACHE_ARGUMENTS)
     inputs = call.get_first(("input_ids", "inputs_embeds"))
     counts = targets and all(target.relative and target.counts for target in targets)
-    if not counts or call.get(POSITIONS_ARGUMENT) is not None:
+    if not counts or call.get(POSITIONS_ARGUMENT) is not None or inputs is None:
         return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or inputs is None or mask.shape[1] < inputs.shape[1]:
+    compiling, tokens = torch.compiler.is_compiling(), inputs.shape[1]
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= tokens:
+        if past is not None and mask.shape[1] == tokens and (compiling or past.get_seq_length()):
+            # The mask may or may not cover the tokens in the cache.
+            return None
+        shown, start = mask != 0, mask.shape[1] - tokens
+    elif getattr(past, "is_compileable", False):
+        # `generate` makes the masks `[batch, 1, tokens, keys]` for a static cache before it calls the model.
+        mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+        if not isinstance(mask, Tensor) or mask.dim() != 4:
+            return None
+        last = mask[:, 0, -1]
+        shown, start = last if last.dtype == torch.bool else last == 0, past.get_seq_length()
+    else:
         return None
-    if past is not None and mask.shape[1] == inputs.shape[1]:
-        # The mask may or may not cover the tokens in the cache.
+    if not compiling and bool(shown[:, 0].all()):
         return None
-    if not torch.compiler.is_compiling() and bool((mask[:, 0] != 0).all()):
-        return None
-    padding = (mask != 0).int().argmax(-1, keepdim=True)
-    return (torch.arange(mask.shape[1], device=mask.device) - padding).clamp(min=0)[:, -inputs.shape[1] :]
+    padding = shown.int().argmax(-1, keepdim=True)
+    return (torch.arange(tokens, device=shown.device) + start - padding).clamp(min=0)
 
 
 def check_fits_table(model: nn.Module, tokens: int, limit: int | None, shift: int) -> None:

@@ -121,7 +121,8 @@ def _run_best(candidates: Iterator[ProbeInputs], begin: Callable[[], None], coun
 def _describe_failure(inputs: ProbeInputs, error: Exception) -> str:
     kind = "the example inputs" if inputs.is_example else "dummy inputs"
     what = f"a forward pass on {kind} ({inputs.describe()}) failed ({type(error).__name__}: {error})."
-    return what if inputs.is_example else f"{what} {_WAY_OUT}"
+    # `NotImplementedError` says that the model can do nothing with a cache or its view, whatever the inputs are.
+    return what if inputs.is_example or isinstance(error, NotImplementedError) else f"{what} {_WAY_OUT}"
 
 
 def _drop(tensor: Any) -> Any:

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import zoo
+import zoo_modalities
 from torch import Tensor, nn
-from zoo import NotBuilt, tiny_inputs, tiny_model
+from zoo import NotBuilt
 
 import prefix_adapter
 from prefix_adapter import PrefixTuningV2Config, UnsupportedBackboneError, get_peft_model
@@ -42,7 +44,13 @@ class Case:
     seed: int = 0
     config: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def text(self) -> bool:
+        """Whether the model reads text alone."""
+        return self.task in zoo.TASKS
+
     def base(self, dropout: float | None = 0.0) -> nn.Module:
+        tiny_model = zoo.tiny_model if self.text else zoo_modalities.tiny_model
         return tiny_model(self.model_type, self.task, seed=self.seed, attn_implementation=self.attn, dropout=dropout)
 
     def wrapped(self, **changes: Any) -> nn.Module:
@@ -55,7 +63,9 @@ class Case:
         return model
 
     def inputs(self, model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
-        return tiny_inputs(base_of(model), self.task, seed=self.seed + 1, **kwargs)
+        if self.text:
+            return zoo.tiny_inputs(base_of(model), self.task, seed=self.seed + 1, **kwargs)
+        return zoo_modalities.tiny_inputs(base_of(model), self.model_type, self.task, seed=self.seed + 1, **kwargs)
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -78,7 +88,7 @@ def outputs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     result = model(**inputs, return_dict=True)
     parts = [v for k, v in result.items() if isinstance(v, Tensor) and "logits" in k]
     if not parts:
-        parts = [v for v in result.values() if isinstance(v, Tensor)][:1]
+        parts = [v for v in result.values() if isinstance(v, Tensor) and v.is_floating_point()][:1]
     return torch.cat([part.float().flatten(1) for part in parts], dim=1)
 
 
@@ -193,8 +203,9 @@ def eager_and_sdpa(case: Case) -> None:
         model = Case(case.model_type, case.task, attn, case.seed, case.config).wrapped()
         inputs = case.inputs(model)
         padded = dict(inputs)
-        padded["attention_mask"] = inputs["attention_mask"].clone()
-        padded["attention_mask"][..., 0, -2:] = 0
+        if "attention_mask" in inputs:
+            padded["attention_mask"] = inputs["attention_mask"].clone()
+            padded["attention_mask"][..., 0, -2:] = 0
         bare = {k: v for k, v in inputs.items() if k != "attention_mask"}
         with torch.no_grad():
             results[attn] = [outputs(model, i) for i in (inputs, bare, padded)]
@@ -346,7 +357,7 @@ def one_pass(case: Case) -> None:
 
 
 def _can_generate(case: Case) -> nn.Module:
-    if case.task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+    if case.text and case.task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         raise Skip("no generation")
     model = case.wrapped()
     if not base_of(model).can_generate():
@@ -357,7 +368,7 @@ def _can_generate(case: Case) -> nn.Module:
 def _generate(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> tuple[Tensor, Tensor]:
     """Return the sequences, and the logits of every step."""
     kwargs = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **kwargs}
-    inputs = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+    inputs = {k: v for k, v in inputs.items() if k != "decoder_input_ids"}
     torch.manual_seed(0)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -368,7 +379,7 @@ def _generate(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> tup
 def _agrees(case: Case, padded: bool, one: dict[str, Any], other: dict[str, Any], what: str, batch: int = 2) -> None:
     model = _can_generate(case)
     inputs = case.inputs(model, batch=batch)
-    if padded and case.task == "CAUSAL_LM":
+    if padded and case.task in ("CAUSAL_LM", "MULTIMODAL_LM") and "attention_mask" in inputs:
         inputs = {k: v.clone() for k, v in inputs.items()}
         inputs["attention_mask"][0, :2] = 0
     with model.disable_adapter():
@@ -423,6 +434,8 @@ def embeddings(case: Case) -> None:
     """`inputs_embeds` gives the same outputs as `input_ids`."""
     model = case.wrapped()
     inputs = case.inputs(model)
+    if "input_ids" not in inputs:
+        raise Skip("no token ids")
 
     def embedded() -> dict[str, Tensor]:
         # Computed for each call, because some backbones change them in place.
@@ -497,6 +510,52 @@ def _noting(function: Callable[..., Any], results: list[Any]) -> Callable[..., A
     return noting
 
 
+def mask_of_ones(case: Case) -> None:
+    """A mask that shows all tokens gives the same outputs as no mask."""
+    model = case.wrapped()
+    inputs = case.inputs(model)
+    if "attention_mask" not in inputs:
+        raise Skip("no mask")
+    bare = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    with torch.no_grad():
+        with model.disable_adapter():
+            gap = (outputs(model, inputs) - outputs(model, bare)).abs().max().item()
+        if gap > TOLERANCE:
+            raise Skip("the base model itself gives different results")
+        close(outputs(model, inputs), outputs(model, bare), "mask of ones")
+
+
+def generate_as_trained(case: Case) -> None:
+    """The logits of each step of greedy search are those of one forward over the whole sequence, as in training."""
+    model = _can_generate(case)
+    inputs = case.inputs(model)
+
+    def compare() -> tuple[Tensor, Tensor]:
+        sequences, logits = _generate(model, inputs)
+        steps = logits.shape[0]
+        name = "decoder_input_ids" if base_of(model).config.is_encoder_decoder else "input_ids"
+        if name not in inputs and name not in names_of(base_of(model)):
+            raise Skip("no token ids")
+        whole = {**inputs, name: sequences[:, :-1]}
+        if name == "input_ids":
+            more = sequences.shape[1] - 1 - inputs[name].shape[1]
+            for other in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
+                if other in inputs:
+                    whole[other] = nn.functional.pad(inputs[other], (0, more), value=int(other == "attention_mask"))
+        return token_logits(model, whole)[:, -steps:].transpose(0, 1), logits
+
+    with torch.no_grad():
+        with model.disable_adapter():
+            try:
+                whole, steps = compare()
+                gap = (whole - steps).abs().max().item()
+            except Exception as error:
+                raise Skip(f"the base model cannot: {type(error).__name__}") from error
+        if gap > TOLERANCE * max(1.0, steps.abs().max().item()):
+            raise Skip("the base model itself gives different results")
+        close(*compare(), "one forward")
+
+
 def two_turns(case: Case) -> None:
     """Two turns with a user's own cache give the same logits as one pass over both."""
     if case.task != "CAUSAL_LM":
@@ -546,7 +605,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     for check in (
         effect_and_gradients, disabling, masked_prefix, mixed_shifts, eager_and_sdpa, padding, reload, checkpointing,
         one_pass, generate_greedy, generate_left_padded, generate_beams, generate_sampling, generate_static,
-        generate_prompt_lookup, two_turns, embeddings, compiled, causal_rule,
+        generate_prompt_lookup, generate_as_trained, mask_of_ones, two_turns, embeddings, compiled, causal_rule,
         far_window,
     )
 }  # fmt: skip

@@ -1,6 +1,7 @@
-"""Run the conformance checks on every text model type of the installed transformers.
+"""Run the conformance checks on every model type of the installed transformers.
 
 python tests/conformance/run.py [--types bert llama ...] [--tasks CAUSAL_LM ...] [--jobs 2] [--json FILE]
+    [--modality text|other|all]
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def run_one(model_type: str, task: str, names: list[str] | None = None, entry_po
     import checks
     import torch
     import transformers
+    import zoo_modalities
     from zoo import NotBuilt
 
     from prefix_adapter import UnsupportedBackboneError
@@ -35,9 +37,13 @@ def run_one(model_type: str, task: str, names: list[str] | None = None, entry_po
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     started = time.perf_counter()
-    result: dict = {"type": model_type, "task": task, "entry_point": entry_point, "checks": {}}
+    result: dict = {
+        "type": model_type, "task": task, "modality": "text", "entry_point": entry_point, "checks": {},
+    }  # fmt: skip
     case = checks.Case(model_type, task, config={"entry_point": entry_point})
     try:
+        if not case.text:
+            result["modality"] = zoo_modalities.modality_of(model_type, task)
         model = case.wrapped()
         layer = checks.layer_of(model)
         result["kinds"] = sorted({target.kind for target in layer.targets})
@@ -62,7 +68,8 @@ def run_one(model_type: str, task: str, names: list[str] | None = None, entry_po
 
 def main() -> None:
     """Run the command."""
-    from zoo import tasks_of, text_model_types
+    import zoo
+    import zoo_modalities
 
     from prefix_adapter.backbone.attention import ENTRY_POINTS
 
@@ -71,14 +78,18 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*")
     parser.add_argument("--checks", nargs="*")
     parser.add_argument("--entry-point", choices=ENTRY_POINTS, default="cache")
+    parser.add_argument("--modality", choices=("text", "other", "all"), default="text")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--first-task", action="store_true", help="only the first task of each type")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     pairs = []
-    for model_type in args.types or text_model_types():
-        tasks = [task for task in tasks_of(model_type) if not args.tasks or task in args.tasks]
-        pairs += [(model_type, task) for task in (tasks[:1] if args.first_task else tasks)]
+    for known, types in ((zoo, zoo.text_model_types()), (zoo_modalities, zoo_modalities.model_types())):
+        if args.modality not in ("all", "text" if known is zoo else "other"):
+            continue
+        for model_type in args.types or types:
+            tasks = [task for task in known.tasks_of(model_type) if not args.tasks or task in args.tasks]
+            pairs += [(model_type, task) for task in (tasks[:1] if args.first_task else tasks)]
     results = []
     # Processes are replaced after 50 jobs, because the models of 200 types do not free all their memory.
     with get_context("spawn").Pool(args.jobs, maxtasksperchild=50) as pool:
