@@ -46,9 +46,9 @@ def init_from_text(
 
     Raises:
         ValueError: If there is no such adapter, or it has an MLP, another number of virtual tokens, selected layers,
-            or unshifted positions on a backbone with a table of positions; if the text has no tokens, too many, or
-            tokens that the model does not have; if the backbone is no decoder, or its outputs with the prefix differ
-            from those with the text. The adapter is then unchanged.
+            another `entry_point` than the cache, or unshifted positions on a backbone with a table of positions; if
+            the text has no tokens, too many, or tokens that the model does not have; if the backbone is no decoder, or
+            its outputs with the prefix differ from those with the text. The adapter is then unchanged.
 
     Example:
         ```python
@@ -115,6 +115,11 @@ def token_ids(text: str | Sequence[int] | Tensor, tokenizer: Any = None) -> list
 def _check_adapter(layer: PrefixTuningV2Layer, adapter_name: str) -> None:
     """Reject models and adapters whose prefix cannot stand for a text."""
     adapter, name = layer.adapters[adapter_name], type(layer.model).__name__
+    if layer.entry_point != "cache":
+        raise ValueError(
+            f"Adapter {adapter_name!r} has `entry_point={layer.entry_point!r}`. The keys and values of a text are "
+            "taken from the cache: make the adapter with `entry_point='cache'`, the default."
+        )
     if getattr(layer.model.config, "is_encoder_decoder", False):
         raise ValueError(
             f"{name} is an encoder-decoder: a prefix in front of its cross-attention is not equal to a text in front "
@@ -243,6 +248,7 @@ class _StartPrefix(NamedTuple):
     length: int
     shifts: bool
     layout: str | None
+    entry_point: str
     encoder: PrefixEncoder
 
 
@@ -258,7 +264,7 @@ def init_from(model: nn.Module, source: AnyPath, adapter_name: str = "default") 
 
     Raises:
         ValueError: If one of the adapters does not exist or is damaged, or they do not fit: different lengths, layers,
-            positions or MLP widths, or a table as the source of an MLP. The adapter is then unchanged.
+            positions, entry points or MLP widths, or a table as the source of an MLP. The adapter is then unchanged.
         OSError: If the Hub cannot be reached.
 
     Example:
@@ -285,18 +291,26 @@ def init_from(model: nn.Module, source: AnyPath, adapter_name: str = "default") 
             f"{source} was trained with `shift_positions={start.shifts}`, and works with these positions only: make "
             f"adapter {adapter_name!r} with the same setting."
         )
+    if start.entry_point != layer.entry_point:
+        raise ValueError(
+            f"{source} was trained with `entry_point={start.entry_point!r}`, where position biases may differ from "
+            f"those at {layer.entry_point!r}: make adapter {adapter_name!r} with the same setting."
+        )
     _copy(source, start.encoder, layer.encoder_of(adapter_name), adapter_name)
 
 
 def _from_model(layer: PrefixTuningV2Layer, source: str) -> _StartPrefix:
     adapter = layer.adapters[source]
-    return _StartPrefix(adapter.length, adapter.shifts, describe_slots(adapter.columns), layer.encoder_of(source))
+    layout, encoder = describe_slots(adapter.columns), layer.encoder_of(source)
+    return _StartPrefix(adapter.length, adapter.shifts, layout, layer.entry_point, encoder)
 
 
 def _from_saved(source: AnyPath) -> _StartPrefix:
     saved = open_adapter(source, PrefixTuningV2Config)
     config, (encoder, _) = saved.config, read_encoder(saved)
-    return _StartPrefix(config.num_virtual_tokens, config.shift_positions, config.prefix_layout, encoder)
+    return _StartPrefix(
+        config.num_virtual_tokens, config.shift_positions, config.prefix_layout, config.entry_point, encoder
+    )
 
 
 @torch.no_grad()

@@ -58,7 +58,10 @@ class UnsupportedBackboneError(ValueError):
             family = "encoder"
         other = ""
         if entry_point == "cache" and any(map(find_entry, model.modules())):
-            other = 'set `PrefixTuningV2Config(entry_point="attention")`, which uses another way in, or '
+            other = (
+                'set `PrefixTuningV2Config(entry_point="attention")` (in a recipe `adapter.entry_point: attention`), '
+                "which uses another way in, or "
+            )
         super().__init__(
             f"{type(model).__name__} cannot take a prefix: {why} P-Tuning v2 puts learned keys and values in front of "
             f"every attention layer {_ENTRIES[entry_point]}. Backbones of the same kind that work: "

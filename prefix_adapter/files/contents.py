@@ -14,8 +14,8 @@ from ..messages import join_names, shorten
 
 # PEFT puts this in front of the name of every tensor that it saves.
 SAVED_ROOT = "base_model.model."
-# The names that PEFT itself adds to `modules_to_save` for a task. A model has at most one of them.
-_PEFT_HEADS = {
+# The names that PEFT itself adds to `modules_to_save`, by task type. A model has at most one of them.
+PEFT_HEADS = {
     "SEQ_CLS": {"classifier", "score"},
     "TOKEN_CLS": {"classifier", "score"},
     "QUESTION_ANS": {"qa_outputs"},
@@ -88,7 +88,7 @@ def find_heads(
                 f"`modules_to_save` {join_names(endings)} means {name} and a module around it. Use longer names."
             )
         heads[name] = module
-    optional = _PEFT_HEADS.get(str(getattr(task_type, "value", task_type)), set())
+    optional = PEFT_HEADS.get(str(getattr(task_type, "value", task_type)), set())
     if {"classifier", "score"} <= set(endings):
         # PEFT's model for classification adds both names to every adapter, whatever the adapter's task type is.
         optional = optional | {"classifier", "score"}

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..adapters.start import init_from, init_from_text, token_ids
 from ..api import PeftModel, get_peft_model  # not from peft: this import registers our method with PEFT
+from ..files.contents import PEFT_HEADS
 from .recipe import NO_ADAPTER, RecipeError, say
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 _TABLE_STD = 0.5
 _RATES = {"PREFIX_TUNING_V2": 3e-2, "LORA": 2e-3, "FULL": 3e-5}
 _HEAD_RATE = 2e-2
-_HEADS = ("classifier", "score", "qa_outputs")
-"""Head modules that PEFT trains and saves by default, for the task types that have one."""
 _NEED_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -222,7 +221,7 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> n
                 names = [name for name, _ in base.named_modules()]
                 own = [ending for ending in config.modules_to_save or () if any(n.endswith(ending) for n in names)]
                 config.modules_to_save = own or None
-            known = {*_HEADS, *(config.modules_to_save or ())}
+            known = {*PEFT_HEADS.get(config.task_type or "", ()), *(config.modules_to_save or ())}
             more = [name for name in new if not known & set(name.split("."))]
             config.modules_to_save = [*(config.modules_to_save or ()), *more] or None
         model = get_peft_model(base, config)

@@ -226,6 +226,8 @@ class Recipe:
             raise RecipeError("`init_from` and `init_text` are both set; set only one of them.")
         if self.init_text is not None and self.task != "causal-lm":
             raise RecipeError(f"`init_text` is for causal-lm, not for {self.task}.")
+        if self.init_text is not None and self.adapter.get("entry_point", "cache") != "cache":
+            raise RecipeError("`adapter.entry_point`: a prefix starts from `init_text` through the cache only.")
         if self.init_text is not None and self.adapter.get("prefix_projection"):
             raise RecipeError(
                 "`adapter.prefix_projection`: an MLP cannot start from `init_text`. Leave it out to train a table."

@@ -122,6 +122,7 @@ def test_a_text_that_a_run_cannot_start_from(writing, tmp_path, kind, changes, w
         ({"init_text": TEXT, "init_from": "x"}, "`init_from` and `init_text`"),
         ({"init_text": TEXT, "task": "seq2seq-lm"}, "`init_text` is for causal-lm"),
         ({"init_text": TEXT, "adapter": {"prefix_projection": True}}, "`adapter.prefix_projection`"),
+        ({"init_text": TEXT, "adapter": {"entry_point": "attention"}}, "`adapter.entry_point`: .*the cache only"),
         ({"init_text": " "}, "`init_text` is empty"),
         ({"init_from": ""}, "`init_from` is empty"),
         ({"init_from": "x", "adapter": {"peft_type": "LORA"}}, "`init_from` is for PREFIX_TUNING_V2, not for LORA"),
