@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from .whole import write_text
+from .whole import new_file
 
 _START, _END = "<!-- prefix-adapter: loading -->", "<!-- prefix-adapter: end -->"
 _AUTO_PEFT_CLASSES = {
@@ -79,7 +79,8 @@ def write_model_card(
         card.text = f"{card.text.rstrip()}\n\n{section}\n"
     # PEFT drops the final line break whenever it rewrites a card.
     card.text = f"{card.text.rstrip()}\n"
-    write_text(path, str(card))
+    with new_file(path) as scratch:
+        scratch.write_text(str(card), encoding="utf-8", newline="")
 
 
 def replace_pickle(folder: Path) -> None:

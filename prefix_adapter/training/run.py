@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from accelerate.utils import set_seed
 
 from ..adapters.saved import fold
+from ..files.whole import UNFINISHED
 from . import checkpoint, outputs, reports
 from .data import DataError, divide, load_rows
 from .distributed import propagate_errors
-from .files import UNFINISHED, fsync_path, path_in_errors
+from .files import fsync_path, path_in_errors
 from .loop import Loop, training_accelerator
 from .model import (
     adapter_config,
