@@ -200,11 +200,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
                 raise ValueError(
                     f"{path}: {shorten(name)} has the dtype {shorten(dtype)}, which this package does not read."
                 )
-            weights[name] = read_tensor(file, name, path)
+            weights[name] = read_tensor(file, path, name)
     return weights
 
 
-def read_tensor(file: Any, name: str, path: Path) -> Tensor:
+def read_tensor(file: Any, path: Path, name: str) -> Tensor:
     """Read one tensor of an open safetensors file.
 
     Raises:

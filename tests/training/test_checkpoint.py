@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 @pytest.fixture
-def make(tmp_path, monkeypatch):
+def make(tmp_path):
     """Makes recipes of runs of one kind, by their output folders' names."""
     dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     base = save_base(tmp_path / "bert", "bert", **dropout)
@@ -43,7 +43,6 @@ def make(tmp_path, monkeypatch):
         "validation": write_rows(tmp_path / "validation.jsonl", topic_rows(5, 100)),
         "test": write_rows(tmp_path / "test.jsonl", topic_rows(5, 200)),
     }
-    monkeypatch.setattr(reports, "draw_curve", lambda *args: None)  # it takes longer than all the rest
 
     def make(name, **changes):
         settings = {"num_train_epochs": 2, "save_steps": 1, "eval_steps": 2, "logging_steps": 1, **changes}

@@ -219,7 +219,7 @@ def test_a_run(tiny_bert, tmp_path):
 # The example
 
 
-def test_example(shared, minilm, tmp_path):
+def test_example(shared, minilm, tmp_path, with_curve):
     output = tmp_path / "out"
     data = shared / "data" / "copa"
     shown = example(

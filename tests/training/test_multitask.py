@@ -29,7 +29,6 @@ from prefix_adapter.training import (
     load_joint_recipe,
     load_recipe,
     predict,
-    reports,
     train,
     train_together,
 )
@@ -94,11 +93,6 @@ def values(base, tmp_path) -> dict:
             },
         },
     }
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr(reports, "draw_curve", lambda *args: None)  # it takes longer than all the rest
 
 
 def load(folder, task: str, base: str):

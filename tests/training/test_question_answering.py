@@ -364,7 +364,7 @@ def test_a_run(tiny_bert, tmp_path):
 # The example
 
 
-def test_example(shared, minilm, tmp_path):
+def test_example(shared, minilm, tmp_path, with_curve):
     output = tmp_path / "out"
     data = write_rows(tmp_path / "all.jsonl", [each for each in xquad(shared) if len(each["context"]) < 400])
     example(
