@@ -1,30 +1,19 @@
 """The examples that no test of a task covers, run as a user runs them, on a few rows."""
 
-import contextlib
 import gzip
-import io
 import itertools
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import torch
+from programs import example
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def example(name, *arguments) -> str:
-    """Run an example as a program, in this process, where everything is imported already; what it printed."""
-    path, printed = str(ROOT / "examples" / name), io.StringIO()
-    with mock.patch.object(sys, "argv", [path, *map(str, arguments)]), contextlib.redirect_stdout(printed):
-        runpy.run_path(path, run_name="__main__")
-    return printed.getvalue()
 
 
 def first_rows(source: Path, target: Path, count: int = 500) -> Path:

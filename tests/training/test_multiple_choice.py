@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import save_base, write_rows
 from datasets import Dataset
+from programs import example
 from sklearn.metrics import accuracy_score
-from test_examples import example
 from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
 from prefix_adapter import PeftModel

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import save_base, write_rows
 from datasets import Dataset
-from test_examples import example
+from programs import example
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from prefix_adapter import PeftModel
