@@ -76,6 +76,10 @@ def train(
         TrainingInterrupted: on SIGINT or SIGTERM, after a checkpoint was written.
         TrainingDiverged: if the loss is not finite.
         OSError: if a file cannot be written.
+
+    Example:
+        >>> results = train(load_recipe("bert-large-rte", output_dir="runs/rte"))
+        >>> results["validation"]["accuracy"]
     """
     recipe = copy.deepcopy(recipe)
     return TrainingRun(recipe, recipe, {recipe.task: recipe}).execute(resume, overwrite, on_evaluation)
