@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import json
 import os
 import re
@@ -18,77 +19,23 @@ from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_orig
 
 DEBUG = "PREFIX_ADAPTER_DEBUG"
 """The environment variable with the same effect as `--debug`."""
-_TRAIN_HELP = """Train an adapter.
-
-All settings come from a recipe: a YAML file, or the name of a recipe of the package (listed below). Options override
-the recipe. To train on several GPUs or machines: accelerate launch -m prefix_adapter train ...
-
-  prefix-adapter train --config token-classification --model bert-base-cased \\
-      --data.train train.jsonl --data.validation dev.jsonl --output_dir runs/pos --adapter.num_virtual_tokens 40
-  prefix-adapter train --resume runs/pos
-
-The output folder gets the adapter, its model card, metrics.jsonl, curve.png and the complete recipe.
-"""
-_TRAIN_TOGETHER_HELP = """Train one prefix for several tasks. Each task has its own head, and gets its own adapter.
-
-The recipe is a YAML file. Keys at the top level apply to all tasks; keys under `tasks` apply to one task:
-
-  model: bert-base-cased
-  output_dir: runs/shared
-  adapter: {num_virtual_tokens: 20}
-  tasks:
-    ner: {task: token-classification, data: {train: ner.jsonl}}
-    topics: {task: sequence-classification, data: {train: topics.jsonl}}
-
-  prefix-adapter train-together --config shared.yaml
-  prefix-adapter train-together --resume runs/shared
-  prefix-adapter evaluate runs/shared/ner
-"""
-_SEARCH_HELP = """Search for the best settings of a recipe with Optuna. The best recipe is saved as best.yaml.
-
-By default the search varies the learning rate, the length and the dropout of the prefix, and whether the prefix is a
-table or comes from an MLP. A value set by a command-line option is kept; a value from the --config file is varied.
-
-  prefix-adapter search --config token-classification --model bert-base-cased --data.train train.jsonl \\
-      --output_dir runs/search --search.n_trials 30
-"""
-_IMPORT_HELP = """Convert a checkpoint of THUDM/P-tuning-v2, or a PREFIX_TUNING adapter of PEFT, with its task head.
-
-  prefix-adapter import checkpoint/pytorch_model.bin ner --model bert-base-cased --task_type TOKEN_CLS
-  prefix-adapter import peft-adapter ner
-
-The base model is loaded in float32. A PEFT adapter is converted only if both adapters give the same outputs, a
-checkpoint only if its backbone is that of the base model. If something cannot be converted, the error gives the reason
-and nothing is written.
-"""
-_EXPORT_HELP = """Convert a saved adapter, with its task head, to a PREFIX_TUNING adapter of PEFT.
-
-  prefix-adapter export ner peft-adapter
-
-PEFT has one prefix for all layers of a model or decoder, and always shifts the positions of the input behind the
-prefix. So the adapter must be trained with `shift_positions: true`. An MLP is folded into a table. The base model is
-loaded in float32, and both adapters must give the same outputs. If PEFT cannot express the adapter, the error gives
-the reason and nothing is written.
-"""
-_EVALUATE_HELP = """Evaluate a trained adapter on rows with labels.
-
-  prefix-adapter evaluate runs/ner                  on the test rows of the run, or else on its validation rows
-  prefix-adapter evaluate runs/ner other.jsonl
-
-The output names the split, the file and the number of rows. The recipe in the adapter's folder is untrusted: only
-harmless settings are read from it. Use --config to name a recipe that you trust.
-"""
-_PREDICT_HELP = """Predict the rows of a JSONL file of any size. Each row is written with its prediction added.
-
-The recipe in the adapter's folder is untrusted: only harmless settings are read from it. Use --config to name a recipe
-that you trust.
-"""
 
 
 # ---- The commands
 
 
 def _train(options: Any) -> None:
+    """Train an adapter.
+
+    All settings come from a recipe: a YAML file, or the name of a recipe of the package (listed below). Options
+    override the recipe. To train on several GPUs or machines: accelerate launch -m prefix_adapter train ...
+
+      prefix-adapter train --config token-classification --model bert-base-cased \\
+          --data.train train.jsonl --data.validation dev.jsonl --output_dir runs/pos --adapter.num_virtual_tokens 40
+      prefix-adapter train --resume runs/pos
+
+    The output folder gets the adapter, its model card, metrics.jsonl, curve.png and the complete recipe.
+    """
     from .training.recipe import recipe_from
 
     recipe = recipe_from(options)  # before the import of torch, so that errors in the recipe appear at once
@@ -101,6 +48,22 @@ def _train(options: Any) -> None:
 
 
 def _train_together(options: Any) -> None:
+    """Train one prefix for several tasks.
+
+    Each task has its own head, and gets its own adapter. The recipe is a YAML file. Keys at the top level apply to all
+    tasks; keys under `tasks` apply to one task:
+
+      model: bert-base-cased
+      output_dir: runs/shared
+      adapter: {num_virtual_tokens: 20}
+      tasks:
+        ner: {task: token-classification, data: {train: ner.jsonl}}
+        topics: {task: sequence-classification, data: {train: topics.jsonl}}
+
+      prefix-adapter train-together --config shared.yaml
+      prefix-adapter train-together --resume runs/shared
+      prefix-adapter evaluate runs/shared/ner
+    """
     if (options.config is None) == (options.resume is None) or (options.resume and options.output_dir):
         raise ValueError("give either --config RECIPE (with or without --output_dir), or --resume FOLDER.")
     from .training.multitask import load_joint_recipe, train_together
@@ -122,6 +85,15 @@ def _train_together(options: Any) -> None:
 
 
 def _search(options: Any) -> None:
+    """Search for the best settings of a recipe with Optuna.
+
+    The best recipe is saved as best.yaml. By default the search varies the learning rate, the length and the dropout
+    of the prefix, and whether the prefix is a table or comes from an MLP. A value set by a command-line option is
+    kept; a value from the --config file is varied.
+
+      prefix-adapter search --config token-classification --model bert-base-cased --data.train train.jsonl \\
+          --output_dir runs/search --search.n_trials 30
+    """
     from .training.recipe import recipe_from
     from .training.settings import Search
 
@@ -145,6 +117,14 @@ def _recipe_keys_set(options: Any) -> list[str]:
 
 
 def _evaluate(options: Any) -> None:
+    """Evaluate a trained adapter on rows with labels.
+
+      prefix-adapter evaluate runs/ner                  on the test rows of the run, or else on its validation rows
+      prefix-adapter evaluate runs/ner other.jsonl
+
+    The output names the split, the file and the number of rows. The recipe in the adapter's folder is untrusted: only
+    harmless settings are read from it. Use --config to name a recipe that you trust.
+    """
     from .training.inference import evaluate_adapter
 
     metrics = evaluate_adapter(
@@ -155,6 +135,11 @@ def _evaluate(options: Any) -> None:
 
 
 def _predict(options: Any) -> None:
+    """Predict the rows of a JSONL file of any size.
+
+    Each row is written with its prediction added. The recipe in the adapter's folder is untrusted: only harmless
+    settings are read from it. Use --config to name a recipe that you trust.
+    """
     from .training.inference import predict
 
     count = predict(
@@ -175,6 +160,10 @@ def _inference_options(options: Any) -> dict[str, Any]:
 
 
 def _info(options: Any) -> None:
+    """Show the settings, parameter counts and tensors of a saved adapter.
+
+    No model is loaded.
+    """
     from . import api  # noqa: F401 (registers PREFIX_TUNING_V2, so that PEFT can read its configuration)
     from .adapters.saved import describe_adapter
 
@@ -194,12 +183,25 @@ def _info(options: Any) -> None:
 
 
 def _fold(options: Any) -> None:
+    """Replace the MLP of a saved adapter by the table that it computes.
+
+    The outputs stay the same, and the file becomes smaller.
+    """
     from .adapters.saved import fold
 
     print(f"Folded into {fold(options.source, options.target)}.")
 
 
 def _import(options: Any) -> None:
+    """Convert a checkpoint of THUDM/P-tuning-v2, or a PREFIX_TUNING adapter of PEFT, with its task head.
+
+      prefix-adapter import checkpoint/pytorch_model.bin ner --model bert-base-cased --task_type TOKEN_CLS
+      prefix-adapter import peft-adapter ner
+
+    The base model is loaded in float32. A PEFT adapter is converted only if both adapters give the same outputs, a
+    checkpoint only if its backbone is that of the base model. If something cannot be converted, the error gives the
+    reason and nothing is written.
+    """
     from .adapters.exchange import import_peft
     from .adapters.ptuning_v2 import import_ptuning_v2
 
@@ -214,12 +216,22 @@ def _import(options: Any) -> None:
 
 
 def _export(options: Any) -> None:
+    """Convert a saved adapter, with its task head, to a PREFIX_TUNING adapter of PEFT.
+
+      prefix-adapter export ner peft-adapter
+
+    PEFT has one prefix for all layers of a model or decoder, and always shifts the positions of the input behind the
+    prefix. So the adapter must be trained with `shift_positions: true`. An MLP is folded into a table. The base model
+    is loaded in float32, and both adapters must give the same outputs. If PEFT cannot express the adapter, the error
+    gives the reason and nothing is written.
+    """
     from .adapters.exchange import export_peft
 
     print(f"Exported to {export_peft(options.source, options.target, options.model)}.")
 
 
 def _push(options: Any) -> None:
+    """Upload the folder of an adapter to the Hub, without checkpoints and logs."""
     from .adapters.hub import push_to_hub
 
     private = True if options.private else None
@@ -382,44 +394,35 @@ def _positive_int(text: str) -> int:
 
 
 class _Command(NamedTuple):
-    summary: str
+    """A command.
+
+    Attributes:
+        run: The function that runs it. Its docstring is the command's help.
+        add_arguments: The function that adds its arguments to a parser.
+        has_recipe: Whether every key of a recipe is an option.
+    """
+
     run: Callable[[Any], None]
     add_arguments: Callable[[Any], None]
-    description: str
     has_recipe: bool = False
-    """Whether every key of a recipe is an option."""
+
+    @property
+    def help(self) -> str:
+        """The help. Its first line is the summary in the list of commands."""
+        return inspect.getdoc(self.run) or ""
 
 
 COMMANDS = {
-    "train": _Command("train an adapter", _train, _train_arguments, _TRAIN_HELP, has_recipe=True),
-    "train-together": _Command(
-        "train one prefix for several tasks", _train_together, _train_together_arguments, _TRAIN_TOGETHER_HELP
-    ),
-    "search": _Command(
-        "search for the best settings with Optuna", _search, _search_arguments, _SEARCH_HELP, has_recipe=True
-    ),
-    "evaluate": _Command("evaluate a trained adapter", _evaluate, _evaluate_arguments, _EVALUATE_HELP),
-    "predict": _Command("predict the rows of a file", _predict, _predict_arguments, _PREDICT_HELP),
-    "info": _Command(
-        "show what an adapter contains",
-        _info,
-        _info_arguments,
-        "Show the settings, parameter counts and tensors of a saved adapter. No model is loaded.",
-    ),
-    "fold": _Command(
-        "replace the MLP of an adapter by a table",
-        _fold,
-        _fold_arguments,
-        "Replace the MLP of a saved adapter by the table that it computes: the same outputs from a smaller file.",
-    ),
-    "import": _Command("convert an adapter of P-tuning-v2 or PEFT", _import, _import_arguments, _IMPORT_HELP),
-    "export": _Command("convert an adapter to PEFT's PREFIX_TUNING", _export, _export_arguments, _EXPORT_HELP),
-    "push": _Command(
-        "upload an adapter to the Hub",
-        _push,
-        _push_arguments,
-        "Upload the folder of an adapter to the Hub, without checkpoints and logs.",
-    ),
+    "train": _Command(_train, _train_arguments, has_recipe=True),
+    "train-together": _Command(_train_together, _train_together_arguments),
+    "search": _Command(_search, _search_arguments, has_recipe=True),
+    "evaluate": _Command(_evaluate, _evaluate_arguments),
+    "predict": _Command(_predict, _predict_arguments),
+    "info": _Command(_info, _info_arguments),
+    "fold": _Command(_fold, _fold_arguments),
+    "import": _Command(_import, _import_arguments),
+    "export": _Command(_export, _export_arguments),
+    "push": _Command(_push, _push_arguments),
 }
 
 
@@ -427,7 +430,7 @@ COMMANDS = {
 
 
 def _overview() -> str:
-    commands = "\n".join(f"  {name:16}{command.summary}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:16}{command.help.splitlines()[0]}" for name, command in COMMANDS.items())
     return f"""usage: prefix-adapter COMMAND ...
 
 Train, evaluate, use and publish P-Tuning v2 adapters.
@@ -452,7 +455,7 @@ def _parser(name: str) -> Any:
         formatter = type("Formatter", (formatter, DefaultHelpFormatter), {})  # keeps the line breaks of descriptions
     parser = type("Parser", (parser_class,), {"error": _error})(
         prog=f"prefix-adapter {name}",
-        description=command.description,
+        description=command.help,
         epilog=epilog,
         formatter_class=formatter,
         allow_abbrev=False,

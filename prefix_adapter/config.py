@@ -28,6 +28,11 @@ class PrefixTuningV2Type(str, enum.Enum):  # noqa: UP042 (printed and compared a
 
     `peft.PeftType` takes no new members. The dictionaries in `peft.mapping` have string enums as keys, so a string
     enum of our own works there too.
+
+    Example:
+        ```python
+        PrefixTuningV2Config().peft_type == PrefixTuningV2Type.PREFIX_TUNING_V2 == "PREFIX_TUNING_V2"  # True
+        ```
     """
 
     PREFIX_TUNING_V2 = "PREFIX_TUNING_V2"

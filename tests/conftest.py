@@ -39,6 +39,23 @@ def pytest_collection_modifyitems(items):
             item.add_marker("core")
 
 
+# Files whose fixtures start other processes. All tests of such a file run in one worker, or each worker would do so.
+TOGETHER = ("adapters/test_hub.py", "examples/test_example_server.py", "training/test_distributed.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.partition("::")[0]
+            return path if path.endswith(TOGETHER) else nodeid
+
+    if config.getvalue("dist") == "load":
+        return Scheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..files.check import find_misfits
@@ -143,13 +143,18 @@ def attention_window(base: Any) -> int | None:
     return next(filter(None, (getattr(config, name, None) for name in _WINDOW_NAMES)), None)
 
 
-def warn_of_window(base: PreTrainedModel) -> None:
-    """Warn that a sliding window makes outputs differ from PEFT's. Call this from the public function."""
+def warn_of_window(base: nn.Module, other: str) -> None:
+    """Warn that a sliding window makes outputs differ. Call this from the public function.
+
+    Args:
+        base: The base model.
+        other: The tokens in front of the input that the prefix is compared with.
+    """
     window = attention_window(base)
     if window is not None:
         warnings.warn(
-            f"{type(base).__name__} has layers that look back {window} tokens. A prefix of PEFT leaves that window, a "
-            "prefix of this package does not: outputs are equal as long as prefix and input fit into the window.",
+            f"{type(base).__name__} has layers that look back {window} tokens. They always see a prefix of this "
+            f"package, but not always {other}: outputs are equal as long as all tokens fit into the window.",
             stacklevel=3,
         )
 

@@ -97,7 +97,7 @@ def import_peft(source: AnyPath, target: AnyPath, base_model: str | None = None)
     weights = {f"{PREFIX_ROOT}embedding.weight": table, **with_root(SAVED_ROOT, adapter.head)}
     model = adapter.loader.add_adapter(base, config, weights)
     outputs = _compute_outputs(model, adapter.loader.task)
-    warn_of_window(base)
+    warn_of_window(base, "a prefix of PEFT")
     with new_folder(target) as folder:
         write_adapter(model, folder, adapter.base_name)
         del model, base, found  # one base model in memory at a time
@@ -148,7 +148,7 @@ def export_peft(source: AnyPath, target: AnyPath, base_model: str | None = None)
             f"{source} answers questions with `token_type_ids`, which PEFT's model for question answering drops: its "
             "outputs would differ. Train with `task_type='QUESTION_ANS'` for an adapter to export."
         )
-    warn_of_window(base)
+    warn_of_window(base, "a prefix of PEFT")
     del model, base, layer  # one base model in memory at a time
     config = PrefixTuningConfig(
         task_type=adapter.loader.task,

@@ -49,25 +49,27 @@ def push_to_hub(
         push_to_hub("runs/ner", "user/ner", private=True)
         ```
     """
-    if isinstance(adapter, (str, os.PathLike)):
-        missing = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (Path(adapter) / name).is_file()]
-        if missing:
-            raise ValueError(f"{adapter} holds no adapter: it has no {' and no '.join(missing)}.")
-        root = Path(adapter).resolve()
-        outside = [path for path in Path(adapter).rglob("*") if not path.resolve().is_relative_to(root)]
-        if outside:
-            raise ValueError(
-                f"{shorten(str(outside[0]))} is a link to {shorten(str(outside[0].resolve()))}, outside of the "
-                "adapter's folder, and the upload would include that file. Copy the file into the folder, or remove "
-                "the link."
-            )
     options = {"commit_message": "Upload prefix adapter", "ignore_patterns": _IGNORED_FILES, **kwargs}
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         if isinstance(adapter, (str, os.PathLike)):
-            folder = str(adapter)
+            folder = Path(adapter)
+            _check_folder(folder)
         else:
             adapter.save_pretrained(scratch)
-            folder = scratch
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
+
+
+def _check_folder(folder: Path) -> None:
+    """Reject a folder without an adapter, or with a link to a file outside of it."""
+    missing = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} holds no adapter: it has no {' and no '.join(missing)}.")
+    outside = [path for path in folder.rglob("*") if not path.resolve().is_relative_to(folder.resolve())]
+    if outside:
+        raise ValueError(
+            f"{shorten(str(outside[0]))} is a link to {shorten(str(outside[0].resolve()))}, outside of the adapter's "
+            "folder, and the upload would include that file. Copy the file into the folder, or remove the link."
+        )

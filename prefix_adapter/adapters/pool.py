@@ -37,6 +37,11 @@ class LoadedAdapter:
         num_bytes: The bytes of its prefix and task head in memory.
         num_labels: The number of outputs of its task head; `None` without one.
         task_type: PEFT's task type in its config.
+
+    Example:
+        ```python
+        pool.load("user/topics").num_labels  # 7
+        ```
     """
 
     name: str

@@ -99,8 +99,7 @@ def open_adapter(adapter: AnyPath, config_class: type[ConfigT], revision: str | 
         ValueError: If there is no adapter, its config is damaged, or it belongs to another method; the message names
             it.
     """
-    options = {} if revision is None else {"revision": revision}
-    source = AdapterSource.of(adapter, kwargs=options)
+    source = AdapterSource.of(adapter, kwargs={"revision": revision})
     # PEFT reads the type before any other check, and fails with any kind of error if the file is damaged.
     path = source.find_config()
     kind = read_json(path).get("peft_type")
@@ -112,7 +111,7 @@ def open_adapter(adapter: AnyPath, config_class: type[ConfigT], revision: str | 
         wanted = config_class().peft_type
         raise ValueError(f"{adapter} is a {kind} adapter, not one of {getattr(wanted, 'value', wanted)}.")
     try:
-        return SavedAdapter(source, method.from_pretrained(source.name, **options))
+        return SavedAdapter(source, method.from_pretrained(source.name, **source.options))
     except Exception as error:  # configs of other methods check little, and fail with any kind of error
         if isinstance(error, ValueError) and str(path) in str(error):
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from ..prefix.batch import AdapterInfo
 from ..prefix.encoder import PrefixEncoder
 from ..prefix.layer import PrefixTuningV2Layer
 from ..prefix.slots import describe_slots
-from .base_model import attention_window
+from .base_model import attention_window, warn_of_window
 from .saved import AnyPath, open_adapter, read_encoder
 
 # Outputs with the prefix and with the text are compared on at most this number of tokens.
@@ -79,13 +78,7 @@ def init_from_text(
         except BaseException:
             table.copy_(before)
             raise
-    window = attention_window(base)
-    if window is not None:
-        warnings.warn(
-            f"{type(base).__name__} has layers that look back {window} tokens. A text leaves that window, a prefix "
-            "does not: outputs are those with the text in front as long as text and input fit into the window.",
-            stacklevel=2,
-        )
+    warn_of_window(base, "a text in front")
 
 
 def token_ids(text: str | Sequence[int] | Tensor, tokenizer: Any = None) -> list[int]:

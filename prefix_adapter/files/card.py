@@ -9,20 +9,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from .whole import write_text
+from .whole import new_file
 
 _START, _END = "<!-- prefix-adapter: loading -->", "<!-- prefix-adapter: end -->"
-_AUTO_PEFT_CLASSES = {
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
-    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoPeftModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
-    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
-}
 _SECTION = """{start}
 
 ## Load this adapter
@@ -79,7 +72,8 @@ def write_model_card(
         card.text = f"{card.text.rstrip()}\n\n{section}\n"
     # PEFT drops the final line break whenever it rewrites a card.
     card.text = f"{card.text.rstrip()}\n"
-    write_text(path, str(card))
+    with new_file(path) as scratch:
+        scratch.write_text(str(card), encoding="utf-8", newline="")
 
 
 def replace_pickle(folder: Path) -> None:
@@ -107,11 +101,12 @@ def replace_pickle(folder: Path) -> None:
 def _section(num_virtual_tokens: int, task_type: str | None) -> str:
     task = task_type and str(getattr(task_type, "value", task_type))
     has_head = task in ("SEQ_CLS", "TOKEN_CLS")
+    model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task or "", PeftModel)
     return _SECTION.format(
         start=_START,
         end=_END,
         tokens=num_virtual_tokens,
-        auto_class=_AUTO_PEFT_CLASSES.get(task or "", "AutoPeftModel"),
+        auto_class=f"Auto{model_class.__name__}",
         arguments=", num_labels=num_labels" if has_head else "",
         note="\n\n`num_labels` is the number of labels of the trained head." if has_head else "",
     )

@@ -7,7 +7,8 @@ with the model before: which tensors it has, their shapes and dtypes, and whethe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,9 +70,7 @@ def check_file(
         found: dict[str, _Found] = {
             name: (shape, DTYPES.get(dtype, dtype)) for name, (shape, dtype) in read_header(file).items()
         }
-        specs = _check_specs(found, needed, allowed, embeddings, str(path), model)
-        for name in found:
-            _check_finite(name, read_tensor(file, name, path), specs[name].dtype, path)
+        _check_all(found, partial(read_tensor, file, path), needed, allowed, embeddings, str(path), model)
     return {name: tensor for name, tensor in embeddings.items() if name in found}
 
 
@@ -83,11 +82,8 @@ def check_tensors(
     embeddings: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Compare tensors in memory with the required ones, as `check_file` does for a file."""
-    where = "The state dict"
     found: dict[str, _Found] = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    specs = _check_specs(found, needed, allowed, embeddings or {}, where, model)
-    for name, tensor in tensors.items():
-        _check_finite(name, tensor, specs[name].dtype, where)
+    _check_all(found, tensors.__getitem__, needed, allowed, embeddings or {}, "The state dict", model)
 
 
 def check_embeddings(path: Path, model: nn.Module, heads: Iterable[str], users: str) -> None:
@@ -108,7 +104,7 @@ def check_embeddings(path: Path, model: nn.Module, heads: Iterable[str], users: 
         _check_vocabulary(found, embeddings, str(path))
         for name, shape in found.items():
             own = embeddings[name].detach()
-            if shape == own.shape and not torch.equal(read_tensor(file, name, path).to(own.device, own.dtype), own):
+            if shape == own.shape and not torch.equal(read_tensor(file, path, name).to(own.device, own.dtype), own):
                 raise ValueError(
                     f"{path} has embeddings of its own, in {name}: loading it would change the embeddings that "
                     f"{users} use. Give the base model these embeddings before it gets any adapter, or save the "
@@ -128,15 +124,16 @@ def _check_vocabulary(shapes: Shapes, embeddings: Mapping[str, Tensor], where: s
             )
 
 
-def _check_specs(
+def _check_all(
     found: Mapping[str, _Found],
+    read: Callable[[str], Tensor],
     needed: Mapping[str, TensorSpec],
     allowed: Mapping[str, TensorSpec],
     embeddings: Mapping[str, Tensor],
     where: str,
     model: nn.Module,
-) -> dict[str, TensorSpec]:
-    """Compare names, shapes and dtypes, and return the specs of all tensors that are needed or allowed."""
+) -> None:
+    """Compare names, shapes and dtypes, and then read each tensor by its name and check its numbers."""
     shapes = {name: shape for name, (shape, _) in found.items()}
     _check_vocabulary(shapes, embeddings, where)
     specs = {**allowed, **{name: TensorSpec.of(tensor) for name, tensor in embeddings.items()}, **needed}
@@ -152,7 +149,8 @@ def _check_specs(
         )
     for name, (_, dtype) in found.items():
         _check_dtype(name, dtype, specs[name].dtype, where)
-    return specs
+    for name in found:
+        _check_finite(name, read(name), specs[name].dtype, where)
 
 
 def _check_dtype(name: str, found: torch.dtype | str, needed: torch.dtype, where: str | Path) -> None:

@@ -52,29 +52,38 @@ class AdapterSource:
     ) -> AdapterSource:
         """Make a source from the arguments of a `from_pretrained`; other arguments are ignored."""
         options = ("repo_type", "revision", "cache_dir", "token", "local_files_only")
-        return cls(str(name), subfolder or None, {key: kwargs[key] for key in options if key in kwargs})
+        given = {key: kwargs[key] for key in options if kwargs.get(key) is not None}
+        return cls(str(name), subfolder or None, given)
 
     @property
     def _folder(self) -> Path:
         return Path(self.name, self.subfolder or "")
 
-    def find_config(self) -> Path:
-        """Return the path of the config file. A file from the Hub is downloaded into its cache.
+    def find(self, name: str, otherwise: str) -> Path:
+        """Return the path of a file of the adapter. A file from the Hub is downloaded into its cache.
+
+        Args:
+            name: The name of the file.
+            otherwise: What a folder without the file is, for the message.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If there is no such file.
         """
         if self._folder.is_dir():
-            if not (self._folder / CONFIG_NAME).exists():
-                raise ValueError(f"{self._folder} has no {CONFIG_NAME}: it holds no adapter.")
-            return self._folder / CONFIG_NAME
+            if not (self._folder / name).exists():
+                raise ValueError(f"{self._folder} has no {name}: {otherwise}.")
+            return self._folder / name
         try:
-            return Path(hf_hub_download(self.name, CONFIG_NAME, subfolder=self.subfolder, **self.options))
+            return Path(hf_hub_download(self.name, name, subfolder=self.subfolder, **self.options))
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"There is no folder {shorten(repr(self.name))} with an {CONFIG_NAME}, and on the Hub: "
+                f"There is no folder {shorten(repr(self.name))} with the file {name}, and on the Hub: "
                 f"{shorten(str(error), 500)}"
             ) from error
+
+    def find_config(self) -> Path:
+        """Return the path of the config file; see `find`."""
+        return self.find(CONFIG_NAME, "it holds no adapter")
 
     def find_weights(self) -> Path:
         """Return the path of the safetensors file. A file from the Hub is downloaded into its cache.
@@ -200,11 +209,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
                 raise ValueError(
                     f"{path}: {shorten(name)} has the dtype {shorten(dtype)}, which this package does not read."
                 )
-            weights[name] = read_tensor(file, name, path)
+            weights[name] = read_tensor(file, path, name)
     return weights
 
 
-def read_tensor(file: Any, name: str, path: Path) -> Tensor:
+def read_tensor(file: Any, path: Path, name: str) -> Tensor:
     """Read one tensor of an open safetensors file.
 
     Raises:

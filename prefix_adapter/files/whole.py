@@ -5,24 +5,28 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+# The names of temporary files and folders start with this.
+UNFINISHED = ".unfinished-"
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, and replace what was at `path` (also a link or a pipe).
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file. At the end it replaces what is at `path` (also a link or a pipe).
 
     Raises:
         OSError: If the file cannot be written; `path` is then unchanged.
     """
-    scratch = path.with_name(f".unfinished-{path.name}")
+    scratch = path.with_name(UNFINISHED + path.name)
+    scratch.unlink(missing_ok=True)  # never write through a link that another program left there
     try:
-        scratch.unlink(missing_ok=True)
-        with open(scratch, "x", encoding="utf-8", newline="") as file:
-            file.write(text)
-        os.replace(scratch, path)
+        yield scratch
+        scratch.replace(path)
     except BaseException:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
         raise
 
 
@@ -46,7 +50,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         OSError: If the folder cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=UNFINISHED, ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch, target.name)
         folder.mkdir()
         yield folder

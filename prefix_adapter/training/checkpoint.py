@@ -21,7 +21,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -43,8 +42,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ..files.check import check_file
 from ..files.contents import TensorSpec
+from ..files.whole import UNFINISHED, new_folder
 from .distributed import gathered_parameters, save_deepspeed_state
-from .files import UNFINISHED, fsync_path, path_in_errors
+from .files import fsync_path, path_in_errors
 from .model import trained_parameters
 from .recipe import RecipeError
 
@@ -205,11 +205,8 @@ def save(
 def _write(
     target: Path, model: nn.Module, weights: Any, moments: Any, parts: Path | None, state: dict[str, Any]
 ) -> None:
-    scratch = None
-    try:
-        with path_in_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=UNFINISHED))
+    with path_in_errors(target):
+        with new_folder(target) as scratch:
             save_weights(model, weights, scratch)
             if parts:
                 parts.rename(scratch / parts.name)
@@ -220,19 +217,13 @@ def _write(
             files = sorted(path for path in scratch.rglob("*") if path.is_file() and path.name != _CARD)
             sums = [f"{_sha256(path)}  {path.relative_to(scratch).as_posix()}\n" for path in files]
             (scratch / _SUMS).write_text("".join(sums), encoding="utf-8")
-            scratch.chmod(0o755)
             for path in scratch.rglob("*"):
                 if path.is_file():
                     path.chmod(0o644)  # safetensors creates files that only their owner can read.
                 fsync_path(path)
             if target.exists():  # Written by a run that now resumes from an earlier step.
                 _remove(target)
-            scratch.rename(target)
-            fsync_path(target.parent)
-    except BaseException:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        fsync_path(target.parent)
 
 
 def _sha256(path: Path) -> str:

@@ -57,6 +57,10 @@ def answer_rows(
 
     Returns:
         An answer for each row.
+
+    Example:
+        >>> recipe, task, model = load_trained("runs/ner")
+        >>> answer_rows(task, model, {"tokens": [["A", "sentence"]]}, 8, torch.device("cpu"))
     """
     return _predict(task, model, rows, batch_size, device, with_targets=False, progress=progress)[0]
 

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from ..files.whole import new_file
 from .recipe import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-UNFINISHED = ".unfinished-"
-"""The prefix of the names of temporary files and folders."""
 _LOCK, _OWNER = ".run.lock", ".run.json"
 LOCK_FILES = (_LOCK, _OWNER)
 """The lock of a folder, and the file that names the process that holds it."""
@@ -63,16 +62,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         OSError: if the file cannot be written; `path` is unchanged.
     """
-    scratch = path.with_name(UNFINISHED + path.name)
-    try:
-        with path_in_errors(path):
-            yield scratch
-            fsync_path(scratch)
-            scratch.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            scratch.unlink(missing_ok=True)
-        raise
+    with path_in_errors(path), new_file(path) as scratch:
+        yield scratch
+        fsync_path(scratch)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
-from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel
 
+from ..files.source import AdapterSource
 from . import checkpoint, outputs
 from .adapter_recipe import load_adapter_recipe
 from .data import DataError, divide, load_rows
@@ -94,17 +94,12 @@ def _recipe_of(
     if config is not None:
         overrides = {} if model is None else {"model": model}
         return load_recipe(config, trust_remote_code=trust_remote_code, **overrides)
-    folder = Path(adapter)
-    if folder.is_dir():
-        path = folder / outputs.RECIPE
-        if not path.is_file():
-            raise RecipeError(f"{folder} has no {outputs.RECIPE}: it was not written by `prefix-adapter train`.")
-    else:
-        try:
-            path = Path(hf_hub_download(str(adapter), outputs.RECIPE, revision=revision))
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"There is no folder {str(adapter)!r}, and on the Hub: {error}") from error
-    return load_adapter_recipe(path, model=model, rows=folder.is_dir(), trust_remote_code=trust_remote_code)
+    source = AdapterSource.of(adapter, kwargs={"revision": revision})
+    try:
+        path = source.find(outputs.RECIPE, "it was not written by `prefix-adapter train`")
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    return load_adapter_recipe(path, model=model, rows=os.path.isdir(adapter), trust_remote_code=trust_remote_code)
 
 
 class Metrics(dict[str, float]):

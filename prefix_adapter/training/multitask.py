@@ -59,6 +59,12 @@ class JointRecipe:
 
     Raises:
         RecipeError: if the recipe cannot be run; the message names the key.
+
+    Example:
+        >>> shared = {"model": "bert-base-cased", "adapter": {"num_virtual_tokens": 20}}
+        >>> ner = Recipe("token-classification", output_dir="", data=Data(train="ner.jsonl"), **shared)
+        >>> topics = Recipe("sequence-classification", output_dir="", data=Data(train="topics.jsonl"), **shared)
+        >>> recipe = JointRecipe("runs/shared", {"ner": ner, "topics": topics})
     """
 
     output_dir: str
@@ -150,6 +156,9 @@ def load_joint_recipe(path: str | os.PathLike[str], **overrides: Any) -> JointRe
 
     Raises:
         RecipeError: if the file is not a valid recipe; the message names the key.
+
+    Example:
+        >>> recipe = load_joint_recipe("shared.yaml", output_dir="runs/shared")
     """
     values = read_values(path)
     try:
@@ -322,6 +331,10 @@ def train_together(
         TrainingInterrupted: on SIGINT or SIGTERM, after a checkpoint was written.
         TrainingDiverged: if the loss is not finite.
         OSError: if a file cannot be written.
+
+    Example:
+        >>> results = train_together(load_joint_recipe("shared.yaml"))
+        >>> results["tasks"]["ner"]["validation"]["f1"]
     """
     return JointRun(copy.deepcopy(recipe)).execute(resume, overwrite, on_evaluation)
 

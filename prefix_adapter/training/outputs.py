@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from ..files.whole import UNFINISHED
 from .distributed import propagate_errors
-from .files import LOCK_FILES, UNFINISHED, atomic_write, lock_folder
+from .files import LOCK_FILES, atomic_write, lock_folder
 from .recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import operator
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field
 from importlib import resources
 from inspect import formatannotation
@@ -341,26 +342,20 @@ def _check_keys(values: dict[str, Any]) -> None:
                 raise RecipeError(f"`{prefix}{key}`: there is no such key; there are {', '.join(known)}.")
 
 
-def _check_range(
-    key: str,
-    value: float | None,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-) -> None:
-    """Raise a RecipeError if a value is out of range. `None` means that the key is not set."""
-    if value is None:
-        return
-    if least is not None and not value >= least:
-        raise RecipeError(f"`{key}` must be at least {least}, got {value}.")
-    if above is not None and not value > above:
-        raise RecipeError(f"`{key}` must be above {above}, got {value}.")
-    if most is not None and not value <= most:
-        raise RecipeError(f"`{key}` must be at most {most}, got {value}.")
-    if below is not None and not value < below:
-        raise RecipeError(f"`{key}` must be below {below}, got {value}.")
+_BOUNDS: dict[str, tuple[Callable[[float, float], bool], str]] = {
+    "least": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "most": (operator.le, "at most"),
+    "below": (operator.lt, "below"),
+}
+
+
+def _check_range(key: str, value: float | None, **bounds: float) -> None:
+    """Raise a RecipeError if a value is out of its `_BOUNDS`. `None` means that the key is not set."""
+    for name, bound in bounds.items():
+        fits, words = _BOUNDS[name]
+        if value is not None and not fits(value, bound):
+            raise RecipeError(f"`{key}` must be {words} {bound}, got {value}.")
 
 
 def recipe_names() -> list[str]:

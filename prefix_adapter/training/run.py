@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from accelerate.utils import set_seed
 
 from ..adapters.saved import fold
+from ..files.whole import UNFINISHED
 from . import checkpoint, outputs, reports
 from .data import DataError, divide, load_rows
 from .distributed import propagate_errors
-from .files import UNFINISHED, fsync_path, path_in_errors
+from .files import fsync_path, path_in_errors
 from .loop import Loop, training_accelerator
 from .model import (
     adapter_config,
@@ -75,6 +76,10 @@ def train(
         TrainingInterrupted: on SIGINT or SIGTERM, after a checkpoint was written.
         TrainingDiverged: if the loss is not finite.
         OSError: if a file cannot be written.
+
+    Example:
+        >>> results = train(load_recipe("bert-large-rte", output_dir="runs/rte"))
+        >>> results["validation"]["accuracy"]
     """
     recipe = copy.deepcopy(recipe)
     return TrainingRun(recipe, recipe, {recipe.task: recipe}).execute(resume, overwrite, on_evaluation)

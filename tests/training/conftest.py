@@ -8,6 +8,8 @@ import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from prefix_adapter.training import reports
+
 WORDS = [f"w{i}" for i in range(80)]
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>"]
 
@@ -50,6 +52,18 @@ def save_base(folder: Path, kind: str, auto_class: str = "AutoModel", **changes)
     }
     tiny.model(kind, auto_class, **{**no_dropout[kind], **changes}).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def with_curve() -> None:
+    """For tests that need the plot of a run."""
+
+
+@pytest.fixture(autouse=True)
+def _without_curve(request, monkeypatch) -> None:
+    """Leave out the plot of a run in all other tests. Drawing it takes longer than a tiny run."""
+    if "with_curve" not in request.fixturenames:
+        monkeypatch.setattr(reports, "draw_curve", lambda *args: None)
 
 
 @pytest.fixture(scope="session")

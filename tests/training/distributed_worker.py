@@ -5,7 +5,7 @@
 JOBS.json is a list of jobs, done one after the other. What the processes saw is in `NAME-RANK.json` beside it. A job:
 
     name         its name
-    recipe       the arguments of `Recipe`
+    recipe       the arguments of `Recipe`, or with `tasks` the values of a `JointRecipe`
     only         {rank: values of the recipe that only this process has}
     folder       {rank: a working directory}
     resume       go on with the run
@@ -39,7 +39,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from prefix_adapter.training import Data, Recipe, TrainingInterrupted, checkpoint, train
+from prefix_adapter.training import JointRecipe, Recipe, TrainingInterrupted, checkpoint, train, train_together
 from prefix_adapter.training import run as run_module
 from prefix_adapter.training.loop import Loop
 
@@ -87,9 +87,14 @@ def no_space(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def run(settings: dict, resume: bool) -> dict:
+    if "tasks" in settings:
+        return train_together(JointRecipe.from_dict(settings), resume=resume)
+    return train(Recipe.from_dict(settings), resume=resume)
+
+
 def do(job: dict) -> dict:
     settings = {**job["recipe"], **job.get("only", {}).get(str(rank), {})}
-    settings["data"] = Data(**settings["data"])
     os.chdir(job.get("folder", {}).get(str(rank), jobs_file.parent))
     WatchedLoop.job, WatchedLoop.seen = job, (seen := {})
     with mock.patch.object(run_module, "Loop", WatchedLoop):
@@ -97,7 +102,7 @@ def do(job: dict) -> dict:
             with mock.patch.object(
                 checkpoint, "save_file", no_space if job.get("disk_full") else checkpoint.save_file
             ):
-                seen["results"] = train(Recipe(**settings), resume=job.get("resume", False))
+                seen["results"] = run(settings, resume=job.get("resume", False))
         except TrainingInterrupted as error:
             print(error, flush=True)
             seen["error"] = [type(error).__name__, str(error)]

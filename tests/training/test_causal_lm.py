@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from conftest import WORDS, save_base, write_rows
 from datasets import Dataset
+from programs import example
 from rouge_score.rouge_scorer import RougeScorer
-from test_examples import example
 from tiny import randomize
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline

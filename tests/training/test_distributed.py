@@ -23,7 +23,7 @@ from conftest import save_base, topic_rows, write_rows
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from prefix_adapter.training import Data, Recipe, RecipeError, checkpoint, train
+from prefix_adapter.training import Data, JointRecipe, Recipe, RecipeError, checkpoint, train, train_together
 from prefix_adapter.training.distributed import check_launch
 from prefix_adapter.training.loop import new_accelerator
 
@@ -110,6 +110,18 @@ def recipes(tmp_path_factory) -> dict[str, dict]:
             "eval_steps": 5,
         },
         "bart": {**topic, "task": "seq2seq-lm", "model": save_base(folder / "bart", "bart"), "data": pairs},
+        "joint": {
+            "model": bert,
+            "adapter": adapter,
+            "batch_size": 4,
+            "max_steps": 12,
+            "eval_steps": 6,
+            "learning_rate": 0.03,
+            "tasks": {
+                "topics": {"task": "sequence-classification", "max_length": 16, "data": topics},
+                "tags": {"task": "token-classification", "head_learning_rate": 0.05, "data": tags},
+            },
+        },
     }
 
 
@@ -121,6 +133,7 @@ def one(recipes, tmp_path_factory) -> Path:
     for name in ("topic", "tags", "generated"):
         own = recipes[name]
         train(Recipe(**{**own, "data": Data(**own["data"]), "output_dir": folder / name}))
+    train_together(JointRecipe.from_dict({**recipes["joint"], "output_dir": str(folder / "joint")}))
     return folder
 
 
@@ -177,7 +190,7 @@ def ddp(recipes, tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("ddp")
     (folder / "elsewhere").mkdir()
     topic = recipes["topic"]
-    jobs = [job(name, recipes[name]) for name in ("topic", "accumulated", "tags", "generated", "random")]
+    jobs = [job(name, recipes[name]) for name in ("topic", "accumulated", "tags", "generated", "random", "joint")]
     missing = {"data": {**topic["data"], "train": "missing.jsonl"}}
     jobs += [
         job("missing", topic, only={1: missing}),
@@ -249,6 +262,15 @@ def assert_same_bits(folder: Path, reference: Path) -> None:
 def test_ddp_is_the_same_run(ddp, one, name, reference):
     assert_same_run(ddp.folder / name, one / reference)
     assert [each["results"]["processes"] for each in ddp.seen[name]] == [2, 2]
+
+
+def test_ddp_is_the_same_run_of_several_tasks(ddp, one):
+    found, expected = (json.loads((each / "joint" / "results.json").read_text()) for each in (ddp.folder, one))
+    assert found["processes"] == 2
+    for name in ("topics", "tags"):
+        assert found["tasks"][name]["validation"] == pytest.approx(expected["tasks"][name]["validation"], abs=1e-5)
+        own, reference = (load_file(each / "joint" / name / "adapter_model.safetensors") for each in (ddp.folder, one))
+        torch.testing.assert_close(own, reference, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", DIVIDED)

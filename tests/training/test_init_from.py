@@ -14,16 +14,11 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from prefix_adapter import PeftModel
-from prefix_adapter.training import Data, Recipe, RecipeError, load_recipe, reports, train
+from prefix_adapter.training import Data, Recipe, RecipeError, load_recipe, train
 
 TEXT = "w3 w60 w17 w5"
 ROWS = [{"text": "w1 w2 w3 w4"}, {"text": "w70 w8"}, {"prompt": "w9 w10", "text": "w11 w12 w13"}]
 MLP = {"num_virtual_tokens": 4, "prefix_projection": True, "encoder_hidden_size": 8}
-
-
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch):
-    monkeypatch.setattr(reports, "draw_curve", lambda *args: None)  # it takes longer than all the rest
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import save_base, write_rows
 from datasets import Dataset
+from programs import example
 from sklearn.metrics import accuracy_score
-from test_examples import example
 from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
 from prefix_adapter import PeftModel
@@ -219,7 +219,7 @@ def test_a_run(tiny_bert, tmp_path):
 # The example
 
 
-def test_example(shared, minilm, tmp_path):
+def test_example(shared, minilm, tmp_path, with_curve):
     output = tmp_path / "out"
     data = shared / "data" / "copa"
     shown = example(

@@ -13,7 +13,6 @@ import yaml
 from accelerate.utils import DistributedType
 from conftest import save_base, topic_rows, write_rows
 from safetensors.torch import load_file
-from test_distributed import finish, launch
 from test_loop import Crash, before_step, crash, what_counts
 from torch.nn.functional import cross_entropy
 
@@ -29,7 +28,6 @@ from prefix_adapter.training import (
     load_joint_recipe,
     load_recipe,
     predict,
-    reports,
     train,
     train_together,
 )
@@ -94,11 +92,6 @@ def values(base, tmp_path) -> dict:
             },
         },
     }
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr(reports, "draw_curve", lambda *args: None)  # it takes longer than all the rest
 
 
 def load(folder, task: str, base: str):
@@ -368,24 +361,6 @@ def test_recipes_that_differ_in_what_is_shared(values):
     recipes["tags"].batch_size = 8
     with pytest.raises(RecipeError, match="`batch_size` is shared by all tasks: "):
         JointRecipe("out", recipes)
-
-
-def test_two_processes_give_what_one_gives(values, tmp_path):
-    values |= {"model_kwargs": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}
-    values["adapter"]["prefix_dropout"] = 0.0
-    one = train_together(JointRecipe.from_dict({**values, "output_dir": str(tmp_path / "one")}))
-    (tmp_path / "shared.yaml").write_text(yaml.safe_dump(values))
-    arguments = ("-m", "prefix_adapter", "train-together", "--config", str(tmp_path / "shared.yaml"))
-    process = launch("cpu_two_processes.yaml", "--main_process_port", "0", *arguments)
-    status, output = finish(process)
-    assert status == 0, output
-    two = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert two["processes"] == 2
-    for name in values["tasks"]:
-        assert two["tasks"][name]["validation"] == pytest.approx(one["tasks"][name]["validation"], abs=1e-5)
-        found, expected = (load_file(tmp_path / f / name / "adapter_model.safetensors") for f in ("out", "one"))
-        for key, each in expected.items():
-            torch.testing.assert_close(found[key], each, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import save_base, write_rows
 from datasets import Dataset
-from test_examples import example
+from programs import example
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from prefix_adapter import PeftModel
@@ -364,7 +364,7 @@ def test_a_run(tiny_bert, tmp_path):
 # The example
 
 
-def test_example(shared, minilm, tmp_path):
+def test_example(shared, minilm, tmp_path, with_curve):
     output = tmp_path / "out"
     data = write_rows(tmp_path / "all.jsonl", [each for each in xquad(shared) if len(each["context"]) < 400])
     example(

@@ -32,12 +32,13 @@ def recipe(base, topics, output, **changes) -> Recipe:
     )
 
 
-def test_what_a_run_leaves(tiny_bert, topics, tmp_path):
+def test_what_a_run_leaves(tiny_bert, topics, tmp_path, with_curve):
     adapter = {"num_virtual_tokens": 4, "prefix_projection": True}
     results = train(recipe(tiny_bert, topics, tmp_path / "out", adapter=adapter))
     out = tmp_path / "out"
     assert results["validation"]["accuracy"] == 1.0
     assert json.loads((out / "results.json").read_text())["validation"] == results["validation"]
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert not [name for name in load_file(out / "adapter_model.safetensors") if "output" in name or "hidden" in name]
     base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
     folded = PeftModel.from_pretrained(base, out).eval()

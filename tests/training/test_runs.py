@@ -280,7 +280,7 @@ def test_a_checkpoint_that_cannot_be_removed_stays_for_now(make, tmp_path, monke
     original = Path.rename
 
     def rename(path, target):
-        if path.name == "step-000001":
+        if path == tmp_path / "out" / "checkpoints" / "step-000001":
             raise PermissionError(13, "The process cannot access the file", str(path))
         return original(path, target)
 

@@ -6,10 +6,10 @@ import importlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ import torch
 from conftest import topic_rows, write_rows
 from filelock import FileLock
 from PIL import Image
+from test_checkpoint import in_child, was_killed
 
 from prefix_adapter import PrefixTuningV2Config
 from prefix_adapter.cli import main
@@ -134,31 +135,20 @@ def test_the_hook_sees_every_evaluation(recipe):
     assert len(seen) == 3 and seen == expected
 
 
-CUT_OFF = """
-import importlib, os, signal, sys
-import torch
-from prefix_adapter.training import load_recipe
-torch.set_num_threads(1)
-module = importlib.import_module("prefix_adapter.training.search")
-count, train = 0, module.train
+def test_killed_and_resumed(recipe, tmp_path, monkeypatch):
+    def killing(recipe, on_evaluation):
+        def hook(step, metrics):
+            on_evaluation(step, metrics)
+            if recipe.output_dir.endswith("2") and step > 6:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-def killing(recipe, on_evaluation):
-    def hook(step, metrics):
-        on_evaluation(step, metrics)
-        if recipe.output_dir.endswith("2") and step > 6:
-            os.kill(os.getpid(), signal.SIGKILL)
-    return train(recipe, on_evaluation=hook)
+        return train(recipe, on_evaluation=hook)
 
-module.train = killing
-space = {"learning_rate": {"low": 1e-3, "high": 0.1, "log": True}}
-module.search(load_recipe(sys.argv[1]), module.Search(space, n_trials=4))
-"""
+    def work():
+        monkeypatch.setattr(module, "train", killing)
+        search(recipe, Search(RATES, n_trials=4))
 
-
-def test_killed_and_resumed(recipe, tmp_path):
-    recipe.save(tmp_path / "recipe.yaml")
-    command = [sys.executable, "-c", CUT_OFF, tmp_path / "recipe.yaml"]
-    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert was_killed(in_child(work, tmp_path / "report"), tmp_path / "report")
     before = trials(recipe)
     assert [trial.state.name for trial in before] == ["COMPLETE", "COMPLETE", "RUNNING"]
     report = search(recipe, Search(RATES, n_trials=4), resume=True)
@@ -555,7 +545,10 @@ def test_several_processes(recipe):
     assert report["best_value"] == max(trial.value for trial in done)
 
 
-def test_an_error_in_another_process(recipe):
+def test_an_error_in_another_process(recipe, monkeypatch):
     """Eight rows cannot be shared out over three parts, which only a training finds out."""
+    # A new process would import everything first, as those of the test above do.
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
     with pytest.raises(RecipeError, match="`batch_size`"):
         search(recipe, Search({"gradient_accumulation_steps": [3]}, n_trials=1, n_jobs=2))

@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 from conftest import save_base, write_rows
 from datasets import Dataset
+from programs import example
 from rouge_score.rouge_scorer import RougeScorer
-from test_examples import example
 from tiny import randomize
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
