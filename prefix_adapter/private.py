@@ -7,6 +7,7 @@ training command's uses of Accelerate are in `training/distributed.py`.
 from __future__ import annotations
 
 import copy
+import dis
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -78,10 +79,12 @@ def running_config_read() -> ReadingConfig | None:
 
 # ---- transformers
 
+_IMPLEMENTATION = "_attn_implementation"
+
 
 def get_attention_implementation(config: Any) -> str | None:
     """The attention implementation of a model's config (`"sdpa"`, ...): it decides what a mask looks like."""
-    return getattr(config, "_attn_implementation", None)
+    return getattr(config, _IMPLEMENTATION, None)
 
 
 def copy_config(config: Any, attention_implementation: str) -> Any:
@@ -101,11 +104,18 @@ def find_attention_interface(cls: type) -> tuple[Any, Callable[..., Any] | None]
     modeling file imports or defines anew. The function for "eager" is in no mapping. The same method names that
     function, which its modeling file defines as `eager_attention_forward` or with something in front of that name.
 
+    Some classes read the implementation from their config once more, in order to make a mask of their own for "sdpa",
+    for instance. They would do something else with a function of another name, so they do not count.
+
     Returns:
         The mapping, and the function for "eager" (`None` if there is none); `None` if the class uses no interface.
     """
-    methods = [inspect.unwrap(value) for base in cls.__mro__ for value in vars(base).values() if callable(value)]
-    for method in filter(inspect.isfunction, methods):
+    values = [value for base in cls.__mro__ for value in vars(base).values() if callable(value)]
+    methods = [method for method in map(inspect.unwrap, values) if inspect.isfunction(method)]
+    reads = [step for method in methods for step in dis.get_instructions(method) if step.argval == _IMPLEMENTATION]
+    if len(reads) > 1:
+        return None
+    for method in methods:
         names, known = method.__code__.co_names, method.__globals__
         interface = known.get("ALL_ATTENTION_FUNCTIONS") if "ALL_ATTENTION_FUNCTIONS" in names else None
         if interface is not None:

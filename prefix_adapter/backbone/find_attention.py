@@ -24,7 +24,9 @@ from .probe import ProbeError, innermost, probe, untouched
 from .unsupported import UnsupportedBackboneError
 from .verify import Verifier
 
-_NO_FUNCTION = "its attention modules compute attention themselves, not through transformers' attention interface."
+_NO_FUNCTION = (
+    "its attention modules compute attention themselves, or use transformers' attention interface for a part of it."
+)
 
 
 @dataclass
