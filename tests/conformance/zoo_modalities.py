@@ -64,6 +64,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm4v_moe_text": _sections(2, 1, 1, partial_rotary_factor=1.0),
     "glm_ocr_text": _sections(2, 1, 1, partial_rotary_factor=1.0),
     "glmga_text": _sections(2, 1, 1, partial_rotary_factor=1.0),
+    "mllama_vision_model": {"vision_output_dim": 64, "intermediate_layers_indices": [0]},
     "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "paddleocr_vl_text": _sections(4, 2, 2),
     "pix2struct_vision_model": {"patch_embed_hidden_size": 768},
@@ -225,15 +226,18 @@ def _forms(model_type: str, task: str) -> dict[str, Tensor]:
 
 
 def _plain(model: PreTrainedModel) -> Any:
-    """Yield inputs without placeholders for images or sound in a text."""
+    """Yield inputs without placeholders for images or sound in a text, those with the most arguments first."""
     names = inspect.signature(type(model).forward).parameters
+    takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in names.values())
+    found = []
     try:
         for candidate in get_inputs(model):
             inputs = {name: value for name, value in candidate.arguments.items() if isinstance(value, Tensor)}
-            if set(inputs) <= set(names) or any(p.kind == p.VAR_KEYWORD for p in names.values()):
-                yield inputs
-    except TypeError:
-        return
+            if takes_any or set(inputs) <= set(names):
+                found.append(inputs)
+    except TypeError:  # an input that the package does not know
+        pass
+    yield from sorted(found, key=len, reverse=True)
 
 
 def _in_text(model: PreTrainedModel) -> Any:
