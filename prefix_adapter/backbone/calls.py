@@ -11,7 +11,7 @@ from torch import Tensor, nn
 # with another name is found by its type or by its value in the probe (find.py).
 CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
 MASK_ARGUMENTS = ("attention_mask", "mask", "causal_mask", "encoder_attention_mask")
-ENCODER_STATES_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
+ENCODER_STATES_ARGUMENTS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 # Keys and values of other layers (Gemma 3n, Gemma 4).
 SHARED_STATES_ARGUMENT = "shared_kv_states"
 POSITIONS_ARGUMENT = "position_ids"
@@ -68,6 +68,16 @@ class ModuleCall:
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments in the form that a forward pre-hook returns."""
         return tuple(self.args), self.kwargs
+
+
+def count_encoder_tokens(call: ModuleCall) -> int:
+    """The number of encoder states of each row in a call of a cross-attention module.
+
+    The states may be those of the tiles of an image `[batch * tiles, tokens, size]` (Mllama).
+    """
+    encoder_states, states = call.get_first(ENCODER_STATES_ARGUMENTS), call.get(call.names[0])
+    tokens: int = encoder_states.shape[0] * encoder_states.shape[1] // states.shape[0]
+    return tokens
 
 
 def get_sequences(call: ModuleCall, side: str = "") -> tuple[Tensor | None, tuple[int, ...]]:

@@ -162,10 +162,9 @@ def _get_dtype(model: nn.Module) -> torch.dtype:
 
 def get_ordinary_token(model: nn.Module) -> int:
     """The id of a token that is not special. (A padding token, for instance, may get no position.)"""
-    config = getattr(model, "config", None)
     special: set[int] = set()
-    for part in (config, getattr(config, "get_text_config", lambda: None)()):
-        for name, value in vars(part).items() if part is not None else ():
+    for section in _get_sections(getattr(model, "config", None)):
+        for name, value in vars(section).items():
             if name.endswith(("_token_id", "_token_index")):
                 special.update(value if isinstance(value, (list, tuple)) else [value])
     return next(token for token in range(len(special) + 1) if token not in special)
@@ -253,7 +252,7 @@ class _DummyMaker:
     def list_names(self) -> Iterator[list[str]]:
         """The sets of arguments to try: a text alone, what `forward` requires, and everything that it takes."""
         mains = [name for name in _get_main_inputs(self.backbone) if name in self.names]
-        if self.takes_text and not set(self.required) - {"input_ids"} and mains in ([], ["input_ids"]):
+        if self.takes_text and not set(self.required) - {"input_ids"}:
             yield ["input_ids"]
         wanted = dict.fromkeys([*self.required, *(mains or (["input_ids"] if self.takes_text else []))])
         yield [*wanted, *(grid for grid in _GRIDS if grid in self.names and "input_ids" not in wanted)]
@@ -310,15 +309,32 @@ Maker = Callable[[_DummyMaker, str, list[str]], list[Any]]
 def _make_ids(maker: _DummyMaker, name: str, names: list[str]) -> list[Any]:
     """Token ids `[1, tokens]`; with several codebooks `[codebooks, tokens]` or `[1, tokens, codebooks]`."""
     codebooks = _Sizes.about(maker.config, "num_codebooks").get("num_codebooks", default=1)
-    shapes: list[tuple[int, ...]] = [(1, TEXT_LENGTH)]
+    tokens = _get_text_length(maker, names)
+    shapes: list[tuple[int, ...]] = [(1, tokens)]
+    if name.startswith("decoder"):
+        # Dia calls them channels, and so do images.
+        channels = _Sizes.about(getattr(maker.config, "decoder_config", None), "num_channels")
+        codebooks = channels.get("num_channels", default=codebooks)
     if codebooks > 1:
-        shapes += [(codebooks, TEXT_LENGTH), (1, TEXT_LENGTH, codebooks)]
+        shapes += [(codebooks, tokens), (1, tokens, codebooks)]
     token = get_ordinary_token(maker.model)
     return [ids + token for ids in maker.zeros(*shapes, dtype=torch.long)]
 
 
+def _get_text_length(maker: _DummyMaker, names: list[str]) -> int:
+    """The number of tokens, with those that an image takes the place of (KOSMOS-2)."""
+    images = "image_embeds_position_mask" in names
+    return TEXT_LENGTH + images * _Sizes(maker.config).get("latent_query_num", default=0)
+
+
 def _make_text_mask(maker: _DummyMaker, name: str, names: list[str]) -> list[Any]:
-    return maker.ones((1, TEXT_LENGTH))
+    return maker.ones((1, _get_text_length(maker, names)))
+
+
+def _make_image_places(maker: _DummyMaker, name: str, names: list[str]) -> list[Any]:
+    """Which tokens an image takes the place of."""
+    places = torch.arange(_get_text_length(maker, names), device=maker.device)
+    return [((places >= 2) & (places < len(places) - 2)).unsqueeze(0)]
 
 
 def _get_image(maker: _DummyMaker) -> tuple[_Sizes, int, int, int, int]:
@@ -339,11 +355,15 @@ def _make_pixels(maker: _DummyMaker, name: str, names: list[str]) -> list[Any]:
     time = sizes.get("temporal_patch_size", "tubelet_size", default=1)
     merge = sizes.get("spatial_merge_size", default=1)
     image = (channels, height, width)
+    patches = (1, (height // patch) * (width // patch), channels * patch**2)
+    if "spatial_shapes" in names:
+        return maker.noise(patches)
+    if "aspect_ratio_ids" in maker.names:
+        return maker.noise((1, 1, sizes.get("max_num_tiles", default=1), *image))
     if any(grid in names for grid in _GRIDS):
         count = 4 * merge**2
         flat = [(count, channels * depth * patch**2) for depth in (time, 2, 1)]
         return maker.noise(*flat, (count, channels, patch, patch))
-    patches = (1, (height // patch) * (width // patch), channels * patch**2)
     plain, listed = (1, *image), (1, max(frames, time), *image)
     return maker.noise(*((listed, plain) if frames > 1 or "video" in name else (plain, listed)), (1, 1, 1, *image),
                        patches)  # fmt: skip
@@ -354,6 +374,32 @@ def _make_grid(maker: _DummyMaker, name: str, names: list[str]) -> list[Any]:
     merge = _Sizes.about(maker.config, "patch_size", "image_size").get("spatial_merge_size", default=1)
     grid = [1, 2 * merge, 2 * merge]
     return [torch.tensor([part], device=maker.device) for part in (grid, grid[1:])]
+
+
+def _make_patch_rows(maker: _DummyMaker, name: str, names: list[str]) -> list[Any]:
+    """The rows and columns of the patches of an image, or a mask that shows all of its patches (SigLIP 2)."""
+    _, _, height, width, patch = _get_image(maker)
+    rows, columns = height // patch, width // patch
+    if name == "spatial_shapes":
+        return [torch.tensor([[rows, columns]], device=maker.device)]
+    return maker.ones((1, rows * columns))
+
+
+def _make_tile_mask(maker: _DummyMaker, name: str, names: list[str]) -> list[Any]:
+    """A mask that shows every image, or each tile of it, to every token (Mllama, IDEFICS)."""
+    tiles = _get_image(maker)[0].get("max_num_tiles", default=1)
+    shapes: dict[str, tuple[int, ...]] = {
+        "aspect_ratio_ids": (1, 1),
+        "aspect_ratio_mask": (1, 1, tiles),
+        "image_attention_mask": (1, TEXT_LENGTH, 1),
+        "cross_attention_mask": (1, TEXT_LENGTH, 1, tiles),
+    }
+    return maker.ones(shapes[name])
+
+
+def _make_boxes(maker: _DummyMaker, name: str, names: list[str]) -> list[Any]:
+    """The places of words on a page."""
+    return maker.zeros((1, TEXT_LENGTH, 4), dtype=torch.long) + maker.zeros((1, TEXT_LENGTH, 4))
 
 
 def _make_patches(maker: _DummyMaker, name: str, names: list[str]) -> list[Any]:
@@ -451,6 +497,14 @@ _MAKERS: dict[str, Maker] = {
     "pixel_values_videos": _make_pixels,
     "hidden_states": _make_pixels,
     "flattened_patches": _make_patches,
+    "spatial_shapes": _make_patch_rows,
+    "pixel_attention_mask": _make_patch_rows,
+    "aspect_ratio_ids": _make_tile_mask,
+    "aspect_ratio_mask": _make_tile_mask,
+    "cross_attention_mask": _make_tile_mask,
+    "image_attention_mask": _make_tile_mask,
+    "bbox": _make_boxes,
+    "image_embeds_position_mask": _make_image_places,
     **dict.fromkeys(_GRIDS, _make_grid),
     "input_values": _make_waves,
     "inputs": _make_waves,
@@ -472,6 +526,13 @@ _OPTIONAL = {
     "attention_mask",
     "pixel_values",
     "image_grid_thw",
+    "spatial_shapes",
+    "aspect_ratio_ids",
+    "aspect_ratio_mask",
+    "cross_attention_mask",
+    "image_attention_mask",
+    "bbox",
+    "image_embeds_position_mask",
     "input_features",
     "input_features_mask",
     "past_time_features",

@@ -15,11 +15,18 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from .attention import KINDS, AttentionTarget, PrefixSlot, get_implementation, get_window
 from .cache import GetPrefix
-from .calls import CACHE_ARGUMENTS, ENCODER_STATES_ARGUMENTS, SHARED_STATES_ARGUMENT, ModuleCall, parameter_names
+from .calls import (
+    CACHE_ARGUMENTS,
+    ENCODER_STATES_ARGUMENTS,
+    SHARED_STATES_ARGUMENT,
+    ModuleCall,
+    count_encoder_tokens,
+    parameter_names,
+)
 from .key_values import KeyValueShape
 from .positions import PositionProbe, PositionTarget
 from .probe import ProbeError, innermost, probe, untouched
@@ -256,7 +263,7 @@ def _as_target(model: nn.Module, recorder: _Recorder) -> AttentionTarget:
             model, f"it runs {target.name} without gradients in part, so a prefix there could not be trained."
         )
     for layer_idx, (part, keys, values) in recorder.updates.items():
-        batch, tokens = _get_attended(recorder, part)
+        batch, tokens = (0, 0) if recorder.call is None else _get_attended(recorder.call, part)
         shape = _get_shape(keys, values, batch, tokens)
         if shape is None:
             raise UnsupportedBackboneError(
@@ -272,12 +279,14 @@ def _as_target(model: nn.Module, recorder: _Recorder) -> AttentionTarget:
     return target
 
 
-def _get_attended(recorder: _Recorder, part: str) -> tuple[int, int]:
-    """The rows and tokens of the hidden states `[batch, tokens, ...]` that a module's last call computed keys of."""
-    call: Any = recorder.call
-    states = call.get_first(ENCODER_STATES_ARGUMENTS) if part == "cross" else None
-    states = call.get(call.names[0]) if states is None else states
-    return (states.shape[0], states.shape[1]) if isinstance(states, Tensor) and states.dim() > 2 else (0, 0)
+def _get_attended(call: ModuleCall, part: str) -> tuple[int, int]:
+    """The rows and tokens of the hidden states `[batch, tokens, ...]` that a module computes its keys from."""
+    states = call.get(call.names[0])
+    if not isinstance(states, Tensor) or states.dim() < 3:
+        return 0, 0
+    if part == "cross" and call.get_first(ENCODER_STATES_ARGUMENTS) is not None:
+        return states.shape[0], count_encoder_tokens(call)
+    return states.shape[0], states.shape[1]
 
 
 def _get_shape(keys: Tensor, values: Tensor, batch: int, tokens: int) -> KeyValueShape | None:
@@ -331,13 +340,15 @@ def _check_complete(model: nn.Module, targets: list[AttentionTarget], cache: Any
     """Refuse a backbone with layers that store keys and values unseen: those would silently have no prefix."""
     if not targets:
         raise UnsupportedBackboneError(model, "none of its attention modules puts its keys and values into a cache.")
+    # A cache of one part has the layers of cross-attention too (Mllama).
+    kinds = ("decoder",) if isinstance(cache, EncoderDecoderCache) else ("decoder", "cross")
     cache = getattr(cache, "self_attention_cache", cache)
     stored = {
         index
         for index, layer in enumerate(getattr(cache, "layers", []))
         if isinstance(getattr(layer, "keys", None), Tensor) and layer.keys.numel()
     }
-    missed = stored - {index for target in targets for index in target.slots if target.kind == "decoder"}
+    missed = stored - {index for target in targets for index in target.slots if target.kind in kinds}
     if missed:
         raise UnsupportedBackboneError(
             model, f"its layers {sorted(missed)} cache keys and values in a way that leaves no room for a prefix."

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import AttentionTarget, get_implementation, get_window
-from .calls import ENCODER_STATES_ARGUMENTS, MASK_ARGUMENTS, SHARED_STATES_ARGUMENT, ModuleCall
+from .calls import MASK_ARGUMENTS, SHARED_STATES_ARGUMENT, ModuleCall, count_encoder_tokens
 from .causal import CausalMask, is_square_faster
 
 T = TypeVar("T")
@@ -149,7 +149,7 @@ def _get_missing_mask(
     past: int | None = 0
     keys, offset = queries, 0
     if target.kind == "cross":
-        keys = call.get_first(ENCODER_STATES_ARGUMENTS).shape[1]
+        keys = count_encoder_tokens(call)
     elif target.follows:
         # The other module's keys include the prefix. There is no past: transformers passes a mask if there is one.
         states_by_source, module = call.get(SHARED_STATES_ARGUMENT), target.module

@@ -322,7 +322,10 @@ class ModelHooks:
 def get_text_config(model: nn.Module) -> Any:
     """The config of the text model in a model; `None` if the model has no config."""
     config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    try:
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError:  # several text models (MusicGen)
+        return config
 
 
 def _forget_graphs(model: nn.Module) -> None:

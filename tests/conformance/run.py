@@ -95,11 +95,11 @@ def main() -> None:
     with get_context("spawn").Pool(args.jobs, maxtasksperchild=50) as pool:
         for result in pool.imap_unordered(_run_job, [(*pair, args.checks, args.entry_point) for pair in pairs]):
             results.append(result)
+            if args.json:  # after each result, so that a run that is stopped has some
+                args.json.write_text(json.dumps(sorted(results, key=lambda r: (r["type"], r["task"])), indent=1))
             said = [f"{name}: {text}" for name, text in result["checks"].items() if text.startswith("FAIL")]
             line = f"{result['type']:28} {result['task']:14} {result['status']:9} {result.get('why', '')[:300]}"
             print("\n    ".join([line, *said]), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(sorted(results, key=lambda r: (r["type"], r["task"])), indent=1))
     counts = {
         status: sum(r["status"] == status for r in results) for status in ("works", "refused", "not built", "failed")
     }

@@ -44,20 +44,43 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 """Short task name -> transformers' auto mapping (model type -> name of the model class)."""
 
+
+def _sections(*sizes: int, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [*sizes], **more}}
+
+
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
     "autoformer": {"prediction_length": 4, "context_length": 16},
     "informer": {"prediction_length": 4, "context_length": 16},
     "time_series_transformer": {"prediction_length": 4, "context_length": 16},
     "blip-2": {"image_token_index": 90},
     "instructblip": {"image_token_index": 90},
     "instructblipvideo": {"video_token_index": 90},
-    "moonshine": {"encoder_num_key_value_heads": 2, "decoder_num_key_value_heads": 2},
+    "exaone4_5_vision": {"window_size": 56},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "glm4v_text": _sections(2, 1, 1, partial_rotary_factor=1.0),
+    "glm46v_text": _sections(2, 1, 1, partial_rotary_factor=1.0),
+    "glm4v_moe_text": _sections(2, 1, 1, partial_rotary_factor=1.0),
+    "glm_ocr_text": _sections(2, 1, 1, partial_rotary_factor=1.0),
+    "glmga_text": _sections(2, 1, 1, partial_rotary_factor=1.0),
+    "mllama_vision_model": {"vision_output_dim": 64, "intermediate_layers_indices": [0]},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "paddleocr_vl_text": _sections(4, 2, 2),
+    "pix2struct_vision_model": {"patch_embed_hidden_size": 768},
+    "qwen2_vl_text": _sections(2, 1, 1),
+    "qwen2_5_vl_text": _sections(2, 1, 1),
     "qwen2_5_vl_vision": {"window_size": 56},
+    "qwen2_5_vl": {"vision_config": {"window_size": 56}},
+    "seamless_m4t": {"max_source_positions": 128},
+    "shieldgemma2": {"mm_tokens_per_image": 4},
+    "t5gemma2_encoder": {"mm_tokens_per_image": 4},
     "timesformer": {"num_frames": 2},
     "videomae": {"num_frames": 4, "decoder_num_hidden_layers": 2},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
     "vivit": {"num_frames": 4},
     "vjepa2": {"crop_size": 32, "frames_per_clip": 4},
-    "vision-encoder-decoder": {},
+    "voxtral": {"audio_token_id": 90},
     "whisper": {"max_source_positions": 16, "num_mel_bins": 8},
 }
 """As `zoo.OVERRIDES`."""
@@ -150,9 +173,9 @@ def _config(model_type: str, model_class: type[PreTrainedModel], dropout: float 
         config = config_class(**zoo._Shrinker().shrink(config_class(), {}))
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = getattr(config, "pad_token_id", None) or 0
-    text = config.get_text_config()
-    if getattr(text, "pad_token_id", None) is None:
-        text.pad_token_id = 0
+    for part in zoo._tree(config):
+        if getattr(part, "vocab_size", None) and getattr(part, "pad_token_id", None) is None:
+            part.pad_token_id = 0
     if dropout is not None:
         zoo._set_dropout(config, dropout)
     return config
@@ -203,15 +226,18 @@ def _forms(model_type: str, task: str) -> dict[str, Tensor]:
 
 
 def _plain(model: PreTrainedModel) -> Any:
-    """Yield inputs without placeholders for images or sound in a text."""
+    """Yield inputs without placeholders for images or sound in a text, those with the most arguments first."""
     names = inspect.signature(type(model).forward).parameters
+    takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in names.values())
+    found = []
     try:
         for candidate in get_inputs(model):
             inputs = {name: value for name, value in candidate.arguments.items() if isinstance(value, Tensor)}
-            if set(inputs) <= set(names) or any(p.kind == p.VAR_KEYWORD for p in names.values()):
-                yield inputs
-    except TypeError:
-        return
+            if takes_any or set(inputs) <= set(names):
+                found.append(inputs)
+    except TypeError:  # an input that the package does not know
+        pass
+    yield from sorted(found, key=len, reverse=True)
 
 
 def _in_text(model: PreTrainedModel) -> Any:
@@ -245,8 +271,10 @@ def _in_text(model: PreTrainedModel) -> Any:
 
 
 def _accepted(function: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    names = inspect.signature(function).parameters
-    return {name: value for name, value in inputs.items() if name in names}
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return inputs
+    return {name: value for name, value in inputs.items() if name in parameters}
 
 
 def _count(features: Any, model: PreTrainedModel) -> int:
@@ -269,7 +297,8 @@ def _feature_forms(model: PreTrainedModel, name: str, names: set[str]) -> Any:
         features = {key: inputs[key] for key in known}
         pixels = features[name]
         if "image_sizes" in names:
-            features["image_sizes"] = torch.tensor([list(pixels.shape[-2:])])
+            yield features
+            features = {**features, "image_sizes": torch.tensor([list(pixels.shape[-2:])])}
         if mask is not None and name.startswith("input"):
             for length in sorted(set(pixels.shape[1:]), reverse=True):
                 yield {**features, mask: torch.ones(1, length, dtype=torch.long)}
@@ -282,10 +311,16 @@ def tiny_inputs(
     """Return random inputs of `batch` rows, without padding. A text around an image or sound has more than `length`
     tokens."""
     generator = torch.Generator().manual_seed(seed)
-    allowed = zoo._ordinary_ids(model)
+    vocabularies = [
+        size for part in zoo._tree(model.config) if isinstance(size := getattr(part, "vocab_size", 0), int)
+    ]
+    special = zoo._special_ids(model.config)
+    vocabulary = min((size for size in vocabularies if size > 3), default=zoo.VOCAB)
+    allowed = torch.tensor([token for token in range(3, vocabulary) if token not in special])
     inputs: dict[str, Tensor] = {}
-    packed = any("grid" in name for name in _forms(model_type, task))
-    for name, form in _forms(model_type, task).items():
+    forms = _forms(model_type, task)
+    tokens = forms["input_ids"].shape[1] if "input_ids" in forms else 0
+    for name, form in forms.items():
         if name.endswith("input_ids"):
             inputs[name] = _fill_text(form, batch, length, allowed, generator)
         elif form.is_floating_point():
@@ -294,7 +329,9 @@ def tiny_inputs(
             inputs[name] = drawn.abs() if name == "flattened_patches" else drawn
         else:
             inputs[name] = form.repeat(batch, *(1 for _ in form.shape[1:]))
-    del packed
+            if tokens and form.shape[1] == tokens:  # something about each token
+                more = inputs["input_ids"].shape[1] - tokens
+                inputs[name] = torch.cat([inputs[name], inputs[name][:, -1:].repeat_interleave(more, dim=1)], dim=1)
     ids = inputs.get("input_ids")
     for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
         if name in inputs and ids is not None:
