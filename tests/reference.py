@@ -115,6 +115,66 @@ def encoder(
     return x, logits
 
 
+def deberta_v2(config, weights: Weights, ids: Tensor, mask: Tensor, table: Tensor | None, shift: int) -> Tensor:
+    """Last hidden states `[batch, tokens, hidden]` of DeBERTa-v2, by the formulas of its paper (section 3).
+
+    P-tuning-v2 puts the prefix in front of keys and values. It has no share in the terms of relative positions.
+    """
+    batch, tokens = ids.shape
+    x = weights["deberta.embeddings.word_embeddings.weight"][ids]
+    if config.position_biased_input:
+        x = x + weights["deberta.embeddings.position_embeddings.weight"][torch.arange(tokens) + shift]
+    embedded = x = _norm(weights, "deberta.embeddings.LayerNorm", x, config.layer_norm_eps)
+
+    middle, furthest = config.position_buckets // 2, config.max_relative_positions - 1
+    bucket = {0: 0}
+    for far in range(1, tokens):
+        log = math.log(far / middle) / math.log(furthest / middle) if far > middle else 0
+        bucket[far] = far if far <= middle else math.ceil(log * (middle - 1)) + middle
+        bucket[-far] = -bucket[far]
+    span = config.position_buckets
+    rows = torch.tensor([[bucket[i - j] + span for j in range(tokens)] for i in range(tokens)]).clamp(0, 2 * span - 1)
+    relative = weights["deberta.encoder.rel_embeddings.weight"]
+    if config.norm_rel_ebd == "layer_norm":
+        relative = _norm(weights, "deberta.encoder.LayerNorm", relative, config.layer_norm_eps)
+
+    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    for layer in range(config.num_hidden_layers):
+        at = f"deberta.encoder.layer.{layer}"
+        query, key, value = (
+            _linear(weights, f"{at}.attention.self.{name}_proj", x) for name in ("query", "key", "value")
+        )
+        shared = "" if config.share_att_key else "pos_"
+        far_query, far_key = (
+            _linear(weights, f"{at}.attention.self.{shared}{name}_proj", relative) for name in ("query", "key")
+        )
+        context = []
+        for head in range(heads):
+            part = slice(head * size, (head + 1) * size)
+            content = query[..., part] @ key[..., part].transpose(1, 2)
+            content_to_position = torch.einsum("bid,ijd->bij", query[..., part], far_key[rows][..., part])
+            position_to_content = torch.einsum("bjd,ijd->bij", key[..., part], far_query[rows][..., part])
+            scores = content + content_to_position + position_to_content
+            scores = scores.masked_fill(mask[:, None, :] == 0, -math.inf)
+            values = value[..., part]
+            if table is not None:
+                own = table[:, layer * 2 * config.hidden_size : (layer + 1) * 2 * config.hidden_size]
+                prefix_key, prefix_value = (states[:, part].expand(batch, -1, -1) for states in own.chunk(2, dim=1))
+                scores = torch.cat([query[..., part] @ prefix_key.transpose(1, 2), scores], dim=2)
+                values = torch.cat([prefix_value, values], dim=1)
+            context.append((scores / math.sqrt(3 * size)).softmax(dim=-1) @ values)
+        attended = _linear(weights, f"{at}.attention.output.dense", torch.cat(context, dim=-1))
+        x = _norm(weights, f"{at}.attention.output.LayerNorm", attended + x, config.layer_norm_eps)
+        inner = _gelu(_linear(weights, f"{at}.intermediate.dense", x))
+        x = _linear(weights, f"{at}.output.dense", inner) + x
+        x = _norm(weights, f"{at}.output.LayerNorm", x, config.layer_norm_eps)
+        if layer == 0 and config.conv_kernel_size:
+            filters, bias = (weights[f"deberta.encoder.conv.conv.{part}"] for part in ("weight", "bias"))
+            near = torch.conv1d(embedded.transpose(1, 2), filters, bias, padding="same").transpose(1, 2)
+            x = _norm(weights, "deberta.encoder.conv.LayerNorm", x + torch.tanh(near), config.layer_norm_eps)
+    return x
+
+
 def _linear(weights: Weights, name: str, x: Tensor) -> Tensor:
     return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 

@@ -1,7 +1,8 @@
 """Import of checkpoints of THUDM/P-tuning-v2, the reference implementation.
 
 Its prefix has the same layout as ours: a table `[n, columns]`, layer by layer, the key before the value, heads, head
-size. The parts of its MLP have other names, and positions always start after the prefix.
+size. The parts of its MLP have other names, and positions always start after the prefix. DeBERTa gets a cache there;
+relative positions count from the first token of the input, and the prefix has no bias.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..backbone.attention import EntryPoint
+from ..backbone.find import FoundTargets, find_targets
+from ..backbone.find_attention import find_attention_targets
+from ..backbone.unsupported import UnsupportedBackboneError
 from ..config import PrefixTuningV2Config
 from ..files.contents import SAVED_ROOT
 from ..files.pickled import read_state_dict
@@ -50,8 +55,10 @@ def import_ptuning_v2(
 ) -> Path:
     """Convert a checkpoint of [THUDM/P-tuning-v2](https://github.com/THUDM/P-tuning-v2) into an adapter.
 
-    The prefix (a table, or the trained MLP) and the task head are converted; the adapter has `shift_positions=True`.
-    If the checkpoint has the frozen backbone too, it is compared with the base model.
+    The prefix (a table, or the trained MLP) and the task head are converted. The adapter has `shift_positions=True` if
+    the base model has positions to shift, and enters through the cache if the base model has one (BERT, RoBERTa), or
+    else through attention (DeBERTa-v2 and v3). If the checkpoint has the frozen backbone too, it is compared with the
+    base model.
 
     RoBERTa's head for sequence classification is there one linear layer after the backbone's pooler, which
     transformers' model does not have. Pooler and layer together are transformers' head.
@@ -90,13 +97,17 @@ def import_ptuning_v2(
     head, modules = _take_head(source, weights, base, _HEADS[task])
     loader.check_complete(missing, head)
     hidden = prefix.get("hidden.weight")
+    entry_point, found = _find_entry_point(base)
+    # DeBERTa-v3 has no table of positions, only relative ones, and embeddings that take positions and do not use them.
+    has_positions = entry_point == "cache" or any(position.movable for position in found.positions)
     config = PrefixTuningV2Config(
         task_type=None if task in _TASKS_WITHOUT_TYPE else task,
         num_virtual_tokens=len(prefix["embedding.weight"]),
         prefix_projection=hidden is not None,
         encoder_hidden_size=None if hidden is None else len(hidden),
         prefix_dropout=settings.get("hidden_dropout_prob", PrefixTuningV2Config.prefix_dropout),
-        shift_positions=True,
+        entry_point=entry_point,
+        shift_positions=has_positions,
         modules_to_save=modules,
     )
     model = loader.add_adapter(base, config, with_root(PREFIX_ROOT, prefix) | with_root(SAVED_ROOT, head))
@@ -156,6 +167,18 @@ def _take_prefix(source: AnyPath, weights: dict[str, Tensor]) -> dict[str, Tenso
     return {_ENCODER_NAMES[key]: tensor for key, tensor in parts.items()}
 
 
+def _find_entry_point(base: PreTrainedModel) -> tuple[EntryPoint, FoundTargets]:
+    """Return where a prefix enters a model, and the modules that take it: through the cache if there is one.
+
+    Raises:
+        UnsupportedBackboneError: If the model takes no prefix.
+    """
+    try:
+        return "cache", find_targets(base)
+    except UnsupportedBackboneError:
+        return "attention", find_attention_targets(base)
+
+
 def _take_head(
     source: AnyPath, weights: dict[str, Tensor], base: PreTrainedModel, name: str | None
 ) -> tuple[dict[str, Tensor], list[str]]:
@@ -182,7 +205,16 @@ def _take_head(
             f"{source} was trained on another base model than {base.name_or_path}, or its backbone was not frozen: "
             f"{len(changed)} of its tensors differ, {changed[0]} for one."
         )
-    head = {key: tensor for key, tensor in weights.items() if not key.startswith(their_root)} if name else {}
+    head = {key: tensor for key, tensor in weights.items() if not key.startswith(their_root)}
+    if name is None:
+        heads = tuple(f"{each}." for each in _HEADS.values() if each)
+        unknown = next((key for key in head if not key.startswith(heads)), None)
+        if unknown is not None:
+            raise ValueError(
+                f"{source} was trained on another base model than {base.name_or_path}: {type(base).__name__} has no "
+                f"{shorten(unknown)}."
+            )
+        head = {}
     if f"{name}.out_proj.weight" in own and f"{name}.weight" in head:
         if not pooler:
             raise ValueError(

@@ -54,6 +54,21 @@ MORE = {
         **SMALL, num_key_value_heads=2, intermediate_size=48, pad_token_id=0, initializer_range=0.2, sliding_window=8
     ),
     "deberta": lambda: tr.DebertaConfig(**SMALL, intermediate_size=48),
+    "deberta-v2": lambda: tr.DebertaV2Config(
+        **SMALL,
+        intermediate_size=48,
+        initializer_range=0.2,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=4,
+        max_relative_positions=16,
+        max_position_embeddings=tiny.LENGTH,
+        share_att_key=True,
+        position_biased_input=False,
+        type_vocab_size=0,
+        norm_rel_ebd="layer_norm",
+        conv_kernel_size=0,
+    ),
 }
 # What PEFT says of token types and names of base models, and transformers of tiny models.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -70,9 +85,9 @@ def _more_kinds(monkeypatch):
 def save_base(folder: Path, kind: str, auto_class: str | None = None, **changes) -> str:
     """The folder of a tiny model, as it would be downloaded."""
     if auto_class is None:
-        auto_class = {"bert": "AutoModel", "roberta": "AutoModel", "deberta": "AutoModel"}.get(
-            kind, "AutoModelForSeq2SeqLM" if kind in ("t5", "bart") else "AutoModelForCausalLM"
-        )
+        auto_class = "AutoModelForSeq2SeqLM" if kind in ("t5", "bart") else "AutoModelForCausalLM"
+        if kind in ("bert", "roberta", "deberta", "deberta-v2"):
+            auto_class = "AutoModel"
     if kind == "t5":
         # With tiny's factor of 5 a change of 1e-7 in the weights is one of 1e-3 in the logits: no place for equality.
         changes = {"initializer_factor": 1.0, **changes}
@@ -150,8 +165,9 @@ def ptuning_weights(base: str, kind: str, task: str, projection: bool) -> dict[s
     """What its trainer saves: the whole model, which for three of the tasks has its backbone's pooler."""
     backbone = tr.AutoModel.from_pretrained(base).state_dict()
     pooled = task in ("SEQ_CLS", "MULTIPLE_CHOICE")
-    weights = {f"{kind}.{key}": tensor for key, tensor in backbone.items() if pooled or "pooler" not in key}
-    weights[f"{kind}.embeddings.position_ids"] = torch.arange(64).unsqueeze(0)  # a buffer that was saved then
+    root = kind.partition("-")[0]
+    weights = {f"{root}.{key}": tensor for key, tensor in backbone.items() if pooled or "pooler" not in key}
+    weights[f"{root}.embeddings.position_ids"] = torch.arange(64).unsqueeze(0)  # a buffer that was saved then
     generator = torch.Generator().manual_seed(3)
 
     def new(*shape: int) -> Tensor:
@@ -182,7 +198,7 @@ def ptuning_settings(base: str, kind: str, task: str, projection: bool) -> dict:
     }[task]
     return {
         "_name_or_path": base,
-        "architectures": [kind.title() + model],
+        "architectures": [kind.title().replace("-", "") + model],
         "model_type": kind,
         "pre_seq_len": N,
         "prefix_projection": projection,
@@ -211,6 +227,9 @@ def ptuning(
     if "prefix_encoder.trans.0.weight" in weights:
         table = linear(weights, "prefix_encoder.trans.2", torch.tanh(linear(weights, "prefix_encoder.trans.0", table)))
     ids, mask = (inputs[name].flatten(0, -2) for name in ("input_ids", "attention_mask"))
+    if kind == "deberta-v2":
+        states = reference.deberta_v2(tiny.config(kind), weights, ids, mask, table if prefix else None, shift)
+        return linear(weights, "classifier", states)[inputs["attention_mask"].bool()]
     # The reference computes transformers' logits too, which are not asked for here.
     square, flat = torch.zeros(tiny.HIDDEN, tiny.HIDDEN), torch.zeros(tiny.HIDDEN)
     names = ("bert.pooler.dense", "classifier", "classifier.dense", "classifier.out_proj")
@@ -578,6 +597,40 @@ def test_ptuning_v2_refuses_half_of_a_roberta_head(tmp_path):
         import_ptuning_v2(tmp_path / "run.bin", tmp_path / "adapter", base, "SEQ_CLS")
 
 
+def test_ptuning_v2_of_another_model_with_as_many_columns(tmp_path):
+    base = save_base(tmp_path / "base", "roberta")
+    save_ptuning(tmp_path / "run", save_base(tmp_path / "bert", "bert"), "bert", "TOKEN_CLS")
+    with pytest.raises(ValueError, match=r"another base model than .*RobertaModel has no bert\.embeddings"):
+        import_ptuning_v2(tmp_path / "run", tmp_path / "adapter", base, "FEATURE_EXTRACTION")
+
+
+DEBERTA_V2 = {
+    "table": (False, {}),
+    "mlp": (True, {"share_att_key": False}),
+    "positions": (False, {"position_biased_input": True}),
+    "convolution": (False, {"conv_kernel_size": 3, "conv_act": "tanh"}),
+}
+
+
+@pytest.mark.parametrize("case", DEBERTA_V2)
+def test_ptuning_v2_of_deberta_v2(case, tmp_path, monkeypatch):
+    """It has this model for tokens only."""
+    kind, task, (projection, changes) = "deberta-v2", "TOKEN_CLS", DEBERTA_V2[case]
+    monkeypatch.setitem(tiny.CONFIGS, kind, lambda: tr.DebertaV2Config(**{**MORE[kind]().to_dict(), **changes}))
+    base = save_base(tmp_path / "base", kind)
+    weights = save_ptuning(tmp_path / "run", base, kind, task, projection)
+    import_ptuning_v2(tmp_path / "run", tmp_path / "adapter")
+    config, shifts = config_of(tmp_path / "adapter"), "position_biased_input" in changes
+    assert (config["entry_point"], config["shift_positions"]) == ("attention", shifts)
+    # The convolution sees padding there, which transformers sets to zero.
+    inputs = inputs_of(task, kind, None if case == "convolution" else "right")
+    expected = ptuning(kind, task, weights, inputs)
+    assert_equal(answers(load(base, task, tmp_path / "adapter"), task, inputs), expected)
+    assert_differ(expected, ptuning(kind, task, weights, inputs, prefix=False))
+    if shifts:
+        assert_differ(expected, ptuning(kind, task, weights, inputs, shift=0))
+
+
 def test_ptuning_v2_refuses_deberta(tmp_path):
     base = save_base(tmp_path / "base", "deberta")
     torch.save(ptuning_weights(base, "deberta", "TOKEN_CLS", False), tmp_path / "run.bin")
@@ -775,6 +828,7 @@ def test_a_window_is_warned_of(tmp_path):
         ("bert", "SEQ_CLS", {"layers_to_transform": [1]}, r"no prefix in front of layers \[0, 2\]"),
         ("bart", "SEQ_2_SEQ_LM", {}, r"prefix in front of encoder 0,1,2: .*target_attention=\['decoder'\]"),
         ("bert", "MULTIPLE_CHOICE", {"modules_to_save": ["classifier"]}, "no task type .*BertForMultipleChoice"),
+        ("bert", "SEQ_CLS", {"entry_point": "attention"}, "`entry_point='attention'`, and PEFT's .* the cache"),
     ],
 )
 def test_export_refuses(kind, task, settings, words, tmp_path):
