@@ -68,15 +68,11 @@ def _train_together(options: Any) -> None:
         raise ValueError("give either --config RECIPE (with or without --output_dir), or --resume FOLDER.")
     from .training.multitask import load_joint_recipe, train_together
 
-    trust = {"trust_remote_code": options.trust_remote_code}
-    if options.resume is None:
-        output_dir = {} if options.output_dir is None else {"output_dir": options.output_dir}
-        recipe = load_joint_recipe(options.config, **output_dir, **trust)
-    else:
-        path = Path(options.resume, "recipe.yaml")
-        if not path.is_file():
-            raise ValueError(f"--resume: there is no run in {options.resume!r} (no recipe.yaml).")
-        recipe = load_joint_recipe(path, output_dir=options.resume, **trust)
+    config, output_dir = options.config, options.output_dir
+    if options.resume is not None:
+        config, output_dir = _recipe_of_run(options.resume), options.resume
+    given = {} if output_dir is None else {"output_dir": output_dir}
+    recipe = load_joint_recipe(config, trust_remote_code=options.trust_remote_code, **given)
     results = train_together(recipe, resume=options.resume is not None, overwrite=options.overwrite)
     if _is_first_process():
         splits = ("validation", "test")
@@ -548,6 +544,14 @@ def _describe_type(hint: Any) -> str:
     return names.get(get_origin(hint) or hint, "a mapping")
 
 
+def _recipe_of_run(folder: str) -> str:
+    """The path of the recipe in the output folder of a run. If there is none, exit with a message."""
+    path = os.path.join(folder, "recipe.yaml")
+    if not os.path.isfile(path):
+        raise SystemExit(f"prefix-adapter: --resume: there is no run in {folder!r} (no recipe.yaml).")
+    return path
+
+
 def _with_recipe_of_run(arguments: list[str]) -> list[str]:
     """Add the recipe and the output folder of a run to `train --resume FOLDER`."""
     result: list[str] = []
@@ -557,10 +561,7 @@ def _with_recipe_of_run(arguments: list[str]) -> list[str]:
             folder = folder or next(iter(arguments[place + 1 :]), "")
             if not folder:
                 return arguments  # the parser reports the missing value
-            recipe = os.path.join(folder, "recipe.yaml")
-            if not os.path.isfile(recipe):
-                raise SystemExit(f"prefix-adapter train: --resume: there is no run in {folder!r} (no recipe.yaml).")
-            result += ["--config", recipe, "--output_dir", folder]
+            result += ["--config", _recipe_of_run(folder), "--output_dir", folder]
         result.append(argument)
     return result
 

@@ -70,7 +70,7 @@ MORE = {
         conv_kernel_size=0,
     ),
 }
-# What PEFT says of token types and names of base models, and transformers of tiny models.
+# PEFT warns about token types and names of base models, transformers about tiny models.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
@@ -89,7 +89,7 @@ def save_base(folder: Path, kind: str, auto_class: str | None = None, **changes)
         if kind in ("bert", "roberta", "deberta", "deberta-v2"):
             auto_class = "AutoModel"
     if kind == "t5":
-        # With tiny's factor of 5 a change of 1e-7 in the weights is one of 1e-3 in the logits: no place for equality.
+        # With the factor 5 of `tiny`, a change of 1e-7 in the weights changes the logits by 1e-3.
         changes = {"initializer_factor": 1.0, **changes}
     tiny.model(kind, auto_class, **changes).save_pretrained(folder)
     return str(folder)
@@ -106,7 +106,7 @@ def load(base: str, task: str, adapter: Path) -> PeftModel:
 
 
 def draw(module: nn.Module, seed: int = 2) -> None:
-    """Other numbers for what is trained: a prefix that cannot be overlooked, and a head."""
+    """Draw the trained parameters anew, so that the prefix and the head have a large effect."""
     tiny.randomize(module, seed=seed)
 
 
@@ -123,7 +123,7 @@ def inputs_of(task: str, kind: str, side: str | None = "right") -> dict[str, Ten
 
 @torch.no_grad()
 def answers(model: nn.Module, task: str, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits or states, those of padding left out."""
+    """The logits or hidden states, without those of padding."""
     own = isinstance(model, PeftModel) and model.peft_type == "PREFIX_TUNING"
     output = reference.output_of_peft(model, **inputs) if own else model(**inputs)
     if task == "QUESTION_ANS":
@@ -141,7 +141,7 @@ def assert_equal(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_differ(one: Tensor, other: Tensor) -> None:
-    """Differ by so much that an equality test that passes does not pass because there was nothing to see."""
+    """Assert that two outputs differ so much that a test for equality could fail."""
     assert (one - other).abs().max() > 1e-2
 
 
@@ -158,16 +158,16 @@ def assert_same_files(one: Path, other: Path) -> None:
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
-# ---- P-tuning-v2, by its own words: model/*.py of THUDM/P-tuning-v2
+# ---- P-tuning-v2, after model/*.py of THUDM/P-tuning-v2
 
 
 def ptuning_weights(base: str, kind: str, task: str, projection: bool) -> dict[str, Tensor]:
-    """What its trainer saves: the whole model, which for three of the tasks has its backbone's pooler."""
+    """The state dict of its trainer: the whole model, for three of the tasks with the pooler."""
     backbone = tr.AutoModel.from_pretrained(base).state_dict()
     pooled = task in ("SEQ_CLS", "MULTIPLE_CHOICE")
     root = kind.partition("-")[0]
     weights = {f"{root}.{key}": tensor for key, tensor in backbone.items() if pooled or "pooler" not in key}
-    weights[f"{root}.embeddings.position_ids"] = torch.arange(64).unsqueeze(0)  # a buffer that was saved then
+    weights[f"{root}.embeddings.position_ids"] = torch.arange(64).unsqueeze(0)  # saved by older versions
     generator = torch.Generator().manual_seed(3)
 
     def new(*shape: int) -> Tensor:
@@ -230,7 +230,7 @@ def ptuning(
     if kind == "deberta-v2":
         states = reference.deberta_v2(tiny.config(kind), weights, ids, mask, table if prefix else None, shift)
         return linear(weights, "classifier", states)[inputs["attention_mask"].bool()]
-    # The reference computes transformers' logits too, which are not asked for here.
+    # `reference.py` also computes transformers' head. It gets zeros here, because its logits are not used.
     square, flat = torch.zeros(tiny.HIDDEN, tiny.HIDDEN), torch.zeros(tiny.HIDDEN)
     names = ("bert.pooler.dense", "classifier", "classifier.dense", "classifier.out_proj")
     others = {f"{name}.{part}": tensor for name in names for part, tensor in (("weight", square), ("bias", flat))}
@@ -331,7 +331,7 @@ def test_ptuning_v2_prefix_alone(kind, tmp_path):
 
 
 class Anything:
-    """A class that a pickle of tensors has no use for."""
+    """A class that no pickle of tensors needs."""
 
 
 def break_ptuning(weights: dict, what: str) -> None:
@@ -411,7 +411,7 @@ EMBEDDING = "prefix_encoder.embedding.weight"
 
 
 class Makes:
-    """In a pickle: the result of a call."""
+    """Is pickled as a call with arguments."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -421,7 +421,7 @@ class Makes:
 
 
 def rewrite(path: Path, change, compression=zipfile.ZIP_STORED) -> None:
-    """Write the records of an archive of `torch.save` again, changed."""
+    """Change the records of an archive of `torch.save`, and write it again."""
     with zipfile.ZipFile(path) as archive:
         records = {record.filename: archive.read(record) for record in archive.infolist()}
     with zipfile.ZipFile(path, "w", compression) as archive:
@@ -445,7 +445,7 @@ def compressed(path: Path) -> None:
 
 
 def opcode(data: bytes):
-    """A pickle that begins with other opcodes, whose results it drops."""
+    """Put opcodes in front of a pickle. Their results are dropped."""
 
     def make(path: Path) -> None:
         torch.save({EMBEDDING: torch.zeros(4, 192)}, path)
@@ -500,13 +500,13 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_ptuning_v2_of_a_stranger(name, tmp_path):
-    """Each is refused in words that name the file and the tensor, before any memory is asked for."""
+    """The error names the file and the tensor, and comes before any memory is allocated."""
     make, words = HOSTILE[name]
     path = tmp_path / "x.bin"
     try:
         make(path)
     except ModuleNotFoundError as error:
-        # pickle looks through all modules for a name, and a lazy module of an older transformers imports another one.
+        # pickle searches all modules for a name. This makes lazy modules of older transformers import others.
         pytest.skip(f"torch.save cannot make the file here: {error}")
     tracemalloc.start()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -561,8 +561,8 @@ def test_ptuning_v2_reads_what_torch_reads(dtype, tmp_path):
 
 
 @settings(max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-@example(place=0.5078125, change=b"", cut=1, in_pickle=True)  # another object in the place of the storage
-@example(place=0.53125, change=b"", cut=1, in_pickle=True)  # a number in the place of the sizes
+@example(place=0.5078125, change=b"", cut=1, in_pickle=True)  # another object instead of the storage
+@example(place=0.53125, change=b"", cut=1, in_pickle=True)  # a number instead of the sizes
 @given(
     place=st.floats(0, 1),
     change=st.binary(max_size=6),
@@ -642,7 +642,7 @@ def test_ptuning_v2_refuses_deberta(tmp_path):
 
 
 def save_peft(folder: Path, base: str, task: str, **settings) -> PeftModel:
-    """An adapter of PEFT's with a prefix and a head that cannot be overlooked."""
+    """Save an adapter of PEFT whose prefix and head have a large effect."""
     config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=N, **settings)
     model = peft.get_peft_model(load_base(base, task), config).eval()
     draw(model)
@@ -677,14 +677,14 @@ BOTH_WAYS = [
 
 
 def check_same(base: str, kind: str, task: str, one: Path, other: Path) -> None:
-    """Two adapters compute the same, padded and not, and something else than the base."""
+    """Assert that two adapters give the same outputs, with and without padding, and the base model others."""
     models = [load(base, task, folder) for folder in (one, other)]
     sides = (None, "right", "left") if task == "CAUSAL_LM" else (None, "right")
     for side in sides:
         inputs = inputs_of(task, kind, side)
         left, right = (answers(model, task, inputs) for model in models)
         assert_equal(left, right)
-    if task != "FEATURE_EXTRACTION":  # in which PEFT drops token types
+    if task != "FEATURE_EXTRACTION":  # PEFT drops the token types of this task
         assert_differ(right, answers(load_base(base, task), task, inputs))
 
 
@@ -707,7 +707,7 @@ def test_peft_generates_the_same(kind, task, tmp_path):
 
 
 def test_peft_that_does_not_run_is_said_and_compared(tmp_path):
-    """PEFT's keys and values in the backbone are what its own forward passes, where it has one that works."""
+    """The check passes PEFT's keys and values to the backbone. PEFT's own forward, where it works, does the same."""
     base = save_base(tmp_path / "base", "bert")
     model = save_peft(tmp_path / "peft", base, "SEQ_CLS")
     runs = reference.PEFT_RUNS
@@ -781,7 +781,7 @@ def test_peft_projection_is_a_table(tmp_path):
 
 
 def test_base_model_elsewhere(tmp_path):
-    """The names in the files stay those under which the adapter was trained."""
+    """The files keep the name of the base model that the adapter was trained with."""
     base = save_base(tmp_path / "base", "bert")
     save_peft(tmp_path / "peft", base, "SEQ_CLS")
     change(tmp_path / "peft", base_model_name_or_path="someone/bert")
@@ -794,7 +794,7 @@ def test_base_model_elsewhere(tmp_path):
 
 
 def test_questions_with_token_types(tmp_path):
-    """PEFT's own model class drops them: an adapter that was trained with them is refused."""
+    """PEFT's model class drops them, so an adapter that was trained with them is rejected."""
     task, head = "QUESTION_ANS", {"modules_to_save": ["qa_outputs"]}
     base = save_base(tmp_path / "base", "bert")
     save_ours(tmp_path / "ours", base, None, task, **head)
@@ -892,7 +892,7 @@ def test_import_refuses(what, words, tmp_path):
 
 
 def test_what_computes_something_else_is_refused(tmp_path, monkeypatch):
-    """Whatever PEFT may do on a backbone that nobody has thought of: both are run before anything is written."""
+    """Both adapters are run before anything is written, so an unknown difference of PEFT's is an error."""
     base = save_base(tmp_path / "base", "gpt2")
     save_peft(tmp_path / "peft", base, "CAUSAL_LM")
     import_peft(tmp_path / "peft", tmp_path / "ours")
@@ -912,7 +912,7 @@ def test_what_computes_something_else_is_refused(tmp_path, monkeypatch):
 
 
 def test_t5_for_feature_extraction(tmp_path):
-    """PEFT hands its decoder a cache that serves self-attention and cross-attention at once."""
+    """PEFT passes one cache for the decoder's self-attention and its cross-attention."""
     base = save_base(tmp_path / "base", "t5")
     save_peft(tmp_path / "peft", base, "FEATURE_EXTRACTION")
     with pytest.raises(ValueError, match=r"computes other last_hidden_state|PEFT's own prefix tuning fails"):
@@ -920,7 +920,7 @@ def test_t5_for_feature_extraction(tmp_path):
 
 
 def test_a_base_without_a_pooler(tmp_path):
-    """It is drawn anew at every loading: nothing to a bare backbone, the end of a head that reads it."""
+    """The pooler is random at each loading. A bare backbone works without it, a head that reads it does not."""
     base = save_base(tmp_path / "base", "bert", "AutoModelForMaskedLM")
     save_peft(tmp_path / "peft", base, "FEATURE_EXTRACTION")
     import_peft(tmp_path / "peft", tmp_path / "ours")
@@ -990,7 +990,7 @@ def test_help_suffices(command, capsys):
 
 
 def test_export_with_new_words(tmp_path):
-    """PEFT saves the embeddings of a resized vocabulary; they go into a base model of their own."""
+    """PEFT saves the embeddings of a resized vocabulary. The converted adapter needs a base model that has them."""
     base = save_base(tmp_path / "base", "llama")
     resized = load_base(base, "CAUSAL_LM")
     words = resized.get_input_embeddings().weight.shape[0] + 5

@@ -1,4 +1,4 @@
-"""Publishing an adapter and loading it again, through a Hub on loopback; the model card; what happens without us."""
+"""Publish an adapter and load it again, through a Hub on loopback; the model card; PEFT without this package."""
 
 import json
 import os
@@ -23,13 +23,13 @@ TESTS = Path(__file__).parents[1]
 ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 HEADING = "## Load this adapter"
 
-# PEFT, not we, asks transformers for a deprecated name, and for the vocabulary of a base model that is not there.
+# PEFT uses a deprecated name of transformers, and looks for the vocabulary of a base model that does not exist.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
     pytest.mark.filterwarnings("ignore:Could not find a config file in user/base"),
 ]
 
-# What both of the processes below start with.
+# Both processes below start with this code.
 COMMON = """
 import sys
 import tiny, torch, transformers
@@ -70,7 +70,7 @@ torch.save({
 
 
 def python(code, folder, **environment):
-    """Run `code` in a new process, whose Hub cache and settings are its own."""
+    """Run `code` in a new process, with its own Hub cache and settings."""
     search_path = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -84,7 +84,7 @@ def python(code, folder, **environment):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A Hub that an adapter has been published to, and what two processes made of it."""
+    """A Hub with a published adapter, and the outputs of the process that published it and of one that loaded it."""
     with serve() as hub:
         network = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
         network |= {"HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
@@ -106,7 +106,7 @@ def test_uploaded_files(published):
     for name in ("user/pushed", "user/ours", "user/uploaded"):
         assert published.repos[name].keys() == ADAPTER_FILES
     assert published.commits["user/pushed"] == [ADAPTER_FILES]
-    # The MLP and the head, and nothing of the backbone.
+    # The MLP and the head, without the backbone.
     prefix = 5 * 32 + (32 + 1) * 32 + (32 + 1) * tiny.LAYERS * 2 * tiny.HIDDEN
     values = prefix + (tiny.HIDDEN + 1) * 3
     assert 4 * values < len(published.repos["user/pushed"]["adapter_model.safetensors"]) < 4 * values + 2000
@@ -144,7 +144,7 @@ def test_card_on_the_hub(published, name):
 
 @pytest.mark.parametrize("name", ["README.md", "notes/more.txt"])
 def test_a_link_out_of_the_folder_is_not_uploaded(name, tmp_path):
-    """A stranger's folder might have one to a secret."""
+    """A link in a stranger's folder may point to a secret."""
     save(tmp_path / "adapter", PrefixTuningV2Config(task_type="SEQ_CLS"))
     (tmp_path / "secret").write_text("secret")
     link = tmp_path / "adapter" / name
@@ -196,7 +196,7 @@ def test_card_is_not_written_twice_and_keeps_what_a_user_wrote(tmp_path):
 
 
 def test_card_keeps_our_tag_when_saved_again(tmp_path):
-    # PEFT writes its own tags over all others each time.
+    # PEFT replaces all tags each time.
     model, _ = save(tmp_path, PrefixTuningV2Config(task_type="SEQ_CLS"))
     model.save_pretrained(tmp_path)
     assert "prefix-adapter" in ModelCard.load(tmp_path / "README.md").data.tags
@@ -220,7 +220,7 @@ def test_second_adapters_folder_has_a_card(tmp_path):
     assert HEADING in card.text and "7 virtual tokens" in card.text and "prefix-adapter" in card.data.tags
 
 
-# ---- Without us
+# ---- Without this package
 
 
 def test_without_the_import_an_error_names_the_type(tmp_path):
@@ -235,7 +235,7 @@ def test_without_the_import_an_error_names_the_type(tmp_path):
     )
     message = done.stderr.strip().splitlines()[-1]
     assert done.returncode != 0 and "PREFIX_TUNING_V2" in message, done.stderr[-2000:]
-    # The card quotes it, for those who search for it.
+    # The card quotes the error, so that people find it.
     assert message in card.text
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "PREFIX_TUNING_V2"

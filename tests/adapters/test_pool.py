@@ -1,4 +1,4 @@
-"""AdapterPool: every row of a batch with an adapter of its own, loaded on demand, and never another's."""
+"""AdapterPool: each row of a batch has its own adapter, which is loaded on demand."""
 
 import json
 import math
@@ -26,7 +26,7 @@ LABELS = {"short": 3, "long": 2, "some": 7, "shifted": 3}
 
 
 def save(folder, kind, name, labels=None, task="own", **settings):
-    """A random adapter, saved, with a head for so many labels."""
+    """Save a random adapter with a head for this number of labels."""
     auto_class, task_type = TASKS[kind]
     base = tiny.model(kind, auto_class, num_labels=labels or LABELS[name])
     config = PrefixTuningV2Config(task_type=task_type if task == "own" else task, **{**SETTINGS[name], **settings})
@@ -98,7 +98,7 @@ def test_least_recently_used_are_dropped(folders):
     for name in ("short", "some", "shifted", "short"):
         pool([paths[name]], input_ids=tiny.ids(1))
     pool.load(paths["long"])
-    assert list(pool.loaded) == [paths["short"], paths["long"]]  # "some" and "shifted" were asked for before "short"
+    assert list(pool.loaded) == [paths["short"], paths["long"]]  # "some" and "shifted" were used before "short"
     names = {name for name, _ in pool.model.named_parameters()}
     assert not any(f".{gone}." in name for name in names for gone in ("adapter1", "adapter2"))
     everything = [paths[name] for name in ("short", "some", "shifted", "long")]
@@ -114,14 +114,14 @@ def test_a_batch_may_fill_the_pool(folders):
     paths = [str(folders / "bert" / name) for name in ("short", "some", "long")]
     total = sum(pool_of("bert").load(path).num_bytes for path in paths)
     pool = pool_of("bert", max_bytes=total)
-    for first in range(3):  # whatever was there before
+    for first in range(3):  # with different adapters in memory
         pool([folders / "bert" / "shifted", paths[first]], input_ids=tiny.ids(2))
         pool(paths, input_ids=tiny.ids(3))
         assert set(pool.loaded) == set(paths)
 
 
 def test_what_is_loaded_is_not_looked_for_again(tmp_path):
-    """Neither on disk nor on the Hub: a batch of adapters in memory needs no files."""
+    """A batch whose adapters are in memory reads no files and does not ask the Hub."""
     path, ids = save(tmp_path, "bert", "short"), tiny.ids(1)
     pool = pool_of("bert")
     expected = pool([path], input_ids=ids).logits
@@ -182,7 +182,7 @@ def test_none_there(monkeypatch):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_loading_is_all_or_nothing(first, folders):
-    """An error or a Ctrl-C at any step: the rows of the others and of the base model are what they were."""
+    """After an error or a Ctrl-C at any step, the other adapters and the base model give their outputs as before."""
     paths = [str(folders / "bert" / name) for name in ("some", "long")]
     ids, wanted = tiny.ids(2), paths[0 if first else 1]
 
@@ -240,7 +240,7 @@ def test_a_first_load_that_fails_after_the_check(damage, tmp_path, monkeypatch):
 
 
 def grow(folder, tokens=None, labels=None, width=None):
-    """Make a saved adapter of a BERT larger, config and file; the file is a hole and takes no room."""
+    """Enlarge a saved adapter of a BERT, its config and its file. The file is sparse and takes no space."""
     config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     shapes = {name: list(tensor.shape) for name, tensor in load_file(file).items()}
     settings = json.loads(config.read_text())
@@ -280,7 +280,7 @@ def grow(folder, tokens=None, labels=None, width=None):
     ],
 )
 def test_what_an_adapter_may_cost(name, changes, bounds, words, tmp_path, monkeypatch):
-    """It is refused before the model gets it, and before its numbers are read."""
+    """It is rejected before its numbers are read and before the model changes."""
     path = save(tmp_path, "bert", name)
     grow(tmp_path / name, **changes)
     pool, ids = pool_of("bert", **bounds), tiny.ids(1)
@@ -310,7 +310,7 @@ def test_what_is_within_the_bounds_is_loaded(tmp_path):
 
 
 def test_threads(folders):
-    """Eight threads with batches of their own, in a pool that is too small for all adapters."""
+    """Eight threads use one pool, which is too small for all adapters."""
     paths = {name: str(folders / "bert" / name) for name in SETTINGS}
     ids = tiny.ids(8)
     expected = {}

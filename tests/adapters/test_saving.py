@@ -1,4 +1,4 @@
-"""What is saved, and what comes back: files, configs, resumed training, `AutoPeftModel`, folding."""
+"""Saving and loading: files, configs, resumed training, `AutoPeftModel`, folding."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def config(projection: bool = False, **settings) -> PrefixTuningV2Config:
 
 
 def case(kind: str, projection: bool = False, name: str = "default", **settings) -> PeftModel:
-    """A tiny model with an adapter that has an effect that cannot be overlooked."""
+    """A tiny model with an adapter that has a large effect."""
     auto_class, task_type = CASES[kind][:2]
     settings = {"task_type": task_type, **settings}
     model = get_peft_model(tiny.model(kind, auto_class), config(projection, **settings), adapter_name=name)
@@ -106,7 +106,7 @@ def expected_shapes(kind: str, projection: bool) -> dict[str, list[int]]:
 
 
 def check_file(path: Path, shapes: dict[str, list[int]]) -> None:
-    """The file holds exactly these tensors, as float32, and nothing else."""
+    """Assert that the file has exactly these tensors, in float32."""
     with safe_open(path, "pt") as file:
         assert {key: file.get_slice(key).get_shape() for key in file.keys()} == shapes  # noqa: SIM118
         assert {file.get_slice(key).get_dtype() for key in shapes} == {"F32"}
@@ -115,7 +115,7 @@ def check_file(path: Path, shapes: dict[str, list[int]]) -> None:
     assert path.stat().st_size == 8 + header + 4 * numbers
 
 
-# ---- What is written
+# ---- Saving
 
 
 @pytest.mark.parametrize("projection", [False, True])
@@ -178,7 +178,7 @@ def test_a_second_save_changes_nothing(kind, tmp_path):
 
 @pytest.mark.parametrize("earlier", [None, "safetensors", "pickle"])
 def test_no_pickle_is_written(earlier, tmp_path):
-    """Nobody would read it again."""
+    """This package reads no pickles, so it would be of no use."""
     model = case("bert")
     if earlier == "safetensors":
         draw(case("bert"), seed=8).save_pretrained(tmp_path)
@@ -213,7 +213,7 @@ def test_somebody_elses_pickle_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("left", [0, 2_000, 12_000])
 def test_a_full_disk_leaves_the_adapter_that_was_there(left, tmp_path, small_disk):
-    """With room for so many bytes besides."""
+    """The limit leaves room for this number of further bytes."""
     model = case("bert")
     model.save_pretrained(small_disk)
     before = answers(PeftModel.from_pretrained(fresh("bert"), small_disk), "bert")
@@ -257,13 +257,13 @@ def test_a_write_that_fails_leaves_what_was_there(name, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(tmp_path)
-    # PEFT has renewed the card by then.
+    # PEFT has already replaced the card.
     assert {**files(tmp_path), "README.md": b""} == {**before, "README.md": b""}
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
 def test_a_card_that_is_no_file(kind, tmp_path):
-    """A stranger's folder: nothing is written through a link, and a pipe is not waited for."""
+    """In a stranger's folder, saving writes through no link and does not wait for a pipe."""
     card, other = tmp_path / "adapter" / "README.md", tmp_path / "other"
     card.parent.mkdir()
     other.write_text("mine")
@@ -282,7 +282,7 @@ def test_a_card_that_is_no_file(kind, tmp_path):
     assert other.read_text() == "mine"
 
 
-# ---- What comes back
+# ---- Loading
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -303,7 +303,7 @@ def test_reload_is_bit_equal(kind, projection, trainable, tmp_path):
     loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
     old, new = (json.loads((folder / CONFIG).read_text()) for folder in (tmp_path, tmp_path / "again"))
-    # PEFT itself adds the names of the heads once more at every load.
+    # PEFT adds the names of the heads again at every load.
     assert set(new.pop("modules_to_save") or ()) == set(old.pop("modules_to_save") or ())
     assert new == old
 
@@ -429,7 +429,7 @@ def test_ignoring_mismatched_sizes_leaves_no_random_weights(tmp_path):
     with pytest.raises(ValueError, match="`ignore_mismatched_sizes` has no effect") as error:
         PeftModel.from_pretrained(fresh("bert", num_labels=9), tmp_path, ignore_mismatched_sizes=True)
     assert "classifier" in str(error.value) and "prefix_adapter.init_from" in str(error.value)
-    # The way out that the error names.
+    # The solution that the error names.
     model = get_peft_model(fresh("bert", num_labels=9), config(task_type="SEQ_CLS"))
     prefix_adapter.init_from(model, tmp_path)
     saved = load_file(tmp_path / WEIGHTS)[f"{KEY}embedding.weight"]
@@ -546,7 +546,7 @@ def test_fold_one_adapter_of_several():
 
 
 def folder_of(kind: str, folder: Path) -> None:
-    """A folder that cannot be folded."""
+    """Make a folder that cannot be folded."""
     if kind == "lora":
         get_peft_model(tiny.model("bert"), LoraConfig(target_modules=["query"])).save_pretrained(folder)
         return
@@ -617,7 +617,7 @@ def test_sizes_for_bert_base(tmp_path):
 
 
 def test_base_model_with_as_many_columns_in_other_layers(tmp_path):
-    """6 layers of 768 have as many columns as 12 of 384: nothing but the layout tells them apart."""
+    """6 layers of 768 have as many columns as 12 of 384. They differ in the layout alone."""
     model = get_peft_model(tiny.model("bert", num_hidden_layers=2), PrefixTuningV2Config())
     model.save_pretrained(tmp_path)
     other = tiny.model("bert", num_hidden_layers=4, hidden_size=16)
@@ -635,7 +635,7 @@ def test_one_config_for_several_models():
     assert config.to_dict()["prefix_layout"] is None
 
 
-# ---- New words: PEFT saves the embeddings of a vocabulary that was resized
+# ---- New words: PEFT saves the embeddings of a resized vocabulary
 
 WORDS = {
     "bert": ("bert", "AutoModelForSequenceClassification", "SEQ_CLS", {}),
@@ -649,7 +649,7 @@ NEW = 5
 
 @pytest.fixture
 def base(request, tmp_path):
-    """Loads a base model from its folder, the same at every call; with `words` it knows new ones."""
+    """Load the same base model at every call, with `words` added to its vocabulary."""
     kind, auto_class, _, changes = WORDS[request.param]
     tiny.model(kind, auto_class, **changes).save_pretrained(tmp_path / "base")
 
@@ -665,7 +665,7 @@ def base(request, tmp_path):
 
 @torch.no_grad()
 def with_new_words(model, kind):
-    """Outputs for texts in which each of the new words occurs."""
+    """The outputs for texts that contain all new words."""
     inputs = inputs_of(kind)
     for position in range(NEW):
         inputs["input_ids"][:, position] = tiny.VOCAB + position
@@ -698,7 +698,7 @@ def test_new_words_come_back(base, name, wrapped_first, trained, tmp_path):
         assert torch.equal(with_new_words(loaded, kind), expected)
     loaded.save_pretrained(tmp_path / "again")
     assert load_file(tmp_path / "again" / WEIGHTS).keys() == load_file(tmp_path / "adapter" / WEIGHTS).keys()
-    # Into an adapter that is there, as `Trainer` loads its best one and resumes.
+    # Into an adapter that the model has, as `Trainer` loads its best checkpoint and resumes.
     resumed = get_peft_model(base(NEW, 9), config(task_type=task_type, modules_to_save=heads and list(heads)))
     resumed.load_adapter(tmp_path / "adapter", "default", is_trainable=True)
     assert torch.equal(with_new_words(resumed, kind), expected)
@@ -790,7 +790,7 @@ def test_embeddings_are_put_back_when_loading_fails(base, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("base", ["bert"], indirect=True)
 def test_new_words_with_trainer(base, tmp_path):
-    """The best checkpoint and the one to resume from have the new words' embeddings."""
+    """The best checkpoint and the last one have the embeddings of the new words."""
 
     def trainer(model, load_best_model_at_end=True):
         rows = [{"input_ids": [tiny.VOCAB + row % NEW, 7, 8 + row], "labels": row % 3} for row in range(8)]
@@ -819,7 +819,7 @@ def test_new_words_with_trainer(base, tmp_path):
 
 @pytest.mark.parametrize(("base", "name"), [("bert", "bert"), ("llama", "llama")], indirect=["base"])
 def test_new_words_by_auto_classes(base, name, tmp_path):
-    """The tokenizer beside the adapter says how many words there are; without it the error says what to do."""
+    """The tokenizer beside the adapter gives the number of words. Without it the error names the solution."""
     kind, auto_class, task_type, _ = WORDS[name]
     model = draw(get_peft_model(base(NEW, 1), config(task_type=task_type)))
     expected = with_new_words(model, kind)

@@ -24,7 +24,7 @@ MORE = {
     ),
     "bloom": lambda: tr.BloomConfig(n_layer=3, n_head=4, eos_token_id=2, **SIZES),
     "mistral": lambda: tr.MistralConfig(sliding_window=8, num_key_value_heads=2, **SIZES, **LAYERS),
-    # One latent tensor of keys and values of other sizes.
+    # Latent attention, with keys and values of different sizes.
     "deepseek_v3": lambda: tr.DeepseekV3Config(
         kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=6, n_routed_experts=4,
         num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=3, num_key_value_heads=4, **SIZES,
@@ -60,7 +60,7 @@ def wrap(base, length=6, name="default", **settings):
 
 @torch.no_grad()
 def with_text(base, ids, text=TEXT, lengths=None, **kwargs):
-    """The plain base model's logits `[1, tokens, vocabulary]` of each row behind the text, without any padding."""
+    """The base model's logits `[1, tokens, vocabulary]` for each row after the text, without padding."""
     lengths = lengths or [ids.shape[1]] * len(ids)
     rows = [torch.cat([torch.tensor(text), row[len(row) - n :]])[None] for row, n in zip(ids, lengths, strict=True)]
     return [base(input_ids=row, **kwargs).logits[:, len(text) :] for row in rows]
@@ -78,13 +78,13 @@ def test_as_with_the_text_in_front(kind, shift):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         init_from_text(model, TEXT)
-    assert (expected[0] - plain[:1]).abs().max() > 0.1  # the text matters
+    assert (expected[0] - plain[:1]).abs().max() > 0.1  # the text has an effect
     whole = model(input_ids=ids[:1]).logits
     torch.testing.assert_close(whole, expected[0], atol=1e-5, rtol=1e-5)
 
     mask = torch.tensor([[0] * (ids.shape[1] - n) + [1] * n for n in lengths])
     padded = ids * mask
-    # As `generate` passes them: with `shift_positions` padding counts otherwise, but for OPT, which asks the mask.
+    # The positions that `generate` passes. OPT computes its own from the mask.
     positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if shift and kind != "opt" else {}
     logits = model(input_ids=padded, attention_mask=mask, **positions).logits
     for row, n, wanted in zip(logits, lengths, expected, strict=True):
@@ -122,7 +122,7 @@ def test_real_weights_and_a_tokenizer(shared):
 
 
 def test_a_tokenizer_that_closes_texts():
-    """Its end-of-sequence token would stand between the text and the input."""
+    """The end-of-sequence token would stand between the text and the input."""
 
     class Closing:
         eos_token_id = 2
@@ -138,7 +138,7 @@ def test_a_tokenizer_that_closes_texts():
 
 
 def test_nothing_else_is_changed():
-    """Neither modes, nor what is trained or active, nor random numbers; another adapter has no say."""
+    """Modes, trained parameters, active adapters and random states stay, and another adapter has no influence."""
     base = base_of("llama")
     expected = with_text(base, tiny.ids(1))[0]
     model = wrap(base, prefix_dropout=0.3)
@@ -179,7 +179,7 @@ def test_in_a_transformers_model_with_lora():
         torch.testing.assert_close(model(input_ids=tiny.ids(1)).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-# ---- What cannot start from a text
+# ---- Models and texts that are rejected
 
 
 REFUSED = {
@@ -218,7 +218,7 @@ def test_a_window_is_warned_of():
 
 
 def test_a_cache_that_is_not_exact_is_found_out(monkeypatch):
-    """The outputs are compared: a layer whose keys come out otherwise does not pass."""
+    """The outputs are compared, so a layer with other keys is found."""
     model = wrap(base_of("llama"))
     part = PrefixValues._get_part
 
@@ -270,7 +270,7 @@ def test_another_adapter_of_the_model():
     expected = model(input_ids=tiny.ids()).logits
     model.add_adapter("b", PrefixTuningV2Config(num_virtual_tokens=4))
     init_from(model, "default", "b")
-    tiny.randomize(model, seed=9)  # the active one, "default": nothing is shared
+    tiny.randomize(model, seed=9)  # "default", the active adapter, shares no parameters
     model.set_adapter("b")
     torch.testing.assert_close(model(input_ids=tiny.ids()).logits, expected, atol=1e-6, rtol=1e-6)
 

@@ -1,6 +1,6 @@
-"""Adapters that somebody else made: damaged and hostile files are refused, and the model is what it was.
+"""Adapters of strangers: damaged and hostile files are rejected, and the model stays unchanged.
 
-`PREFIX_ADAPTER_FUZZ=5000` draws that many random examples instead of a few that are always the same.
+`PREFIX_ADAPTER_FUZZ=5000` draws this number of random examples, instead of a few that are always the same.
 """
 
 import dataclasses
@@ -101,7 +101,7 @@ WAYS = {
 }
 
 
-# transformers 5.24 asks for a PEFT that is not out.
+# transformers 5.24 needs a PEFT that is not released yet.
 NATIVE = version.parse(peft.__version__) >= version.parse(MIN_PEFT_VERSION)
 LOADERS = {way: how for way, how in WAYS.items() if NATIVE or "transformers" not in way}
 
@@ -119,7 +119,7 @@ def logits(model):
 
 
 def state_of(model):
-    """Everything of a model that an adapter could change."""
+    """All state of a model that an adapter could change."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_load_state_dict_pre_hooks")
     inner = getattr(model, "base_model", model)
     return {
@@ -142,13 +142,13 @@ def assert_unchanged(model, before, outputs, when=""):
             assert all(torch.equal(old, new) for old, new in zip(before[name], after[name], strict=True))
         else:
             assert before[name] == after[name], (name, when)
-    # In training mode the outputs are drawn.
+    # In training mode dropout makes outputs random.
     if not any(module.training for module in model.modules()):
         assert torch.equal(logits(model), outputs)
 
 
 def refuse(folder, words="", kind="bert", ways=LOADERS, errors=ValueError):
-    """Whichever way it is loaded it is refused in these words, and the model is what it was."""
+    """Assert that each way to load it raises this error, and that the model stays unchanged."""
     for make, load in ways.values():
         for training in (False, True):
             model = make(kind).train(training)
@@ -175,7 +175,7 @@ def test_a_good_one_is_not_refused(kind, way, saved):
 
 
 def edit(folder, **changes):
-    """Write the tensors again, changed."""
+    """Change the tensors of a file."""
     tensors = load_file(folder / WEIGHTS)
     for name, change in changes.items():
         full = HEAD if name == "head" else KEY + name.replace("__", ".")
@@ -198,7 +198,7 @@ def cut(folder, length):
 
 
 def header(folder, change):
-    """Replace the header by another text, with its right length."""
+    """Replace the header by another text of the right length."""
     data = (folder / WEIGHTS).read_bytes()
     end = 8 + struct.unpack("<Q", data[:8])[0]
     text = change(data[8:end])
@@ -310,7 +310,7 @@ def test_what_is_refused(name, folder):
     "text", ["[]", "3", "null", '"PREFIX_TUNING_V2"', "{}", '{"peft_type": "NEW"}', '{"peft_type": []}', "[" * 10**5]
 )
 def test_a_config_that_is_nobodys(text, folder):
-    """PEFT reads the type before it asks anybody: the errors are its own, and come before the model is changed."""
+    """PEFT reads the type first. The errors are its own, and come before the model changes."""
     (folder / CONFIG).write_text(text)
     refuse(folder, errors=(KeyError, TypeError, ValueError, RecursionError))
 
@@ -355,7 +355,7 @@ def test_subfolder(folder):
     before, outputs = state_of(model), logits(model)
     with pytest.raises(ValueError, match="NaN or Inf"):
         PeftModel.from_pretrained(model, folder.parent, subfolder=folder.name)
-    # Before 5.18 transformers looks for the config in the folder above.
+    # transformers below 5.18 looks for the config in the parent folder.
     with pytest.raises(ValueError, match=r"NaN or Inf|adapter model file not found"):
         model.load_adapter(str(folder.parent), adapter_kwargs={"subfolder": folder.name})
     assert_unchanged(model, before, outputs)
@@ -363,7 +363,7 @@ def test_subfolder(folder):
 
 @pytest.mark.parametrize("form", ["good", "NaN", "pickle", "none"])
 def test_from_the_hub(form, folder, tmp_path):
-    """What was downloaded once, as it lies in the Hub's cache."""
+    """A downloaded adapter in the Hub's cache."""
     if form == "NaN":
         edit(folder, head=value(torch.nan))
     if form == "pickle":
@@ -389,7 +389,7 @@ def test_from_the_hub(form, folder, tmp_path):
 
 
 def test_into_an_adapter_that_is_there(folder):
-    """As `Trainer` resumes: PEFT reads no config then, and the tensors are held against the adapter itself."""
+    """`Trainer` resumes without a config. The tensors are compared with the adapter in the model."""
     model = PeftModel.from_pretrained(fresh("bert"), folder, is_trainable=True).eval()
     tiny.randomize(model, seed=7)
     before, outputs = state_of(model), logits(model)
@@ -434,7 +434,7 @@ def test_other_precisions_are_cast(dtype, way, folder):
         m for name, m in loaded.eval().named_modules() if name.endswith(("modules_to_save.other", "save.default"))
     ]
     for head in heads:
-        # Some of the ways leave a head in the precision of its file, whatever the PEFT method.
+        # Some ways to load leave a head in the precision of its file, for each PEFT method.
         head.float()
     assert torch.equal(logits(loaded), expected)
 
@@ -444,7 +444,7 @@ def test_other_precisions_are_cast(dtype, way, folder):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_loading_is_all_or_nothing(way, folder):
-    """An error or a Ctrl-C at any step leaves the model as it was, and it can be loaded afterwards."""
+    """An error or a Ctrl-C at any step leaves the model unchanged, and the adapter can be loaded afterwards."""
     needs_transformers(way)
     make, load = WAYS[way]
     expected = logits(PeftModel.from_pretrained(fresh("bert"), folder))
@@ -503,7 +503,7 @@ def test_a_file_that_is_checked_and_cannot_be_read_any_more(fails, folder, monke
 
 
 def test_another_thread_goes_on_while_an_adapter_is_loaded(folder, monkeypatch):
-    """What is still loading is not used and not removed."""
+    """Other threads neither use nor remove an adapter that is being loaded."""
     model = wrapped("bert").eval()
     outputs, read, seen = logits(model), peft.peft_model.load_peft_weights, []
 
@@ -556,7 +556,7 @@ def test_names_that_peft_adds_need_not_all_match():
         for kind in ("bert", "llama"):
             model = get_peft_model(tiny.model(kind, auto_class), PrefixTuningV2Config(task_type=task_type))
             assert set(model.peft_config["default"].modules_to_save) == {"classifier", "score"}
-    with pytest.raises(ValueError, match="names 'score'"):  # the model has another one
+    with pytest.raises(ValueError, match="names 'score'"):  # the model has the other one
         get_peft_model(fresh("bert"), PrefixTuningV2Config(modules_to_save=["score"]))
 
 
@@ -579,7 +579,7 @@ def test_a_config_that_was_read_makes_new_adapters_too(folder):
     other = dataclasses.replace(PeftConfig.from_pretrained(folder), num_virtual_tokens=7)
     model.add_adapter("other", other)
     assert model.base_model.prefix_layer.adapters["other"].length == 7
-    # Those of a loaded adapter, whose folder is gone by now.
+    # The fields of a loaded adapter, whose folder no longer exists.
     loaded = PeftModel.from_pretrained(fresh("bert"), folder)
     shutil.rmtree(folder)
     model.add_adapter("again", loaded.peft_config["default"])
@@ -713,7 +713,7 @@ FIELDS = st.sampled_from(sorted(set(PrefixTuningV2Config().to_dict()) - {"peft_t
 
 
 def outcome(way, kind, folder):
-    """Load it: either it works, or it is refused and the model is what it was."""
+    """Assert that an adapter can be loaded, or that it is rejected and the model stays unchanged."""
     make, load = WAYS[way]
     model = make(kind)
     before, outputs = state_of(model), logits(model)
@@ -745,7 +745,7 @@ POSITION = st.floats(0, 1)
 MUTATION = st.one_of(
     st.tuples(st.just("cut"), POSITION),
     st.tuples(st.just("flip"), POSITION, st.integers(1, 255)),
-    # Most of the file is data, and most of what can be wrong is in the header.
+    # Most of the file is data, and most errors are in the header.
     st.tuples(st.just("flip"), st.floats(0, 0.15), st.integers(1, 255)),
     st.tuples(st.just("insert"), POSITION, st.binary(min_size=1, max_size=12)),
     st.tuples(st.just("splice"), POSITION, POSITION, st.integers(1, 300)),
@@ -795,7 +795,7 @@ def test_any_file(mutations, way, kind, saved, tmp_path_factory):
     shutil.rmtree(folder)
 
 
-# ---- Those who read a folder themselves
+# ---- Functions that read a folder without PEFT
 
 
 def pool_load(folder):
@@ -839,7 +839,7 @@ def assert_named(error, folder):
 def test_a_damaged_config_is_named(name, reader, folder):
     (folder / CONFIG).write_bytes(TEXTS[name])
     if name == "LoRA of nonsense" and reader in ("info", "config"):
-        return  # nothing of it is used
+        return  # these two use nothing of it
     with pytest.raises(ValueError) as error:
         READERS[reader](folder)
     assert_named(error.value, folder)
@@ -859,7 +859,7 @@ def test_a_small_mlp_of_a_huge_table(folder):
 
 
 def test_a_config_without_a_type(folder):
-    """As PEFT's own methods: a TypeError by the method's class, and nobody's adapter for those who read folders."""
+    """A config class raises a TypeError, as PEFT's own do. Functions that read folders name the problem."""
     (folder / CONFIG).write_text('{"foo": "bar"}')
     for cls in (peft.LoraConfig, PrefixTuningV2Config):
         with pytest.raises(TypeError, match=f"{cls.__name__} config .* is missing required keys: {{'peft_type'}}"):
@@ -887,7 +887,7 @@ def test_a_config_that_is_no_file(kind, reader, folder):
 
 
 def test_a_terminal_gets_no_commands(folder, capsys):
-    """What `prefix-adapter info` prints of a stranger's file."""
+    """The output of `prefix-adapter info` for a stranger's file."""
     tensors = load_file(folder / WEIGHTS)
     save_file({**tensors, "\x1b[2J\x9b1mgone\u202e": torch.ones(1)}, folder / WEIGHTS)
     main(["info", str(folder)])
@@ -904,7 +904,7 @@ def test_a_terminal_gets_no_commands(folder, capsys):
 
 @pytest.mark.parametrize("library", ["os", "this", "transformers_of_mine", "subprocess.run"])
 def test_a_config_that_names_a_library(library, folder):
-    """`AutoPeftModel` imports what a config names; PEFT itself has a list of what it may name."""
+    """`AutoPeftModel` imports the library that a config names, if it is on PEFT's list."""
     reconfigure(
         folder, task_type=None, auto_mapping={"base_model_class": "Model", "parent_library": library},
         base_model_name_or_path="no/base",
@@ -915,7 +915,7 @@ def test_a_config_that_names_a_library(library, folder):
 
 
 def test_keys_that_are_there_twice(folder):
-    """The one that is checked is the one that is used, whoever reads the file."""
+    """Each reader of the file checks and uses the same value."""
     text = (folder / CONFIG).read_text()
     (folder / CONFIG).write_text(text.replace("{", '{"num_virtual_tokens": 9,', 1))
     assert PrefixTuningV2Config.from_pretrained(folder).num_virtual_tokens == 4
@@ -930,7 +930,7 @@ def test_keys_that_are_there_twice(folder):
 
 
 def read(reader, folder):
-    """Whatever is wrong with the folder, the error is one that names it."""
+    """Each error of a folder names the folder."""
     try:
         READERS[reader](folder)
     except OURS as error:

@@ -17,7 +17,7 @@ SHAPE = KeyValueShape(key_heads=2, key_size=3, value_heads=1, value_size=4)
 
 
 def test_columns_are_in_the_order_of_the_reference():
-    """Keys before values, heads, head size: what `view(n, 2, heads, size)` gives where both are alike."""
+    """Keys before values, heads, head size, as `view(n, 2, heads, size)` gives for equal sizes."""
     prefix = torch.arange(2 * 5 * 10.0).view(2, 5, 10)
     keys, values = SHAPE.split(prefix)
     assert keys.shape == (2, 2, 5, 3) and values.shape == (2, 1, 5, 4)
@@ -78,7 +78,7 @@ def test_an_encoder_computes_columns_as_it_computes_all_of_them(width):
 
 
 def test_the_mlp_costs_n_rows_whatever_the_batch():
-    """Promise 8: PEFT and the reference run it on every row of the batch."""
+    """The MLP runs once for the whole batch. In PEFT and in the reference it runs for each row."""
 
     def extra(batch):
         flops = []
@@ -95,7 +95,7 @@ def test_the_mlp_costs_n_rows_whatever_the_batch():
 
 
 class Operations(TorchDispatchMode):
-    """Notes the names of operations, and how many elements came out."""
+    """Records the names of operations and the sizes of their results."""
 
     def __init__(self):
         super().__init__()
@@ -110,7 +110,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("settings", [{}, {"prefix_projection": True, "encoder_hidden_size": 7}])
 def test_no_layer_makes_a_gradient_as_large_as_that_of_all(settings):
-    """That would cost time and memory by the square of the number of layers."""
+    """Such a copy would cost time and memory in the square of the number of layers."""
     config = PrefixTuningV2Config(num_virtual_tokens=6, prefix_dropout=0.0, **settings)
     model = get_peft_model(tiny.model("bert"), config)
     table = 6 * 2 * tiny.LAYERS * tiny.HIDDEN
@@ -132,7 +132,7 @@ def in_checkpoint(forward, reentrant):
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 @pytest.mark.parametrize("settings", [{}, {"prefix_projection": True, "encoder_hidden_size": 7}], ids=["table", "mlp"])
 def test_checkpointing_of_which_transformers_knows_nothing(settings, reentrant, whole):
-    """As FSDP's, Accelerate's or one's own: the model has no flag that says so."""
+    """Checkpointing of FSDP, Accelerate or the user's own code, for which the model has no flag."""
     config = PrefixTuningV2Config(num_virtual_tokens=6, prefix_dropout=0.0, **settings)
     states = torch.randn(2, 7, tiny.HIDDEN)
     gradients = []
@@ -146,7 +146,7 @@ def test_checkpointing_of_which_transformers_knows_nothing(settings, reentrant, 
                 layer.forward = in_checkpoint(layer.forward, reentrant)
 
         def run(embeddings, model=model):
-            # Two forwards before the backward: what is repeated is not to be taken for the last one.
+            # Two forwards before the backward: the repeated layer must use the first one's prefix.
             return model(inputs_embeds=embeddings).last_hidden_state
 
         outputs = []

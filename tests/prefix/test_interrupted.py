@@ -1,4 +1,4 @@
-"""Nothing of a forward outlives it, however it ends: for KeyboardInterrupt and SystemExit torch runs no hooks."""
+"""The state of a forward ends with it, also after KeyboardInterrupt and SystemExit, for which torch runs no hooks."""
 
 import copy
 import functools
@@ -13,7 +13,7 @@ from prefix_adapter import PrefixTuningV2Config, get_peft_model
 
 
 def gpt_neo(**changes):
-    """Each second layer hides keys by a mask of its own, which a prefix makes wider."""
+    """A GPT-Neo, in which every second layer has its own mask. A prefix makes this mask wider."""
     torch.manual_seed(0)
     config = tr.GPTNeoConfig(
         vocab_size=tiny.VOCAB, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
@@ -34,7 +34,7 @@ MIXED = ["default", "__base__"]
 
 @functools.cache
 def shared_model(kind: str):
-    """For tests that leave the model as they find it, which is what they are about."""
+    """A model for tests that must leave it unchanged."""
     model = get_peft_model(BASES[kind](), PrefixTuningV2Config(num_virtual_tokens=5, shift_positions=kind == "llama"))
     tiny.randomize(model)
     return model.eval()
@@ -47,14 +47,14 @@ def inputs_of(kind: str) -> dict:
 
 @torch.no_grad()
 def answers(model, kind: str) -> dict[str, torch.Tensor]:
-    """What a model gives with its adapter and without it, also of a part that is called by itself."""
+    """The outputs of a model with and without its adapter, and of a part that is called alone."""
     base, inputs = model.base_model.model, inputs_of(kind)
     part = base.get_encoder() if kind == "t5" else base.base_model
     own = {name: value for name, value in inputs.items() if not name.startswith("decoder")}
     found = {}
     for enabled in (False, True):
         base.prefix_tuning_v2.enable_adapters(enabled)
-        # The part first: no forward of the whole model tidies up before it.
+        # The part first, because a forward of the whole model would clean up.
         found[f"part, {enabled}"] = part(**own)[0]
         found[f"whole, {enabled}"] = base(**inputs).logits
     found["mixed"] = model(**inputs, adapter_names=MIXED).logits
@@ -94,7 +94,7 @@ def test_interrupted_at_every_module(kind, names):
         except (KeyboardInterrupt, SystemExit):
             handle.remove()
             interrupted += 1
-            # Within the handler: the traceback keeps the frames of the forward alive, as a notebook does.
+            # Inside the handler, because the traceback keeps the frames of the forward alive, as in a notebook.
             check_same(answers(model, kind), expected, f"interrupted {'before' if before else 'after'} {name}")
         handle.remove()
     assert interrupted > 10
@@ -103,7 +103,7 @@ def test_interrupted_at_every_module(kind, names):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("kind", ["bert", "gpt_neo"])
 def test_interrupted_while_a_layer_is_repeated(kind, use_reentrant):
-    """Gradient checkpointing runs layers again in the backward pass, outside of any forward of the model."""
+    """Gradient checkpointing repeats layers in the backward pass, outside of a forward of the model."""
     model = get_peft_model(BASES[kind](), PrefixTuningV2Config(num_virtual_tokens=5, prefix_dropout=0.0))
     tiny.randomize(model)
     expected = answers(model.eval(), kind)
@@ -122,7 +122,7 @@ def test_interrupted_while_a_layer_is_repeated(kind, use_reentrant):
 
 
 def test_a_forward_inside_a_forward():
-    """As a hook might make one: the record of the outer one is there again when the inner one is over."""
+    """A hook may call the model. The state of the outer forward returns when the inner forward ends."""
     model, inputs = shared_model("llama"), inputs_of("llama")
     base, inner = model.base_model.model, []
     expected = answers(model, "llama")
@@ -141,7 +141,7 @@ def test_a_forward_inside_a_forward():
 
 @pytest.mark.parametrize("kind", ["bert", "gpt_neo"])
 def test_copies_and_unloading(kind):
-    """The wrapped `forward` belongs to the copy in a copy, and is gone from an unloaded model."""
+    """A copy has its own wrapped `forward`, and an unloaded model has none."""
     model = get_peft_model(BASES[kind](), PrefixTuningV2Config(num_virtual_tokens=5))
     tiny.randomize(model)
     expected = answers(model.eval(), kind)

@@ -1,4 +1,4 @@
-"""`adapter_names`: every row of a batch with an adapter of its own gives what that row gives alone."""
+"""`adapter_names`: each row of a batch has its own adapter, and gives the same output as alone."""
 
 import functools
 
@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 
 from prefix_adapter import PrefixTuningV2Config
 
-# Adapters that differ in all that they can differ in.
+# Adapters that differ in every setting.
 ADAPTERS = {
     "short": {"num_virtual_tokens": 2},
     "long": {"num_virtual_tokens": 6, "prefix_projection": True, "encoder_hidden_size": 8},
@@ -64,12 +64,12 @@ def build(
 
 @functools.cache
 def shared_model(kind: str, attn: str | None = None, auto_class: str | None = None) -> PeftModel:
-    """For tests that leave the model as they find it, as all uses of `adapter_names` have to."""
+    """A model for tests that leave it unchanged, as each use of `adapter_names` must."""
     return build(kind, attn=attn, auto_class=auto_class)
 
 
 def batch(kind: str, rows: int, padding: str = "right", length: int = 8) -> tuple[dict, list[int]]:
-    """A batch of rows of different lengths, and these lengths."""
+    """A batch of rows of different lengths, and the lengths."""
     ids, lengths = tiny.ids(rows, length), [length - row % 4 for row in range(rows)]
     columns = torch.arange(length).expand(rows, -1)
     if padding == "left":
@@ -89,7 +89,7 @@ def row_of(inputs: dict, row: int, tokens: int, padding: str = "right") -> dict:
 
 
 def alone(model, name: str, call):
-    """What `call` gives with one adapter active, or none, as everywhere else."""
+    """The result of `call` with one active adapter, or with none."""
     before = model.active_adapter
     if name == "__base__":
         with model.disable_adapter():
@@ -113,7 +113,7 @@ def differ(left: torch.Tensor, right: torch.Tensor, by: float = 1e-3) -> bool:
 def check_forward(model, kind: str, names: list[str], padding: str = "right") -> None:
     inputs, lengths = batch(kind, len(names), padding)
     if padding == "left":
-        # Where `generate` says so too: a row's positions do not count its padding.
+        # As in `generate`, the positions of a row do not count its padding.
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     mixed = logits(model, **inputs, adapter_names=names)
     for row, (name, tokens) in enumerate(zip(names, lengths, strict=True)):
@@ -157,7 +157,7 @@ def test_which_adapter_is_active_does_not_matter(kind):
             own = logits(model, **inputs)
             assert torch.equal(logits(model, **inputs, adapter_names=NAMES), expected)
             assert differ(own, expected)
-            # And it is the active one again afterwards.
+            # Afterwards the active adapter is active again.
             assert torch.equal(logits(model, **inputs), own) and model.active_adapters == [name]
 
         alone(model, name, compare)
@@ -183,7 +183,7 @@ def test_input_embeddings():
 
 @pytest.mark.parametrize("headed", [("short",), ("long", "middle")])
 def test_heads_of_some_adapters_only(headed):
-    """A row whose adapter has no head of its own takes the base model's, whichever adapter is active."""
+    """A row whose adapter has no head uses the base model's head, whichever adapter is active."""
     own = {
         name: {**ADAPTERS[name], "modules_to_save": ["classifier"] if name in headed else None} for name in ADAPTERS
     }
@@ -194,7 +194,7 @@ def test_heads_of_some_adapters_only(headed):
 
 
 def test_multiple_choice():
-    """The choices of a question stand beside each other in what the backbone and the head are given."""
+    """The backbone and the head get the choices of a question as neighbouring rows."""
     model = build("bert", auto_class="AutoModelForMultipleChoice", modules_to_save=["classifier"])
     ids = tiny.ids(len(NAMES) * 3).view(len(NAMES), 3, 7)
     mixed = logits(model, input_ids=ids, adapter_names=NAMES)
@@ -217,7 +217,7 @@ def test_adapters_loaded_for_inference(tmp_path):
             loaded = PeftModel.from_pretrained(tiny.model("llama", FORWARD["llama"][0]), folder, adapter_name=name)
         else:
             loaded.load_adapter(folder, adapter_name=name)
-    # The second time with what the first has made ready.
+    # The second time with the plan of the first.
     for _ in range(2):
         assert torch.equal(logits(loaded, **inputs, adapter_names=NAMES), expected)
     loaded.base_model.fold_adapter("long")
@@ -253,7 +253,7 @@ def check_generate(model, kind: str, names: list[str], **settings) -> None:
         own = row_of(inputs, row, tokens, padding)
         assert mixed[row] == alone(model, name, lambda own=own: generate(**own))[0], f"row {row}, {name}"
     assert sum(one != other for one, other in zip(mixed, base, strict=True)) >= len(names) // 2
-    # Nothing of it is left.
+    # No state is left.
     assert generate(**inputs) == before and before != mixed
 
 
@@ -278,7 +278,7 @@ def with_heads() -> PeftModel:
 
 @pytest.mark.parametrize("call", ["greedy", "beams", "beams by generation config"])
 def test_generate_with_heads(call):
-    """An output layer that is trained along is picked for each beam."""
+    """Each beam uses the trained output layer of its row's adapter."""
     check_generate(with_heads(), "llama", ["long", "short", "__base__", "long"], **CALLS[call])
 
 
@@ -286,7 +286,7 @@ def test_generate_with_heads(call):
 def test_several_samples_of_a_row(heads):
     model, names = with_heads() if heads else shared_model("llama"), ["long", "short", "__base__"]
     inputs, _ = batch("llama", len(names), "left")
-    # Of the most probable token alone, so that there is something to compare.
+    # Only the most probable token, so that samples can be compared with greedy search.
     sample = {"do_sample": True, "top_k": 1, "num_return_sequences": 2}
     several = model.generate(**inputs, **LENGTH, **sample, adapter_names=names)
     one = model.generate(**inputs, **LENGTH, do_sample=False, adapter_names=names)
@@ -294,13 +294,13 @@ def test_several_samples_of_a_row(heads):
     assert one.tolist() != model.generate(**inputs, **LENGTH, do_sample=False).tolist()
 
 
-# ---- Refused
+# ---- Rejected
 
 WRONG = {
     "unknown name": (["short", "nobody", "long"], ValueError, r"\['nobody'\].*'__base__'"),
     "too few": (["short", "long"], ValueError, "2 names for a batch of 3"),
     "too many": (["short"] * 6, ValueError, "6 names for a batch of 3"),
-    # One name for several rows is as wrong as any other number.
+    # One name for several rows is wrong too.
     "one": (["short"], ValueError, "1 names for a batch of 3"),
     "none": ([], ValueError, "0 names"),
     "a string": ("short", TypeError, "must be a list.*'short'"),
@@ -346,7 +346,7 @@ def test_wrong_names(kind, wrong, how):
 
 
 def test_half_as_many_names_as_rows():
-    """Nothing is guessed: two names for four rows are no names for two rows each."""
+    """Two names for four rows do not mean two rows each."""
     model = shared_model("llama")
     inputs, _ = batch("llama", 4)
     for ask in (
@@ -383,7 +383,7 @@ def test_an_error_in_the_forward_leaves_no_names_behind():
 
 
 def test_with_adapters_disabled():
-    """Disabled means disabled, whatever is named."""
+    """Disabled adapters have no effect, whatever names are given."""
     model = shared_model("bert")
     inputs, _ = batch("bert", len(NAMES))
     expected = logits(model, **inputs, adapter_names=NAMES)

@@ -1,4 +1,4 @@
-"""In training mode or not: the dropout of a prefix is on where that of PEFT's LoRA is, on every way to an adapter."""
+"""Training mode: the dropout of a prefix is on exactly where that of PEFT's LoRA is."""
 
 import pytest
 import tiny
@@ -29,7 +29,7 @@ def native(folder, **kwargs):
 
 
 def second(config, folder, trainable):
-    """A model in eval mode that is given a second adapter."""
+    """A model in eval mode gets a second adapter."""
     model = get_peft_model(base(), config()).eval()
     model.load_adapter(folder, "b", is_trainable=trainable)
     model.set_adapter("b")
@@ -75,7 +75,7 @@ def test_folding_keeps_the_mode():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_an_adapter_that_is_added_takes_the_mode_that_the_model_says_it_is_in(training):
-    """(PEFT's LoRA drops then in eval mode, too. Its default is no dropout at all; ours is 0.1.)"""
+    """PEFT's LoRA has dropout in eval mode here too. Its default is 0, the prefix's is 0.1."""
     model = get_peft_model(base(), METHODS["ours"]()).train(training)
     model.add_adapter("b", METHODS["ours"]())
     model.set_adapter("b")
@@ -84,7 +84,7 @@ def test_an_adapter_that_is_added_takes_the_mode_that_the_model_says_it_is_in(tr
 
 
 def test_a_mixed_batch_with_dropout_is_refused(tmp_path):
-    """An adapter that is loaded to be trained is in training mode, whatever the model is in."""
+    """An adapter that is loaded for training is in training mode, whatever the mode of the model."""
     get_peft_model(base(), METHODS["ours"]()).save_pretrained(tmp_path)
     model = second(METHODS["ours"], tmp_path, True)
     with pytest.raises(ValueError, match=r"`adapter_names` is for inference: call `model.eval\(\)`"):

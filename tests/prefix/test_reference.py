@@ -1,4 +1,4 @@
-"""The prefix against references that share no code with the package, and what must hold whatever the prefix is.
+"""The prefix compared with references that share no code with the package, and properties of every prefix.
 
 The references: P-Tuning v2 in plain tensor maths (`reference.py`), PEFT's own prefix tuning, and the backbone itself,
 for which a prefix made of the keys and values of real tokens is the same as those tokens.
@@ -33,7 +33,7 @@ CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
-# PEFT's own warnings about what it ignores, and those of tiny models about nothing.
+# PEFT warns about arguments that it ignores, transformers about tiny models.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 both_shifts = pytest.mark.parametrize("shift", [False, True], ids=["kept", "shifted"])
@@ -44,15 +44,15 @@ both_attentions = pytest.mark.parametrize("attn", ["eager", "sdpa"])
 
 
 def backbone(kind: str, attn: str | None = None, head: bool = True, **changes):
-    """The tiny model, with its task's head or bare; the same weights at every call."""
+    """The tiny model with the head of its task, or without a head. Each call gives the same weights."""
     if kind == "t5":
-        # With tiny's factor of 5 a change of 1e-7 in the weights is one of 1e-3 in the logits: no place for equality.
+        # With the factor 5 of `tiny`, a change of 1e-7 in the weights changes the logits by 1e-3.
         changes = {"initializer_factor": 1.0, **changes}
     return tiny.model(kind, CLASSES[TASKS[kind]] if head else "AutoModel", attn=attn, **changes)
 
 
 def wrap(base: nn.Module, task: str | None = None, **config):
-    """`base` with a prefix that cannot be overlooked."""
+    """`base` with a prefix that has a large effect."""
     config = {"num_virtual_tokens": N, "prefix_dropout": 0.0, **config}
     model = get_peft_model(base, PrefixTuningV2Config(task_type=task, **config)).eval()
     tiny.randomize(prefix_of(model))
@@ -69,20 +69,20 @@ def prefix_of(model: nn.Module) -> nn.Module:
 
 def set_table(model: nn.Module, table: Tensor) -> None:
     weight = prefix_of(model).prefix_tuning_v2_embedding["default"].weight
-    assert weight.shape == table.shape  # or `copy_` might broadcast
+    assert weight.shape == table.shape  # otherwise `copy_` may broadcast
     with torch.no_grad():
         weight.copy_(table)
 
 
 def prefix_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The gradients of all prefix parameters by name, each of which must have one that is not zero."""
+    """The gradients of all prefix parameters by name. None may be zero."""
     gradients = {name: parameter.grad for name, parameter in prefix_of(model).named_parameters()}
     assert gradients and all(g is not None and g.abs().max() > 0 for g in gradients.values())
     return gradients
 
 
 def padded(kind: str, side: str | None, lengths: tuple[int, ...] = (7, 4), seed: int = 1) -> dict[str, Tensor]:
-    """A batch with rows of these lengths, filled up on `side`; with no side given, full rows and no mask."""
+    """A batch with rows of these lengths, padded on `side`; without a side, full rows and no mask."""
     ids = tiny.ids(len(lengths), max(lengths), seed)
     if side is None:
         return {"input_ids": ids}
@@ -93,7 +93,7 @@ def padded(kind: str, side: str | None, lengths: tuple[int, ...] = (7, 4), seed:
 
 
 def batch(kind: str, side: str | None) -> dict[str, Tensor]:
-    """`padded`, and what a decoder is to say where there is one."""
+    """`padded`, with the tokens of the decoder if the model has one."""
     inputs = padded(kind, side)
     if TASKS[kind] == "SEQ_2_SEQ_LM":
         inputs["decoder_input_ids"] = tiny.ids(2, 6, seed=4)
@@ -101,13 +101,13 @@ def batch(kind: str, side: str | None) -> dict[str, Tensor]:
 
 
 def assert_equal(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    """Equal to `tolerance`, which is relative to the largest element where that is above 1."""
+    """Assert equality up to `tolerance`, relative to the largest element if that is above 1."""
     scale = max(1.0, expected.abs().max().item())
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
 
 
 def assert_differ(one: Tensor, other: Tensor) -> None:
-    """Differ by so much that an equality test that passes does not pass because there was nothing to see."""
+    """Assert that two outputs differ so much that a test for equality could fail."""
     assert (one - other).abs().max() > 1e-2
 
 
@@ -125,7 +125,7 @@ def test_paper(kind: str, projection: bool, shift: bool):
     weights = reference.weights_of(model)
 
     def loss(hidden: Tensor, logits: Tensor) -> Tensor:
-        # The head's, and something of every real token, each with a weight of its own.
+        # The head's loss, and a weighted sum over all real tokens.
         directions = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(5)) * mask.unsqueeze(-1)
         return nn.functional.cross_entropy(logits, torch.tensor([2, 0])) + (hidden * directions).mean()
 
@@ -149,7 +149,7 @@ def test_paper(kind: str, projection: bool, shift: bool):
         if short in weights and weights[short].requires_grad and "original_module" not in name:
             expected = weights[short].grad
             assert expected.abs().max() > 0, name
-            # Relative to the gradient's own size: an absolute 1e-5 would say little about a small one.
+            # Relative to the size of the gradient, because gradients can be small.
             torch.testing.assert_close(
                 parameter.grad, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item(), msg=name
             )
@@ -169,7 +169,7 @@ def test_only_prefix_and_head_are_trained(kind: str):
 
 
 def columns_of_peft(kind: str, table: Tensor) -> Tensor:
-    """PEFT's table in the order of ours.
+    """PEFT's table in the order of this package.
 
     For an encoder-decoder PEFT doubles its table's 2L chunks and gives layer l of the decoder four of them, 4l to
     4l + 3 (modulo 2L), of which the first two are used.
@@ -183,7 +183,7 @@ def columns_of_peft(kind: str, table: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "kind, side",
-    # Encoders are padded on the right: a head that reads the first token would read padding.
+    # Encoders are padded on the right, because a head reads the first token.
     [(kind, side) for kind in TASKS for side in (None, "right", "left") if (TASKS[kind], side) != ("SEQ_CLS", "left")],
 )
 def test_peft_prefix_tuning(kind: str, side: str | None):
@@ -233,11 +233,11 @@ passes_parametrized = pytest.mark.parametrize("passes", ["no cache", "cache", "t
 
 
 def decode(model: nn.Module, name: str, tokens: Tensor, passes: str, **inputs) -> Tensor:
-    """Logits of `tokens`, all in one pass with or without a cache, or the last three in a second turn."""
+    """The logits of `tokens`: in one pass with or without a cache, or the last three in a second pass."""
     if passes != "two turns":
         output = model(**{name: tokens}, use_cache=passes == "cache", **inputs)
         if passes == "cache":
-            assert output.past_key_values.get_seq_length() == tokens.shape[1]  # what the user holds is the user's
+            assert output.past_key_values.get_seq_length() == tokens.shape[1]  # the caller's cache stays unchanged
         return output.logits
     first = model(**{name: tokens[:, :-3]}, use_cache=True, **inputs)
     second = model(**{name: tokens[:, -3:]}, use_cache=True, past_key_values=first.past_key_values, **inputs)
@@ -263,7 +263,7 @@ def test_causal_prefix_is_tokens(kind: str, attn: str, shift: bool, passes: str)
 
     both = torch.cat([p.expand(2, -1), x], dim=1)
     positions = torch.cat([torch.arange(N), torch.arange(7) + (N if shift else 0)]).expand(2, -1)
-    # With a mask, or transformers would take positions that start again for another text of a packed batch.
+    # With a mask, because without one transformers takes positions that restart for a packed batch.
     expected = base(both, position_ids=positions, attention_mask=torch.ones_like(both)).logits[:, N:]
     assert_equal(decode(model, "input_ids", x, passes), expected)
     assert_differ(expected, base(x).logits)
@@ -277,7 +277,7 @@ def test_causal_prefix_is_tokens(kind: str, attn: str, shift: bool, passes: str)
 def test_decoder_prefix_is_tokens(kind: str, shift: bool, target: str, attn: str, passes: str):
     """The decoder's self-attention on [p; x], and its cross-attention on the encoder's states of [p; x]."""
     if kind == "bart" and target == "cross":
-        shift = False  # cross-attention knows no positions, and BART takes none from its user
+        shift = False  # cross-attention has no positions, and BART takes none as an argument
     base = backbone(kind, attn)
     model = wrapped(kind, attn, target_attention=[target], shift_positions=shift)
     encoder = base.get_encoder()
@@ -290,7 +290,7 @@ def test_decoder_prefix_is_tokens(kind: str, shift: bool, target: str, attn: str
 
     if target == "decoder":
         cache = base(**given(states[:1]), decoder_input_ids=p, use_cache=True).past_key_values
-        # The self-attention of p sees the encoder's states of its row, here those of the first row for both.
+        # p sees the encoder's states of its row, here those of the first row for both.
         states, mask = states[:1].expand(2, -1, -1), mask[:1].expand(2, -1)
         set_table(model, table_of(cache.self_attention_cache))
         both = torch.cat([p.expand(2, -1), x], dim=1)
@@ -356,7 +356,7 @@ def test_encoder_prefix_is_tokens(kind: str, shift: bool, attn: str):
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 @torch.no_grad()
 def test_three_prefixes_in_one_table(kind: str, attn: str):
-    """Encoder, decoder, cross-attention, in this order: each of them has tokens of its own in front."""
+    """Encoder, decoder and cross-attention each have their own tokens in front."""
     base = backbone(kind, attn)
     encoder = base.get_encoder()
     p_encoder, p_decoder, p_cross = (tiny.ids(1, N, seed=seed) for seed in (3, 6, 11))
@@ -377,7 +377,7 @@ def test_three_prefixes_in_one_table(kind: str, attn: str):
     assert_differ(expected, base(input_ids=x, decoder_input_ids=y).logits)
 
 
-# ---- Whatever the prefix is
+# ---- Properties of every prefix
 
 
 @both_attentions
@@ -389,7 +389,7 @@ def test_padding_changes_nothing(kind: str, side: str, shift: bool, attn: str):
     model = wrap(backbone(kind, attn, head=False), shift_positions=shift)
     inputs = padded(kind, side, (7, 3, 5))
     ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
-    if side == "left" and kind != "roberta":  # which finds the padding in the token ids
+    if side == "left" and kind != "roberta":  # this head finds the padding in the token ids
         inputs["position_ids"] = (real.cumsum(1) - 1).clamp(min=0)
     hidden = model(**inputs).last_hidden_state
     base = backbone(kind, head=False)
@@ -425,7 +425,7 @@ def test_eager_equals_sdpa(kind: str, side: str | None, shift: bool):
 @pytest.mark.parametrize("projection", [False, True], ids=["table", "mlp"])
 @pytest.mark.parametrize("kind", TASKS)
 def test_half_precision(kind: str, projection: bool, weights: torch.dtype, autocast: torch.dtype | None):
-    """Half-precision weights or arithmetic beside the float32 prefix that PEFT makes of a trainable adapter."""
+    """Half-precision weights or autocast, with the float32 prefix that PEFT makes of a trainable adapter."""
     inputs = batch(kind, "right")
 
     def run(model: nn.Module, autocast: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -441,7 +441,7 @@ def test_half_precision(kind: str, projection: bool, weights: torch.dtype, autoc
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in prefix_of(half).parameters())
     assert logits.isfinite().all() and gradient.isfinite().all()
     without = backbone(kind)(**inputs).logits.detach()
-    # Much nearer to the float32 model than that is to the model without a prefix.
+    # The error is much smaller than the effect of the prefix.
     assert (logits - expected).norm() < 0.2 * (without - expected).norm()
     assert (gradient - expected_gradient).norm() < 0.2 * expected_gradient.norm()
 
@@ -468,7 +468,7 @@ NEW = 10  # tokens
 
 @pytest.fixture(params=["gpt2", "llama", "stories260k"])
 def causal(request) -> tuple[Callable[[], nn.Module], list[Tensor]]:
-    """How to make a causal model that never stops early, and two prompts `[1, tokens]` of different lengths for it."""
+    """A function that makes a causal model without an end token, and two prompts `[1, tokens]`."""
     if request.param != "stories260k":
         prompts = [tiny.ids(1, 6, seed=7), tiny.ids(1, 3, seed=8)]
         return lambda: backbone(request.param, eos_token_id=None), prompts
@@ -488,7 +488,7 @@ def causal(request) -> tuple[Callable[[], nn.Module], list[Tensor]]:
 
 
 def greedy(model: nn.Module, ids: Tensor, mask: Tensor | None = None, **kwargs) -> Tensor:
-    """The new tokens alone."""
+    """The new tokens, without the prompt."""
     mask = torch.ones_like(ids) if mask is None else mask
     output = model.generate(
         input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW, pad_token_id=0, **kwargs
@@ -510,7 +510,7 @@ def test_generate(causal, shift: bool):
         alone.append(tokens[:, prompt.shape[1] :])
         for use_cache in (True, False):
             assert torch.equal(greedy(model, prompt, use_cache=use_cache), alone[-1])
-        assert not torch.equal(greedy(base, prompt), alone[-1])  # another story
+        assert not torch.equal(greedy(base, prompt), alone[-1])  # the prefix changes the text
 
     longest = max(prompt.shape[1] for prompt in prompts)
     ids = torch.cat([nn.functional.pad(prompt, (longest - prompt.shape[1], 0)) for prompt in prompts])
@@ -535,7 +535,7 @@ def no_dropout(kind: str) -> dict[str, float]:
 @pytest.mark.parametrize("projection", [False, True], ids=["table", "mlp"])
 @pytest.mark.parametrize("kind", TASKS)
 def test_two_forwards_one_backward(kind: str, projection: bool, use_reentrant: bool | None):
-    """Checkpointing repeats the first forward when what a forward may have left behind is the second's."""
+    """Checkpointing repeats the first forward after the second one has run."""
     small = {"input_ids": tiny.ids(1, 4, seed=9)}
     if TASKS[kind] == "SEQ_2_SEQ_LM":
         small["decoder_input_ids"] = tiny.ids(1, 3, seed=10)
@@ -555,12 +555,12 @@ def test_two_forwards_one_backward(kind: str, projection: bool, use_reentrant: b
     model.train()
     calls: list[None] = []
     for module in model.modules():
-        if type(module).__name__.endswith("Norm"):  # every layer has some
+        if type(module).__name__.endswith("Norm"):  # every layer has a gradient
             module.register_forward_hook(lambda *_: calls.append(None))
     losses = [loss(model, inputs) for inputs in batches]
     forward_calls = len(calls)
     sum(losses).backward()
-    assert (len(calls) > forward_calls) == (use_reentrant is not None)  # something was computed again
+    assert (len(calls) > forward_calls) == (use_reentrant is not None)  # layers were computed again
     gradients = prefix_gradients(model)
     for name, gradient in prefix_gradients(expected).items():
         assert_equal(gradients[name], gradient)
@@ -572,7 +572,7 @@ def test_two_forwards_one_backward(kind: str, projection: bool, use_reentrant: b
 @pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2", "bart"])
 @torch.no_grad()
 def test_input_length(kind: str):
-    """All of the backbone's positions by default; those that a shift takes are refused, and said so."""
+    """By default all positions of the backbone can be used. With a shift, longer inputs are an error."""
 
     def inputs(length: int) -> dict[str, Tensor]:
         ids = tiny.ids(1, length)
@@ -591,5 +591,5 @@ def test_input_length(kind: str):
         said += f"to {tiny.LENGTH - N if model is shifted else tiny.LENGTH} tokens"
         with pytest.raises(ValueError, match=said):
             model(**inputs(length))
-    # Refusing an input leaves the model usable.
+    # The model can be used after the error.
     assert torch.equal(shifted(**inputs(9)).logits, wrapped(kind, shift_positions=True)(**inputs(9)).logits)

@@ -1,4 +1,4 @@
-"""Several threads on one model: every answer is the one that a single thread gets."""
+"""Several threads use one model: each gets the same output as a single thread."""
 
 import threading
 
@@ -11,14 +11,14 @@ from test_mixed_batch import build
 
 from prefix_adapter import PrefixTuningV2Config
 
-# Adapters with heads of their own.
+# Each adapter has its own head.
 HEADED = {name: {"num_virtual_tokens": n, "modules_to_save": ["classifier"]} for name, n in {"a": 3, "b": 5}.items()}
 PLAIN = {"a": {"num_virtual_tokens": 3}, "b": {"num_virtual_tokens": 5, "shift_positions": True}}
 GENERATE = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
 
 def in_threads(tasks):
-    """What each task returns, or the error it raises, each task in a thread of its own."""
+    """Run each task in its own thread, and return its results or errors."""
     found = [None] * len(tasks)
 
     def work(index, task):
@@ -39,7 +39,7 @@ def in_threads(tasks):
 
 
 class Meeting:
-    """A hook at which the first `parties` threads that come by wait for each other, so that all are in a forward."""
+    """A hook at which the first `parties` threads wait for each other, so that all are inside a forward."""
 
     def __init__(self, module, parties: int):
         self.barrier, self.met = threading.Barrier(parties), set()
@@ -79,7 +79,7 @@ def test_adapter_names_are_those_of_the_calling_thread(kind):
     expected = [task(names) for names in NAMES]
     assert len({answer.sum().item() for answer in expected}) == len(NAMES)
     base = model.base_model.model
-    # All are in the middle of a forward. (In GPT-Neo's attention they take turns.)
+    # All are inside a forward. In GPT-Neo's attention they take turns.
     meeting = Meeting(base.transformer.h[0].ln_1 if kind == "gpt_neo" else base.prefix_tuning_v2.targets[0].module, 5)
     found = in_threads([lambda names=names: task(names) for names in NAMES])
     meeting.handle.remove()
@@ -88,7 +88,7 @@ def test_adapter_names_are_those_of_the_calling_thread(kind):
 
 
 def test_a_thread_may_be_interrupted():
-    """The other thread's forward goes on, and so does GPT-Neo's mask, for which threads take turns."""
+    """The forward of the other thread goes on, also with GPT-Neo's mask, for which threads take turns."""
     model, ids = model_of("gpt_neo"), tiny.ids(3, 7)
     attention = model.base_model.prefix_layer.targets[1].module
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_an_adapter_in_use_is_not_deleted(delete):
 
 
 def test_a_switch_inside_a_call_of_the_same_thread():
-    """A logits processor may ask the base model, or another adapter, in the middle of a generation."""
+    """A logits processor may call the base model, or another adapter, during generation."""
     model, ids = model_of("llama"), tiny.ids(2, 7)
     base = model.base_model.model
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_a_switch_inside_a_call_of_the_same_thread():
 
 
 def replicate(model: torch.nn.Module) -> torch.nn.Module:
-    """What `nn.DataParallel` makes of a model for a device; its own function is for GPUs only."""
+    """A replica as `nn.DataParallel` makes one for a device. Its own function needs GPUs."""
     replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
     for module, replica in replicas.items():
         for name, child in module._modules.items():
@@ -199,7 +199,7 @@ def replicate(model: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "gpt_neo"])
 def test_data_parallel(kind):
-    """Replicas run in threads of their own, with the hooks of the original. The base's weights are their own."""
+    """Replicas run in threads with the hooks of the original. They have copies of the base model's weights."""
     model, ids = model_of(kind), tiny.ids(4, 7)
     with torch.no_grad():
         expected = [model(input_ids=part).logits for part in ids.split(2)]
@@ -215,7 +215,7 @@ def test_data_parallel(kind):
     try:
         with torch.no_grad():
             for each in changed:
-                each.zero_()  # that of the original is not asked
+                each.zero_()  # the original is not called
         for names, answers in ((None, expected), (["b", "__base__"], mixed)):
             tasks = [
                 lambda replica=replica, part=part, names=names: task(replica, part, adapter_names=names)

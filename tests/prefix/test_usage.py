@@ -1,4 +1,4 @@
-"""Never a silent no-op: a layer that should have received its prefix and did not is an error that names it."""
+"""A layer that did not receive its prefix is an error that names the layer."""
 
 import copy
 import types
@@ -18,7 +18,7 @@ def wrapped(kind="bert", auto_class="AutoModel", config=None, **changes):
 
 
 def test_an_attention_that_stops_using_its_cache():
-    """As a monkey patch, a kernel or a new release of a model might do it."""
+    """A monkey patch, a kernel or a new release of a model may do this."""
     model = wrapped()
     attention = model.base_model.model.encoder.layer[1].attention.self
 
@@ -61,7 +61,7 @@ def test_layer_drop_is_no_fault():
 
 @pytest.mark.parametrize("kinds", [["encoder"], ["cross"], ["encoder", "decoder"], None])
 def test_an_encoder_whose_states_are_given_may_rest(kinds):
-    """As in generate, which runs the encoder once by itself."""
+    """`generate` runs the encoder alone, once."""
     model = wrapped("t5", "AutoModelForSeq2SeqLM", {"target_attention": kinds})
     ids = tiny.ids()
     whole = model(input_ids=ids, decoder_input_ids=ids)
@@ -87,7 +87,7 @@ def test_bart_counts_positions_of_both_sides():
 
 @pytest.mark.parametrize("shift", [False, True])
 def test_padding_needs_no_positions_where_the_backbone_gives_it_none(shift):
-    """RoBERTa's positions count real tokens only: 64 of them, or fewer by the prefix, may stand in a longer row."""
+    """RoBERTa's positions count real tokens only, so a longer row may have 64 of them, with a shift fewer."""
     model = wrapped("roberta", config={"shift_positions": shift})
     most = tiny.LENGTH - (20 if shift else 0)
     ids = torch.nn.functional.pad(tiny.ids(length=most), (0, 9), value=model.config.pad_token_id)
@@ -99,7 +99,7 @@ def test_padding_needs_no_positions_where_the_backbone_gives_it_none(shift):
 
 
 def test_gradients_that_reentrant_checkpointing_would_lose_are_refused():
-    """Gemma 3n hands keys and values on to later layers, outside the tensors that the checkpoint follows."""
+    """In Gemma 3n later layers reuse keys and values that gradient checkpointing does not track."""
     config = tr.Gemma3nTextConfig(
         vocab_size=99, vocab_size_per_layer_input=99, hidden_size=32, hidden_size_per_layer_input=8,
         intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
@@ -117,7 +117,7 @@ def test_gradients_that_reentrant_checkpointing_would_lose_are_refused():
 
 @pytest.mark.parametrize("positions", [False, True])
 def test_a_prefix_stands_before_the_first_token_and_not_before_its_padding(positions):
-    """Rotary embeddings do not care where a row starts, so left padding needs no `position_ids`; a prefix would."""
+    """With rotary embeddings, left padding needs no `position_ids`. With a shifting prefix it does."""
     model = wrapped("llama", "AutoModelForCausalLM")
     ids, padding = tiny.ids(), torch.tensor([0, 3])
     rows = [torch.nn.functional.pad(row, (int(p), 3 - int(p)), value=7) for row, p in zip(ids, padding, strict=True)]
@@ -129,7 +129,7 @@ def test_a_prefix_stands_before_the_first_token_and_not_before_its_padding(posit
         together, alone = model(**inputs).logits, model(input_ids=ids).logits
         for row, p in enumerate(padding):
             torch.testing.assert_close(together[row, p : p + 7], alone[row], atol=1e-5, rtol=1e-4)
-        # A cache that the mask covers, and the tokens that follow.
+        # A mask over a cache and the following tokens.
         first = model(input_ids=inputs["input_ids"][:, :5], attention_mask=mask[:, :5], use_cache=True)
         rest = {"input_ids": inputs["input_ids"][:, 5:], "past_key_values": first.past_key_values}
         again = model(**rest, attention_mask=mask).logits
@@ -137,7 +137,7 @@ def test_a_prefix_stands_before_the_first_token_and_not_before_its_padding(posit
 
 
 def test_computed_positions_that_are_added_stay_the_backbones_own():
-    """XGLM's sinusoids are no table, but where a row starts is not all the same to them, as it is to rotary ones."""
+    """XGLM's sinusoids are no table, but unlike rotary embeddings they depend on where a row starts."""
     config = tr.XGLMConfig(vocab_size=99, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4)
     torch.manual_seed(0)
     model = get_peft_model(tr.XGLMForCausalLM(config), PrefixTuningV2Config(task_type="CAUSAL_LM")).eval()
@@ -153,7 +153,7 @@ def test_computed_positions_that_are_added_stay_the_backbones_own():
 
 
 def test_a_generation_that_guesses_with_its_own_first_layers():
-    """`assistant_early_exit` tells the model to leave out its last layers for a while: they are not missed."""
+    """With `assistant_early_exit` the model leaves out its last layers, which is no error."""
     model = wrapped("llama", "AutoModelForCausalLM", {"task_type": "CAUSAL_LM"})
     ids = tiny.ids(1)
     settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
@@ -162,7 +162,7 @@ def test_a_generation_that_guesses_with_its_own_first_layers():
         assert torch.equal(model.generate(input_ids=ids, assistant_early_exit=layers, **settings), greedy)
     with model.disable_adapter():
         assert not torch.equal(model.generate(input_ids=ids, **settings), greedy)
-    # Layers that it was not told to leave out are missed as ever.
+    # Other layers that are left out are an error.
     layer = model.base_model.model.model.layers[2]
     layer.self_attn = copy.deepcopy(tiny.model("llama").layers[2].self_attn)
     with pytest.raises(PrefixNotUsedError, match=r"model\.layers\.2\.self_attn"):

@@ -1,4 +1,4 @@
-"""A prefix and a LoRA on one base, with a task head: the head that was trained is the one in effect, in any order."""
+"""A prefix and a LoRA on one base model with a task head: the trained head is used, in either order."""
 
 import pytest
 import tiny
@@ -28,7 +28,7 @@ def prefix(task=None):
 
 
 def combine(order: str, headed: str, names: tuple[str, str]):
-    """Both on one base, of which one brings the head; the names are those of the LoRA and the prefix."""
+    """Both on one base model; one has the head. Returns the model with the names of the LoRA and the prefix."""
     pair = [(lora("SEQ_CLS" if headed == "lora" else None), names[0])]
     pair.append((prefix("SEQ_CLS" if headed == "prefix" else None), names[1]))
     (one, first), (other, second) = pair if order == "lora first" else pair[::-1]
@@ -40,7 +40,7 @@ def head_of(model) -> ModulesToSaveWrapper:
 
 
 def train(model) -> float:
-    """The share of the loss that is left; all that PEFT says is trained must be trained."""
+    """Train, and return the remaining share of the loss. Each parameter that PEFT calls trained must change."""
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before = [parameter.detach().clone() for parameter in trained]
@@ -77,7 +77,7 @@ def test_train_save_and_load(order, headed, tmp_path):
     assert torch.equal(logits(model), expected)
 
     model.save_pretrained(tmp_path)
-    # PEFT saves both from the outer model, under the names that they have in it.
+    # PEFT saves both from the outer model, under their names there.
     loaded = combine(order, headed, names)
     assert not torch.allclose(logits(loaded.eval()), expected, atol=1e-2)
     for name in names:
@@ -87,7 +87,7 @@ def test_train_save_and_load(order, headed, tmp_path):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_each_saved_alone_and_loaded_one_after_the_other(order, tmp_path):
-    """The inner one from its own model, the outer one from its own, and both onto a fresh base."""
+    """Each adapter is saved from its own model, and both are loaded onto a fresh base model."""
     model = combine(order, "prefix", ("l", "p"))
     assert train(model) < 0.6
     expected = logits(model)
@@ -116,7 +116,8 @@ def test_the_same_name(tmp_path):
 
 def test_a_name_that_would_be_lost():
     message = "has an adapter 'default' of another PEFT method already, and its configuration would be lost"
-    with pytest.raises(ValueError, match=message):  # at the first forward: PEFT asks nobody when it adds a LoRA
+    # The error comes at the first forward, because PEFT does not call the tuner when it adds a LoRA.
+    with pytest.raises(ValueError, match=message):
         logits(combine("prefix first", "prefix", ("default", "default")))
     with pytest.raises(ValueError, match=message):
         logits(get_peft_model(inject_adapter_in_model(prefix(), base()), lora()))
@@ -129,7 +130,7 @@ def test_a_name_that_would_be_lost():
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_two_heads_are_refused(order):
-    """Only one could be in effect, and whoever loads both in another order would get the other."""
+    """Only one head could be used, and the order of loading would decide which one."""
     pair = [(lora("SEQ_CLS"), "l"), (prefix("SEQ_CLS"), "p")]
     (one, first), (other, second) = pair if order == "lora first" else pair[::-1]
     model = get_peft_model(base(), one, first)
@@ -141,7 +142,7 @@ def test_two_heads_are_refused(order):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_mixed_batch_with_a_head_of_the_lora(order):
-    """All rows have the LoRA, so those without a prefix have its head, too."""
+    """All rows have the LoRA, so rows without a prefix have its head too."""
     model = combine(order, "lora", ("l", "p"))
     train(model)
     expected = logits(model)

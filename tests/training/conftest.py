@@ -1,4 +1,4 @@
-"""Tiny base models with tokenizers in folders, and small files of rows, as a user would have them."""
+"""Tiny base models with tokenizers in folders, and small files of rows."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def save_base(folder: Path, kind: str, auto_class: str = "AutoModel", **changes)
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
         )
         names |= {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-        if kind == "roberta":  # its positions are counted from the padding token's id
+        if kind == "roberta":  # positions start after the padding token's id
             changes = {"pad_token_id": 0, **changes}
     elif kind in ("t5", "bart"):
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -73,7 +73,7 @@ def tiny_bert(tmp_path_factory) -> str:
 
 
 def topic_rows(count: int, start: int = 0) -> list[dict]:
-    """Texts of a few words with a label that the words tell: `w0` to `w4`, or `w40` to `w44`."""
+    """Texts of a few words with two labels: one has the words `w0` to `w4`, the other `w40` to `w44`."""
     rows = []
     for i in range(start, start + count):
         offset = 40 * (i % 2)
@@ -84,7 +84,7 @@ def topic_rows(count: int, start: int = 0) -> list[dict]:
 
 @pytest.fixture
 def topics(tmp_path) -> dict[str, str]:
-    """Files with two topics to tell apart: 48 rows to learn from, 19 to choose by."""
+    """Files with texts of two topics: 48 training rows and 19 validation rows."""
     return {
         "train": write_rows(tmp_path / "train.jsonl", topic_rows(48)),
         "validation": write_rows(tmp_path / "validation.jsonl", topic_rows(19, 100)),

@@ -49,7 +49,7 @@ jobs_file = Path(sys.argv[1])
 
 
 class WatchedLoop(Loop):
-    """Notes what is sharded and what is sent."""
+    """Records what is sharded and what is sent."""
 
     job: dict
     seen: dict
@@ -79,7 +79,7 @@ class WatchedLoop(Loop):
             deadline = time.monotonic() + 60
             while self._signal is None and time.monotonic() < deadline:
                 time.sleep(0.05)
-            time.sleep(1)  # for the second one
+            time.sleep(1)  # for the second signal
         return super()._train_step(batch)
 
 
@@ -111,7 +111,7 @@ def do(job: dict) -> dict:
     return seen
 
 
-# At the end of a run the processes part; the next one needs them.
+# A run ends the process group. The next job needs it.
 with mock.patch.object(torch.distributed, "destroy_process_group"):
     for each in json.loads(jobs_file.read_text()):
         report = do(each)

@@ -1,4 +1,4 @@
-"""The recipe in an adapter's folder may be anybody's: what it can set, and that nothing in it runs code."""
+"""The recipe in an adapter's folder is untrusted: what it can set, and that it runs no code."""
 
 import json
 import shutil
@@ -91,7 +91,7 @@ def test_nothing_in_a_folder_runs_code(stranger, values, monkeypatch):
 
 
 def test_a_tokenizer_with_code_is_read_without(stranger):
-    """Where transformers has a class of its own, it takes that."""
+    """transformers prefers its own class, if it has one."""
     config = json.loads((stranger.base / "config.json").read_text())
     (stranger.base / "config.json").write_text(json.dumps({**config, "model_type": "bert", "auto_map": {}}))
     assert predict(stranger.adapter, stranger.rows, stranger.out) == 8
@@ -99,7 +99,7 @@ def test_a_tokenizer_with_code_is_read_without(stranger):
 
 
 def test_the_caller_alone_can_trust(stranger):
-    """Also for a run's own folder, which says nothing of it."""
+    """Also for the folder of a run, which does not save the setting."""
     change(stranger.adapter, model_kwargs={"trust_remote_code": True})
     assert predict(stranger.adapter, stranger.rows, stranger.out, trust_remote_code=True) == 8
     assert stranger.mark.exists()
@@ -310,7 +310,7 @@ def test_no_rows_are_named_from_the_hub(tmp_path, monkeypatch, tiny_bert, topics
     out = tmp_path / "out"
     train(recipe(tiny_bert, topics, out, max_steps=1))
     module = sys.modules["prefix_adapter.training.inference"]
-    monkeypatch.setattr(module, "hf_hub_download", lambda *arguments, **more: str(out / "recipe.yaml"))
+    monkeypatch.setattr("prefix_adapter.files.source.hf_hub_download", lambda repo, name, **more: str(out / name))
     original = module.PeftModel.from_pretrained
     for name in ("PeftModel", "PeftConfig"):
         kind = getattr(module, name)
@@ -323,7 +323,7 @@ def test_no_rows_are_named_from_the_hub(tmp_path, monkeypatch, tiny_bert, topics
     assert evaluate_adapter("nobody/nothing", topics["validation"]).rows == 19
 
 
-# ---- Which rows are measured
+# ---- The rows that are evaluated
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_no_rows_are_named_from_the_hub(tmp_path, monkeypatch, tiny_bert, topics
 )
 def test_evaluate_takes_the_rows_that_the_run_took(tiny_bert, tmp_path, splits, limits, expected):
     names = {"train": topic_rows(48), "validation": topic_rows(19, 100), "test": topic_rows(12, 300)}
-    for rows in names.values():  # labels that cannot be learnt, so that other rows have other metrics
+    for rows in names.values():  # labels without a rule: other rows, other metrics
         for number, row in enumerate(rows):
             row["label"] = "ab"[(number * number + number // 3) % 2]
     files = {name: write_rows(tmp_path / f"{name}.jsonl", names[name]) for name in splits}
@@ -383,7 +383,7 @@ def test_what_is_measured_is_printed(tiny_bert, topics, tmp_path, capsys):
 
 
 def test_the_fixture_is_a_model_with_code(stranger):
-    """With trust its code runs: the tests above would see it."""
+    """With trust the code runs, so the tests above would notice it."""
     AutoConfig.from_pretrained(stranger.base, trust_remote_code=True)
     assert stranger.mark.exists()
     stranger.mark.unlink()

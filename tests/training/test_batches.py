@@ -21,7 +21,7 @@ def test_an_epoch_has_every_row_in_full_batches(size, batch_size, grouped):
         assert all(len(batch) == batch_size for batch in found)
         rows = [i for batch in found for i in batch]
         assert set(rows) == set(range(size))
-        # What fills the last batch up is spread over the rows, and is no more than that.
+        # The last batch is filled up with further rows, spread over all of them.
         fewest = len(rows) // size
         assert all(fewest <= rows.count(i) <= fewest + 1 for i in range(size))
         assert len(rows) - size < batch_size
@@ -44,7 +44,7 @@ def test_epochs_and_seeds_differ(grouped):
     batches, other = Batches(50, 8, 3, lengths), Batches(50, 8, 4, lengths)
     assert epoch_of(batches, 0) != epoch_of(batches, 1)
     assert epoch_of(batches, 0) != epoch_of(other, 0)
-    # The next seed's first epoch is not this one's second.
+    # The first epoch of the next seed differs from the second epoch of this one.
     assert epoch_of(batches, 1) != epoch_of(other, 0)
 
 
@@ -58,7 +58,7 @@ def test_grouping_saves_padding_and_mixes_the_batches():
     assert padded(grouped) < 1.1 * sum(lengths) < 1.5 * sum(lengths) < padded(Batches(400, 8, 0))
     longest = [max(lengths[i] for i in batch) for batch in epoch_of(grouped, 0)]
     assert longest != sorted(longest)
-    # Chance decides who meets: the rows of a batch of one epoch are not together again in the next.
+    # Rows of one batch are in different batches in the next epoch.
     first, second = ({frozenset(batch) for batch in epoch_of(grouped, epoch)} for epoch in (0, 1))
     assert not first & second
 

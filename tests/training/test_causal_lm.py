@@ -76,7 +76,7 @@ PAIRS = {
 
 
 def shown(task, features: dict, i: int) -> tuple[str, str]:
-    """A feature in words, and its labels, with a line for each that does not count."""
+    """A feature as words, and its labels, with `-` for tokens without a loss."""
     labels = features["labels"][i]
     marked = [task.tokenizer.decode(label) if label != -100 else "-" for label in labels]
     return task.tokenizer.decode(features["input_ids"][i]), " ".join(marked)
@@ -92,7 +92,7 @@ def shown(task, features: dict, i: int) -> tuple[str, str]:
         ("closing", {"text": words(1, 2)}, ("w1 w2 </s>", "- w2 </s>")),
         ("closing", {"prompt": words(1, 2), "text": words(3, 4)}, ("w1 w2 w3 w4 </s>", "- - w3 w4 </s>")),
         ("llama", {"prompt": words(1, 2), "text": words(3, 4)}, ("[CLS] w1 w2 w3 w4 </s>", "- - - w3 w4 </s>")),
-        # Too long: the prompt's beginning goes first, then the text's end.
+        # Too long: first the start of the prompt is cut, then the end of the text.
         ("gpt2", {"prompt": words(*range(9)), "text": words(30, 31)}, ("w6 w7 w8 w30 w31 </s>", "- - - w30 w31 </s>")),
         ("llama", {"prompt": words(*range(9)), "text": words(30)}, ("[CLS] w6 w7 w8 w30 </s>", "- - - - w30 </s>")),
         ("gpt2", {"prompt": words(1, 2), "text": words(*range(3, 12))}, ("w2 w3 w4 w5 w6 w7", "- w3 w4 w5 w6 w7")),
@@ -126,11 +126,11 @@ def test_packing_loses_no_token(bases):
     joined = [id_ for block in blocks["input_ids"] for id_ in block]
     assert task.tokenizer.decode(joined) == " ".join(f"[CLS] {text} </s>" for text in texts)
     lengths = [len(block) for block in blocks["input_ids"]]
-    assert sum(length != 10 for length in lengths) <= 2  # the datasets library hands over a thousand texts at a time
+    assert sum(length != 10 for length in lengths) <= 2  # `datasets` passes a thousand texts at a time
     for ids, labels, mask in zip(blocks["input_ids"], blocks["labels"], blocks["attention_mask"], strict=True):
         assert labels == [-100, *ids[1:]]
         assert mask == [1] * len(ids)
-    assert len(task.features({"text": texts[:9]}, list(range(9)), True)["row"]) == 9  # evaluation: a text by itself
+    assert len(task.features({"text": texts[:9]}, list(range(9)), True)["row"]) == 9  # evaluation: each text alone
 
 
 def losses(model, tokenizer, pairs) -> torch.Tensor:
@@ -155,7 +155,7 @@ def test_the_loss_is_that_of_the_texts_tokens(bases, kind):
         model, task.tokenizer, [(prompt or "", text) for prompt, text in zip(*rows.values(), strict=True)]
     )
     torch.testing.assert_close(task.loss(model, task.collate(each))[0], expected.mean())
-    # In parts of different sizes, weighed as the training loop does.
+    # In parts of different sizes, weighted as in the training loop.
     counts = [task.num_items(labels) for labels in features["labels"]]
     assert len(set(counts)) > 1
     parts = [(each[:1], counts[0]), (each[1:], sum(counts[1:]))]

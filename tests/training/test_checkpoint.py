@@ -1,4 +1,4 @@
-"""Checkpoints and the output folder: whenever a run dies, what is there is whole and can be gone on with."""
+"""Checkpoints and the output folder: after a crash at any time the files are complete, and the run can be resumed."""
 
 import errno
 import io
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 @pytest.fixture
 def make(tmp_path):
-    """Makes recipes of runs of one kind, by their output folders' names."""
+    """A function that makes a recipe for a short run with this output folder."""
     dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     base = save_base(tmp_path / "bert", "bert", **dropout)
     rows = {
@@ -52,12 +52,12 @@ def make(tmp_path):
 
 
 def in_child(work, report: Path) -> int:
-    """Start a process that goes on from here, which is warm; returns its id. What it raises is written to a file."""
+    """Fork a process that runs `work`, and return its id. The traceback of an error is written to `report`."""
     child = os.fork()
     if child:
         return child
     code = 1
-    tqdm.set_lock(threading.RLock())  # its own would be locked for all if it died with it
+    tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared, and would stay locked after a kill
     try:
         sys.stdout = sys.stderr = io.StringIO()
         work()
@@ -69,7 +69,7 @@ def in_child(work, report: Path) -> int:
 
 
 def was_killed(child: int, report: Path) -> bool:
-    """Wait for a process; whether it was killed. If not it must have ended well."""
+    """Wait for a process, and return whether it was killed. Otherwise it must have ended without an error."""
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         assert os.WTERMSIG(status) == signal.SIGKILL
@@ -79,7 +79,7 @@ def was_killed(child: int, report: Path) -> bool:
 
 
 def on_the_way_to_the_disk(step: Callable[[Callable[[Path], None]], None], folder: Path) -> None:
-    """Call `step` whenever this process is about to change something in a folder; for the rest of the process.
+    """Call `step` whenever this process is about to change a file or folder in `folder`, until the process ends.
 
     Python reports what it is about to do (PEP 578). A file that is opened is two steps: before that, and when it is
     empty. So is a file of safetensors, which is no Python: before it is written, and when half of it is.
@@ -92,7 +92,7 @@ def on_the_way_to_the_disk(step: Callable[[Callable[[Path], None]], None], folde
 
     def call(change: Callable[[Path], None] = lambda root: None) -> None:
         nonlocal inside
-        inside = True  # what `step` itself does is no step
+        inside = True  # the changes that `step` makes are not counted
         try:
             step(change)
         finally:
@@ -102,7 +102,7 @@ def on_the_way_to_the_disk(step: Callable[[Callable[[Path], None]], None], folde
         if inside or event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"):
             return
         path = args[0]
-        # What is removed with its folder is named relative to that.
+        # `rmtree` names files relative to their folder.
         if isinstance(path, int) or not (str(path).startswith(str(folder)) or event in ("os.remove", "os.rmdir")):
             return
         if event != "open":
@@ -124,7 +124,7 @@ def on_the_way_to_the_disk(step: Callable[[Callable[[Path], None]], None], folde
 
 
 def die_at(number: int, folder: Path) -> None:
-    """Kill this process at a step on the way to the disk."""
+    """Kill this process at this write."""
     count = 0
 
     def step(change: Callable[[Path], None]) -> None:
@@ -138,7 +138,7 @@ def die_at(number: int, folder: Path) -> None:
 
 
 def copy_at_every_step(folder: Path, copies: Path) -> None:
-    """Copy a folder at every step on the way to the disk, as a process that is killed there would leave it."""
+    """Copy a folder at every write, as a process that is killed at this moment would leave it."""
     numbers = itertools.count()
 
     def step(change: Callable[[Path], None]) -> None:
@@ -151,7 +151,7 @@ def copy_at_every_step(folder: Path, copies: Path) -> None:
 
 
 def assert_whole(folder: Path) -> None:
-    """Every checkpoint can be read completely."""
+    """Assert that every checkpoint can be read completely."""
     for step in checkpoint.saved_steps(folder / "checkpoints"):
         own = checkpoint.step_folder(folder / "checkpoints", step)
         assert json.loads((own / "state.json").read_text())["step"] == step
@@ -164,18 +164,18 @@ def assert_whole(folder: Path) -> None:
 
 
 def durable(folder: Path) -> dict[str, bytes]:
-    """What there is in a folder, but for what was not finished."""
+    """The contents of all files in a folder, without unfinished ones."""
     paths = [path for path in folder.rglob("*") if path.is_file() and ".unfinished-" not in str(path)]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def go_on(run) -> None:
-    """Start a run that was killed once more, as its user would."""
+    """Start a killed run again, or resume it if it has a recipe."""
     train(run, resume=(Path(run.output_dir) / "recipe.yaml").exists())
 
 
 def test_killed_at_every_step_on_the_way_to_the_disk(make, tmp_path):
-    """One run, whose folder is copied at every step; a process that is really killed is in the tests below."""
+    """One run, whose folder is copied at every write. The tests below kill real processes."""
     train(make("whole", max_steps=2))
     expected = what_counts(tmp_path / "whole")
     folder, copies, report, states = tmp_path / "killed", tmp_path / "copies", tmp_path / "report", []
@@ -192,7 +192,7 @@ def test_killed_at_every_step_on_the_way_to_the_disk(make, tmp_path):
         copy.rename(folder)
         assert_whole(folder)
         state = durable(folder)
-        if state not in states:  # from the same it goes on to the same
+        if state not in states:  # equal states lead to equal ends
             states.append(state)
             go_on(make("killed", max_steps=2))
             assert what_counts(folder) == expected
@@ -201,7 +201,7 @@ def test_killed_at_every_step_on_the_way_to_the_disk(make, tmp_path):
 
 
 def killed_at(number: int, run, report: Path) -> bool:
-    """Whether a run, or going on with it, comes to the so-manyth step on the way to the disk, where it dies."""
+    """Kill a new or resumed run at this write, and return whether it got there."""
 
     def work():
         die_at(number, Path(run.output_dir))
@@ -242,13 +242,13 @@ def test_killed_at_any_moment(make, tmp_path):
 
 
 def limit_files(size: int) -> None:
-    """Have no file of this process grow beyond a size."""
+    """Limit the size of the files that this process writes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 @pytest.mark.parametrize("size", ["adapter_model.safetensors", "optimizer.safetensors", "state.json", "README.md"])
 def test_a_full_disk(make, tmp_path, size):
-    """No file may grow beyond a limit from the second checkpoint on: those of weights cannot, or others cannot."""
+    """From the checkpoint of step 4 on, files can only grow to one byte below the size of one of its files."""
     train(make("whole"))
     expected = what_counts(tmp_path / "whole")
     first = tmp_path / "whole" / "checkpoints" / "step-000004"
@@ -299,7 +299,7 @@ def test_a_disk_that_is_full_between_checkpoints(make, tmp_path):
 
 
 def fill_at(number: int, folder: Path) -> None:
-    """Have the disk be full for this process from the so-manyth time on that something new comes into a folder."""
+    """Make the disk full for this process, from this write on."""
     count = 0
 
     def step(path) -> bool:
@@ -353,7 +353,7 @@ def test_a_disk_that_is_full_at_every_write_in_turn(make, tmp_path):
         if state not in states:
             states.append(state)
             assert_whole(folder)
-            # What is published comes at once: the weights last, when all else is there.
+            # The weights are moved last, when all other files are there.
             assert not (folder / "adapter_model.safetensors").exists()
             go_on(make("full", max_steps=2))
             assert what_counts(folder) == expected
@@ -363,7 +363,7 @@ def test_a_disk_that_is_full_at_every_write_in_turn(make, tmp_path):
 
 @pytest.mark.parametrize(("module", "name"), [(reports, "write_card"), (run, "fsync_path"), (run.shutil, "copyfile")])
 def test_a_disk_that_is_full_at_the_end(make, tmp_path, monkeypatch, module, name):
-    """The last copies: the files of a finished run get their places together, or none does."""
+    """The files of a finished run are all moved into the folder, or none is."""
     train(make("whole"))
 
     def full(*args):
@@ -388,7 +388,7 @@ def test_a_folder_in_use_is_left_alone(make, tmp_path):
             train(make("thesis"), overwrite=overwrite)
     with pytest.raises(RecipeError, match=r"`output_dir`: there is no run to resume in .*thesis"):
         train(make("thesis"), resume=True)
-    (folder / "recipe.yaml").write_text("task: sequence-classification\n")  # of the user's, to start the run with
+    (folder / "recipe.yaml").write_text("task: sequence-classification\n")  # the user's own recipe
     with pytest.raises(RecipeError, match=r"also contains 'chapter.tex'"):
         train(make("thesis"), overwrite=True)
     assert durable(folder).keys() == {"chapter.tex", "recipe.yaml"}
@@ -410,7 +410,7 @@ def test_a_run_is_replaced_when_asked(make, tmp_path):
     train(make("out", seed=2), overwrite=True)
     assert what_counts(tmp_path / "out") == what_counts(tmp_path / "fresh")
     assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(tmp_path / "fresh"))
-    assert (tmp_path / "elsewhere" / "events").exists()  # a link was removed, not what it points to
+    assert (tmp_path / "elsewhere" / "events").exists()  # the link was removed, its target was not
 
 
 def test_nothing_is_removed_before_the_new_run_can_start(make, tmp_path):
@@ -461,7 +461,7 @@ def test_what_may_differ_when_resuming(make, tmp_path):
     again = train(make("moved", eval_batch_size=3), resume=True)
     assert again["best_step"] == results["best_step"]
     assert yaml.safe_load((tmp_path / "moved" / "recipe.yaml").read_text())["output_dir"] == str(tmp_path / "moved")
-    # The recipe that a run leaves resumes it too.
+    # The run can be resumed with the recipe in its folder.
     assert train(load_recipe(tmp_path / "moved" / "recipe.yaml"), resume=True)["steps"] == results["steps"]
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def call(capsys, *arguments):
-    """Run a command in this process; what it printed."""
+    """Run a command in this process, and return its output."""
     capsys.readouterr()
     main([str(argument) for argument in arguments])
     return capsys.readouterr().out
@@ -144,7 +144,7 @@ def test_mistakes_on_the_command_line_end_in_two_lines(capsys, arguments, said):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_option_may_be_cut_short(capsys, command):
-    """A cut option would be taken for another one: --learning_rat for --learning_rate."""
+    """Abbreviated options are errors, for instance --learning_rat."""
     options = [each for each in re.findall(r"(?m)^ +(--[\w.]{4,})", shown_help(capsys, command)) if each != "--help"]
     assert options
     for option in options[:3]:
@@ -186,7 +186,7 @@ def run(*command, **more):
 
 @pytest.fixture
 def script(tmp_path) -> Path:
-    """The command as pip installs it."""
+    """The script that pip installs."""
     path = tmp_path / "prefix-adapter"
     path.write_text("import sys\nfrom prefix_adapter.cli import main\nsys.exit(main())\n")
     return path
@@ -207,7 +207,7 @@ def test_help_and_mistakes_do_not_wait_for_torch(script, how, arguments):
 
 
 def test_it_runs_as_a_program(tmp_path):
-    """Here the package imports peft late; the method must be known to PEFT all the same."""
+    """The command line imports peft late, and PEFT must know the method nevertheless."""
     PrefixTuningV2Config(num_virtual_tokens=3).save_pretrained(tmp_path)
     save_file({"prefix": torch.zeros(3)}, tmp_path / "adapter_model.safetensors")
     done = run("-m", "prefix_adapter", "info", tmp_path)
@@ -235,7 +235,7 @@ def test_errors_of_the_program_keep_their_traceback(monkeypatch):
 
 def test_nothing_that_is_printed_controls_the_terminal(tmp_path, capsys):
     escape = "\x1b[2J\x9b\u202e"
-    # A config of ours is refused with such a name.
+    # A config of this package rejects such a name.
     LoraConfig(base_model_name_or_path=f"a{escape}").save_pretrained(tmp_path)
     save_file({f"b{escape}": torch.zeros(3)}, tmp_path / "adapter_model.safetensors")
     shown = call(capsys, "info", tmp_path) + call(capsys, "info", tmp_path, "--json")

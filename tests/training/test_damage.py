@@ -1,4 +1,4 @@
-"""A run that is to go on from files that are damaged, or were changed by a person: a clear error, or the same end."""
+"""Resuming from damaged or edited files: a clear error, or the same result."""
 
 import base64
 import json
@@ -25,13 +25,13 @@ FILES = ("adapter_model.safetensors", "adapter_config.json", "optimizer.safetens
 
 
 def scripted(monkeypatch):
-    """Have the second step be the best, so that there are two checkpoints in the end: of steps 2 and 4."""
+    """Make step 2 the best, so that the run leaves the checkpoints of steps 2 and 4."""
     monkeypatch.setattr(Loop, "_is_better", lambda self, metrics, best: best is None)
 
 
 @pytest.fixture
 def run(make, monkeypatch):  # noqa: F811
-    """A finished run, in the folder `whole`, with copies of it to damage."""
+    """A finished run in the folder `whole`. The fixture is a function that copies it."""
     scripted(monkeypatch)
     train(make("whole", **STEPS))
     folder = Path(make("whole").output_dir)
@@ -86,7 +86,7 @@ DAMAGES = (truncate, empty, delete, flip, replace_by_folder, other_text)
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_every_damage_to_every_file_is_seen(run, model, damage):
-    """It is seen, and the checkpoint before is taken; the list of checksums alone may be missing."""
+    """The damage is found, and the earlier checkpoint is used. Only the checksums may be missing."""
     for name in FILES:
         places = run() / "checkpoints"
         damage(places / "step-000004" / name)
@@ -96,7 +96,7 @@ def test_every_damage_to_every_file_is_seen(run, model, damage):
             continue
         with pytest.warns(UserWarning, match=r"step-000004/.*resumes from the intact checkpoint of step 2"):
             assert checkpoint.find_intact(places, Accelerator(), model, "accuracy") == 2
-        # Of the best checkpoint, too, whose weights are what the run leaves.
+        # Also in the best checkpoint, whose weights become the adapter.
         places = run() / "checkpoints"
         damage(places / "step-000002" / name)
         with pytest.raises(checkpoint.CheckpointError, match=r"step-000002/.*(damaged|missing).*--overwrite"):
@@ -201,7 +201,7 @@ CHANGES = {
 
 
 def test_a_checkpoint_without_checksums_is_held_against_the_run(run, model):
-    """As earlier versions wrote them, and as a person may make one."""
+    """Earlier versions wrote no checksums, and a person may have removed them."""
     places = run() / "checkpoints"
     shutil.rmtree(places / "step-000002")
     folder = places / "step-000004"
@@ -270,7 +270,7 @@ def test_a_part_that_has_no_gradient_yet_can_be_resumed(tmp_path):
     initialize_optimizer_state(plain)
     assert checkpoint.find_intact(places, accelerator, again, "accuracy") == 1
     checkpoint.restore(checkpoint.step_folder(places, 1), accelerator, again, other)
-    reference, third, _ = new()  # AdamW alone, which makes the state of a parameter with its first gradient
+    reference, third, _ = new()  # plain AdamW creates the state of a parameter with its first gradient
     step(reference, third, "used")
     for own, its in ((model, optimizer), (again, other), (reference, third)):
         step(own, its, "unused")
@@ -278,7 +278,7 @@ def test_a_part_that_has_no_gradient_yet_can_be_resumed(tmp_path):
         assert torch.equal(tensor, again.state_dict()[name]) and torch.equal(tensor, model.state_dict()[name])
 
 
-# ---- What a person may have edited
+# ---- Edited files
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Rows from files and folders, and what is said about bad ones."""
+"""Rows from files and folders, and the errors for bad ones."""
 
 import gzip
 import json
@@ -86,7 +86,7 @@ CELLS = [
 @pytest.mark.parametrize("kind", ["csv", "tsv", "csv.gz"])
 @pytest.mark.parametrize("where", ["file", "folder"])
 def test_cells_of_a_table_are_texts_as_they_are_written(kind, where, write):
-    """Also those that a reader could take for numbers, dates, truth values or missing values."""
+    """Also texts that look like numbers, dates, truth values or missing values."""
     comma = "\t" if kind == "tsv" else ","
     text = "".join(f"{text}{comma}{label}\n" for text, label in [("text", "label"), *((cell, cell) for cell in CELLS)])
     content = gzip.compress(text.encode()) if kind.endswith("gz") else text
@@ -101,7 +101,7 @@ def test_cells_of_a_table_are_texts_as_they_are_written(kind, where, write):
     [("01", "1"), ("0.0", "1.0"), ("NA", "null"), ("nan", "NaN"), ("True", "false"), ("2020-01-01", "2021-02-03")],
 )
 def test_a_column_of_one_kind_stays_texts(cells, where, write):
-    """Readers that guess look at whole columns."""
+    """Readers that guess types look at whole columns."""
     path = write("folder/train.csv", "text,label\n" + "".join(f"{cell},{cell}\n" for cell in cells))
     rows = read(path) if where == "file" else list(load_rows(Data(path=os.path.dirname(path)), "train"))
     assert rows == [{"text": cell, "label": cell} for cell in cells]
@@ -165,7 +165,7 @@ def test_a_file_that_has_changed_is_read_anew(write):
     time = os.stat(path).st_mtime
     assert read(path)[0]["text"] == "old"
     write("rows.jsonl", as_lines([{"text": "new", "label": 1}]))
-    os.utime(path, (time, time))  # as when it is unpacked from an archive
+    os.utime(path, (time, time))  # as after unpacking an archive
     assert read(path)[0]["text"] == "new"
 
 

@@ -1,6 +1,6 @@
-"""Two processes on the CPU do what one does: data parallel (DDP), sharded (FSDP2, DeepSpeed), on two machines.
+"""Two processes on the CPU give the results of one: data parallel (DDP), sharded (FSDP2, DeepSpeed), two machines.
 
-Every launcher is started once, in a fixture, for all tests of it; `distributed_worker.py` is what it runs.
+A fixture starts each launcher once for all its tests. The launcher runs `distributed_worker.py`.
 """
 
 import json
@@ -33,7 +33,7 @@ FROZEN = ("attention.self", "word_embeddings", "LayerNorm", "lm_head", "shared",
 
 
 def tag_rows(count: int, start: int = 0) -> list[dict]:
-    """Sentences of 1 to 22 tokens, so that two processes' shares of a batch weigh very different."""
+    """Sentences of 1 to 22 tokens, so that the two processes have very different numbers of tokens."""
     rows = []
     for i in range(start, start + count):
         words = [(i * 5 + j * 3) % 80 for j in range(1 + (i * 7) % 22)]
@@ -54,7 +54,7 @@ def pair_rows(count: int) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory) -> dict[str, dict]:
-    """The recipes that one and two processes follow, without `output_dir`."""
+    """The recipes of the runs with one and with two processes, without `output_dir`."""
     folder = tmp_path_factory.mktemp("data")
     topics = {
         "train": write_rows(folder / "train.jsonl", topic_rows(48)),
@@ -127,7 +127,7 @@ def recipes(tmp_path_factory) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def one(recipes, tmp_path_factory) -> Path:
-    """What one process makes of the recipes: folders by their names."""
+    """The folder with the runs of one process, by the names of the recipes."""
     folder = tmp_path_factory.mktemp("one")
     torch.set_num_threads(1)
     for name in ("topic", "tags", "generated"):
@@ -171,7 +171,7 @@ def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
 
 
 def work(config: str, folder: Path, jobs: list[dict]) -> dict[str, list[dict]]:
-    """Have two processes do jobs; what each of them saw, by the jobs' names."""
+    """Run jobs in two processes, and return the reports of both by the names of the jobs."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     status, output = finish(launch(config, "--main_process_port", "0", WORKER, str(folder / "jobs.json")))
     assert status == 0, output
@@ -235,9 +235,9 @@ def lines(folder: Path) -> list[dict]:
 
 
 def assert_same_run(folder: Path, reference: Path, atol: float = 1e-4) -> None:
-    """The same losses, metrics and adapter, but for rounding.
+    """Assert the same losses, metrics and adapter up to rounding.
 
-    Adam makes steps of the rate's size (0.03) even of gradients near zero, where rounding shows most.
+    Adam's steps have the size of the rate (0.03) even for gradients near zero, where rounding matters most.
     """
     found, expected = lines(folder), lines(reference)
     assert [line.pop("split") for line in found] == [line.pop("split") for line in expected]
@@ -282,7 +282,7 @@ def test_a_divided_model_is_the_same_run(kind, one, name, request):
 
 
 def test_the_runs_tell_right_from_wrong(one):
-    """What they must have for the tests of this file to see a mistake: a best step before the last, and errors."""
+    """The runs must have a best step before the last, and wrong answers. Otherwise the tests could miss a mistake."""
     results = json.loads((one / "topic" / "results.json").read_text())
     assert results["best_step"] < results["steps"]
     assert any(0 < line["accuracy"] < 1 for line in lines(one / "topic") if "accuracy" in line)
@@ -309,14 +309,14 @@ def test_only_what_is_trained_is_saved(kind, name, request):
         with safe_open(file, "pt") as contents:
             shapes = {key: tuple(contents.get_slice(key).get_shape()) for key in contents.keys()}  # noqa: SIM118
         tables = [shape for key, shape in shapes.items() if "prefix_tuning_v2" in key and not key.endswith("/step")]
-        assert all(shape[0] == 4 for shape in tables)  # rows of the prefix, whole
+        assert all(shape[0] == 4 for shape in tables)  # all rows of the prefix
         assert tables and not [key for key in shapes if any(part in key for part in FROZEN)]
     parts = list(checkpoints.rglob("*model_states.pt"))
     for part in parts:
         weights = torch.load(part, weights_only=False)["module"]
         assert not [key for key in weights if any(part in key for part in FROZEN)]
     names = {file.name for file in files} | {"DeepSpeed's" for _ in parts}
-    assert len(names) == 2  # the adapter, and the optimizer's
+    assert len(names) == 2  # the adapter and the optimizer state
 
 
 def test_fsdp_keeps_a_part_in_each_process(fsdp2):
@@ -341,25 +341,25 @@ def test_fsdp_says_what_it_cannot_do(fsdp2):
 
 
 def test_signals_and_two_machines_that_go_on(ddp, recipes, tmp_path):
-    """A run is told to stop, saved once, and goes on on two machines as if nothing had happened."""
+    """A run gets a signal, saves one checkpoint, and is resumed on two machines with the same result."""
     (tmp_path / "jobs.json").write_text(json.dumps([job("random", recipes["random"], wait=7)]))
     process = launch("cpu_two_processes.yaml", "--main_process_port", "0", WORKER, str(tmp_path / "jobs.json"))
     waiting = [tmp_path / "waiting-0", tmp_path / "waiting-1"]
     deadline = time.monotonic() + 60
     while not all(path.exists() and path.read_text() for path in waiting) and time.monotonic() < deadline:
         time.sleep(0.1)
-    # As a cluster does that tells every process of a job; the launcher passes its own on, so each gets two.
+    # A cluster signals every process of a job. The launcher passes its signal on, so each process gets two.
     for path in waiting:
         os.kill(int(path.read_text()), signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     status, output = finish(process)
     assert status != 0
-    # Read in the step after that in which it came.
+    # The loop reads a signal one step after it came.
     assert output.count("Stopped after step 9 of 18") == 2, output
     folder = tmp_path / "random"
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000005", "step-000009"]
 
-    # One process can go on too, with other dropout.
+    # One process can resume the run too, with other dropout.
     alone = shutil.copytree(folder, tmp_path / "alone")
     recipe = {**recipes["random"], "data": Data(**recipes["random"]["data"]), "output_dir": alone}
     assert train(Recipe(**recipe), resume=True)["steps"] == 18

@@ -1,4 +1,4 @@
-"""What is done with a trained adapter: measuring it, and answering rows that stream past."""
+"""Evaluation and prediction with a trained adapter."""
 
 import io
 import json
@@ -28,7 +28,7 @@ from prefix_adapter.training import (
 
 @pytest.fixture(scope="module")
 def trained(tiny_bert, tmp_path_factory):
-    """A trained adapter, whose data call the text `sentence`."""
+    """A trained adapter, in whose data the column `text` is called `sentence`."""
     folder = tmp_path_factory.mktemp("trained")
     rows = [{"sentence": row["text"], "label": row["label"]} for row in topic_rows(48)]
     data = {
@@ -41,7 +41,7 @@ def trained(tiny_bert, tmp_path_factory):
 
 
 def by_hand(base, adapter, texts):
-    """Probabilities of a plain PEFT model, one text at a time."""
+    """The probabilities of a plain PEFT model, for one text at a time."""
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
     model, tokenizer = PeftModel.from_pretrained(model, adapter).eval(), AutoTokenizer.from_pretrained(base)
     with torch.no_grad():

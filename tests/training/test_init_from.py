@@ -36,7 +36,7 @@ def bases(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def writing(tmp_path, bases):
-    """Makes recipes of short causal-lm runs, all rows in one batch, without anything random."""
+    """A function that makes recipes of short causal-lm runs, with all rows in one batch and no dropout."""
     rows = [{"prompt": None, **row} for row in ROWS]
     data = {name: write_rows(tmp_path / f"{name}.jsonl", rows) for name in ("train", "validation")}
 
@@ -63,7 +63,7 @@ def first_loss(folder) -> float:
 
 @torch.no_grad()
 def loss_of(model, kind: str, front: str | None) -> float:
-    """The mean loss of the learnt tokens, row by row, with a text in front of each; w0 has the id 6."""
+    """The mean loss of the tokens that count, row by row, with a text in front of each; w0 has the id 6."""
     start = [2] if kind == "llama" else []
     ids = {name: [int(word[1:]) + 6 for word in (name or "").split()] for name in (front, *_texts())}
     total, count = 0.0, 0
@@ -163,7 +163,7 @@ def make_topics(base, folder, labels="ab", **changes) -> Recipe:
 
 
 def test_the_head_starts_anew_and_resuming_is_exact(tiny_bert, tmp_path, monkeypatch):
-    """Also when the other adapter is there no more: it is looked at when a run starts, not when it goes on."""
+    """The other adapter is read when a run starts. It may be gone when the run is resumed."""
     source = tmp_path / "source"
     train(make_topics(tiny_bert, tmp_path, output_dir=str(source)))
 

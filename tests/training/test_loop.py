@@ -1,4 +1,4 @@
-"""The training loop: it gives the same however often it is stopped, and stops when it should."""
+"""The training loop: exact resumption, early stopping, signals, divergence and recorded metrics."""
 
 import json
 import os
@@ -24,7 +24,7 @@ NINE_STEPS = {"num_train_epochs": 3, "batch_size": 8, "logging_steps": 2, "adapt
 
 
 class Crash(BaseException):
-    """The end of a process, as nothing catches it."""
+    """Stands for the end of the process: no code catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def dropping(tmp_path_factory) -> str:
 
 @pytest.fixture
 def few(tmp_path) -> dict[str, str]:
-    """24 rows to learn from, some to choose by and some to measure on."""
+    """24 training rows, and a few validation and test rows."""
     return {
         "train": write_rows(tmp_path / "train.jsonl", topic_rows(24)),
         "validation": write_rows(tmp_path / "validation.jsonl", topic_rows(9, 100)),
@@ -45,7 +45,7 @@ def few(tmp_path) -> dict[str, str]:
 
 
 def before_step(monkeypatch, step: int, action) -> None:
-    """Have something happen after so many steps."""
+    """Call `action` after this number of steps."""
     original = Loop._train_step
 
     def train_step(self, batch):
@@ -65,7 +65,7 @@ def lines(folder) -> list[dict]:
 
 
 def what_counts(folder) -> dict[str, bytes]:
-    """All that a run computed, byte for byte."""
+    """The results, metrics, weights and states of a run, as bytes."""
     folder = Path(folder)
     results = json.loads((folder / "results.json").read_text())
     del results["seconds"]
@@ -78,7 +78,7 @@ def what_counts(folder) -> dict[str, bytes]:
 
 
 def assert_resumes(reference, monkeypatch, make, step: int) -> None:
-    """A run that crashes after so many steps ends as one that does not."""
+    """Assert that a run that crashes after this number of steps and is resumed ends like the reference."""
     with monkeypatch.context() as patch:
         before_step(patch, step, crash)
         with pytest.raises(Crash):
@@ -147,7 +147,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(dropping, few, tmp_path, monkey
     train(recipe(dropping, few, tmp_path / "whole", **NINE_STEPS))
     stopped = recipe(dropping, few, tmp_path / "stopped", **NINE_STEPS)
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    for step in (1, 4):  # stopped twice, the second time when it had been resumed
+    for step in (1, 4):  # stopped twice, the second time after resuming
         with monkeypatch.context() as patch:
             before_step(patch, step, lambda: os.kill(os.getpid(), number))
             with pytest.raises(TrainingInterrupted, match=r"after step [0-9] of 9") as error:
@@ -155,7 +155,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(dropping, few, tmp_path, monkey
         assert f"prefix-adapter train --resume {tmp_path / 'stopped'}" in str(error.value)
         assert error.value.signal_number == number
         assert {each: signal.getsignal(each) for each in handlers} == handlers
-        # A step at most is trained after the one in which the signal came.
+        # At most one more step is trained after the signal.
         assert step < checkpoint.saved_steps(tmp_path / "stopped" / "checkpoints")[-1] <= step + 2
     train(stopped, resume=True)
     assert what_counts(tmp_path / "stopped") == what_counts(tmp_path / "whole")
@@ -167,7 +167,7 @@ def test_a_second_signal_ends_the_run_at_once(dropping, few, tmp_path, monkeypat
         signal.raise_signal(signal.SIGINT)
 
     before_step(monkeypatch, 4, twice)
-    # A shell starts what runs in the background with this signal ignored, and then the second is to be ignored too.
+    # A shell may start a background process with this signal ignored. Then the second one is ignored too.
     handler = signal.default_int_handler
     inherited = signal.signal(signal.SIGINT, handler)
     try:
@@ -201,14 +201,14 @@ def test_other_logging_steps_in_a_resumed_run(dropping, few, tmp_path, monkeypat
 def test_a_run_is_a_function_of_its_seed(dropping, few, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(recipe(dropping, few, tmp_path / name, **NINE_STEPS, seed=seed))
-        torch.rand(3)  # whatever else the process draws
+        torch.rand(3)  # other code draws random numbers
     assert what_counts(tmp_path / "a") == what_counts(tmp_path / "b")
     a, c = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ac")
     assert all(not torch.equal(a[name], c[name]) for name in a)
 
 
 def train_scripted(monkeypatch, accuracies: list[float], run) -> dict:
-    """Train with evaluations that find these accuracies, in this order; further evaluations are not changed."""
+    """Train, and replace the accuracies of the first evaluations by these."""
     coming, original = iter(accuracies), objective.evaluate
 
     def evaluate(*args):
@@ -225,7 +225,7 @@ def test_the_best_adapter_is_left_not_the_last(dropping, few, tmp_path, monkeypa
     whole = recipe(dropping, few, tmp_path / "whole", **settings)
     results = train_scripted(monkeypatch, [0.1, 0.9, 0.9], whole)
     assert results["best_step"] == 6 and results["validation"]["accuracy"] == 0.9
-    # The same, but that it ends there.
+    # The same run, but it ends at step 6.
     train_scripted(monkeypatch, [0.1, 0.9], recipe(dropping, few, tmp_path / "short", **settings, max_steps=6))
     best, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "short"))
     last = load_file(tmp_path / "whole" / "checkpoints" / "step-000009" / "adapter_model.safetensors")
@@ -257,7 +257,7 @@ def test_early_stopping(dropping, few, tmp_path, monkeypatch):
 
 
 def test_metrics_are_those_of_plain_forwards(tiny_bert, few, tmp_path):
-    # Rows of other lengths share a batch, and the last batch is not full.
+    # Rows of different lengths are in one batch, and the last batch is not full.
     results = train(recipe(tiny_bert, few, tmp_path / "out", **NINE_STEPS, eval_batch_size=4))
     base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
     model = PeftModel.from_pretrained(base, tmp_path / "out").eval()
@@ -290,7 +290,7 @@ def test_the_loss_is_recorded(dropping, few, tmp_path, monkeypatch):
     for line, own in zip(recorded, (losses[:4], losses[4:8]), strict=True):
         assert line["loss"] == pytest.approx(sum(own).item() / 4)
         assert line["epoch"] == pytest.approx(line["step"] / 3, abs=1e-3)
-    # The rates with which the step was made: up to the full ones in 4 of 9 steps, then down to 0.
+    # The rates of the step: they rise for 4 of 9 steps, then fall to 0.
     assert recorded[0]["learning_rate/adapter"] == pytest.approx(0.03 * 3 / 4)
     assert recorded[1]["learning_rate/head"] == pytest.approx(0.02 * 2 / 5)
 

@@ -1,4 +1,4 @@
-"""The base model of a run: its tokenizer must be its own, and its head may be another one."""
+"""The base model of a run: its tokenizer and its head."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def task_of(made):
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2", "llama", "t5", "bart"])
 def test_a_folder_without_a_tokenizer_is_refused(kind, topics, tmp_path):
-    """transformers makes a tokenizer that knows no words, with which a run would learn nothing from any text."""
+    """transformers then makes a tokenizer without words, with which no text can be learned."""
     base = Path(save_base(tmp_path / "base", kind))
     for path in base.glob("*token*"):
         path.unlink()
@@ -49,7 +49,7 @@ def test_a_tokenizer_of_another_model_is_refused(tiny_bert, topics, tmp_path):
         RecipeError, match=r"has a token 203 \('x199'\), and the model has embeddings for 99 tokens only"
     ):
         train(recipe(str(base), topics, tmp_path / "out"))
-    save_tokenizer(base, [f"x{i}" for i in range(90)])  # it fits, and knows none of the words
+    save_tokenizer(base, [f"x{i}" for i in range(90)])  # its size fits, and it has none of the words
     with pytest.raises(DataError, match=r"train.jsonl: 100% of the tokens are unknown to the tokenizer of"):
         train(recipe(str(base), topics, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -60,7 +60,7 @@ def test_tokens_that_were_added_without_embeddings_are_refused(tiny_bert, topics
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens([f"new{i}" for i in range(20)])
     tokenizer.save_pretrained(base)
-    train(recipe(str(base), topics, tmp_path / "fine", max_steps=1))  # no text has one of those beyond the embeddings
+    train(recipe(str(base), topics, tmp_path / "fine", max_steps=1))  # no text has a token beyond the embeddings
     rows = [*topic_rows(20), {"text": "w1 new19 w2", "label": "a"}]
     with pytest.raises(
         DataError, match=r"rows.jsonl: the tokenizer makes token 105 \('new19'\) .* for 99 tokens only"
@@ -75,7 +75,7 @@ def test_tokens_that_were_added_without_embeddings_are_refused(tiny_bert, topics
 
 @pytest.mark.parametrize(("unknown", "said"), [(2, None), (4, "33%"), (6, None)])
 def test_unknown_words_are_counted(tiny_bert, topics, capsys, unknown, said):
-    """Of the words, without the special tokens around them."""
+    """The token ids of the words, without special tokens."""
     task = task_of(recipe(tiny_bert, topics, "out", labels=["a", "b"]))
     text = " ".join([*(f"?{i}" for i in range(unknown)), *WORDS[:8]])
     rows = Dataset.from_list([{"text": text, "label": "a"}] * 3)
@@ -142,7 +142,7 @@ def test_another_size_of_the_backbone_is_refused(tiny_bert, topics, tmp_path):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_decoder_without_a_padding_token_classifies(kind, topics, tmp_path):
-    """It reads the last token that is no padding, so it must know which token is: answers are those of single rows."""
+    """The head reads the last token before the padding, so the answers of a batch must be those of single rows."""
     base = Path(save_base(tmp_path / "base", kind))
     for name in ("config.json", "tokenizer_config.json"):
         settings = {k: v for k, v in json.loads((base / name).read_text()).items() if not k.startswith("pad_token")}

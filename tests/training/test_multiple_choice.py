@@ -36,7 +36,7 @@ def columns(rows):
 
 
 def odd_rows(count: int, seed: int) -> list[dict]:
-    """Two to five choices for a text, one of which has words of its own: `w0` to `w4`."""
+    """Two to five choices for a text. The right one has the words `w0` to `w4`."""
     rng, rows = random.Random(seed), []
 
     def words(first, last):
@@ -80,7 +80,7 @@ def test_choices_in_a_list_or_in_columns(tiny_bert):
     results = [task.features(columns([row]), [0], True) for row in (listed, apart)]
     assert results[0] == results[1]
     assert results[0]["labels"] == [1]
-    first, second = ["w1", "w2"], ["w10"]  # what fits in beside three special tokens and the choice
+    first, second = ["w1", "w2"], ["w10"]  # the room beside three special tokens and the choice
     ids = task.tokenizer.convert_tokens_to_ids(["[CLS]", *first, "[SEP]", *second, "[SEP]"])
     assert results[0]["input_ids"][0][0] == ids
     assert "labels" not in task.features(columns([{"text": "w1", "choices": ["w2", "w3"]}]), [0], False)

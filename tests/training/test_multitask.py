@@ -1,4 +1,4 @@
-"""Several tasks that learn one prefix."""
+"""Multi-task training: several tasks train one prefix."""
 
 import itertools
 import json
@@ -44,7 +44,7 @@ CLASSES = {
 
 
 def tag_rows(count: int, start: int = 0) -> list[dict]:
-    """Sentences of words whose tags they tell, of three kinds."""
+    """Sentences with three tags. The tag follows from the word."""
     rows = []
     for i in range(start, start + count):
         tokens = [f"w{(i * 7 + j * 11) % 60}" for j in range(4 + i % 3)]
@@ -120,7 +120,7 @@ def test_what_is_left_is_an_adapter_for_each_task_with_one_prefix(values, base, 
     rows = write_rows(tmp_path / "rows.jsonl", [{"tokens": ["w1", "w30"]}])
     predict(out / "tags", rows, tmp_path / "answers.jsonl")
     assert len(json.loads((tmp_path / "answers.jsonl").read_text())["prediction"]) == 2
-    # The next task goes on from the shared prefix, with a table as it is left and with an MLP as it was trained.
+    # A next run starts from the shared prefix: a table, or the MLP of the checkpoint.
     source = next((out / "tags" / "checkpoints").iterdir()) if projection else out / "tags"
     alone = {key: value for key, value in values.items() if key != "tasks"} | values["tasks"]["topics"]
     alone |= {"output_dir": str(tmp_path / "alone"), "init_from": str(source), "max_steps": 1, "learning_rate": 1e-12}
@@ -139,7 +139,7 @@ def test_what_is_left_is_an_adapter_for_each_task_with_one_prefix(values, base, 
 
 
 def watched(monkeypatch) -> list:
-    """Which tensors of the joint model each step changes, and what the model was at first."""
+    """Record which tensors of the joint model each step changes."""
     seen: list = []
     original = Loop._train_step
 
@@ -173,14 +173,14 @@ def test_a_step_moves_the_prefix_and_the_head_of_its_task_alone(values, monkeypa
         assert all("modules_to_save" in name for name in changed - prefixes)
         turns.append(turn)
     assert set(turns) == {"0", "1"}
-    # One copy of the backbone: what the models have for themselves are their heads, and a pooler in one.
+    # There is one copy of the backbone. Each model has its own head, and one has a pooler.
     first, second = (dict(own.named_parameters()) for own in model.models)
     own = {name for name, each in second.items() if name not in first or first[name] is not each}
     assert own and all("classifier" in name or "pooler" in name for name in own)
 
 
 def test_as_a_plain_loop(base, values, tmp_path, monkeypatch):
-    """The same models, trained by hand: one AdamW, a task drawn for every step, its next rows, its own loss."""
+    """The same models in a plain loop: one AdamW, and for each step a drawn task, its next rows, its loss."""
     values = {**values, "adapter": {"num_virtual_tokens": 4, "prefix_dropout": 0.0}, "model_kwargs": {}}
     values["model_kwargs"] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     values |= {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "eval_steps": 12, "max_grad_norm": 0}
@@ -280,10 +280,10 @@ def test_the_draws():
     assert all(i in bounds[t] for t, batch in zip(of, steps, strict=True) for i in batch)
     shares = [of.count(t) / 4000 for t in range(3)]
     assert shares == pytest.approx([30 / 337, 7 / 337, 300 / 337], abs=0.02)
-    # Each task goes through its own batches in their order, whatever comes in between.
+    # Each task gets its own batches in their order.
     own = [batch for t, batch in zip(of, steps, strict=True) if t == 2]
     assert own == [[37 + i for i in Batches(300, 4, 0)[k]] for k in range(len(own))]
-    # And a step is the same when it is asked for first.
+    # A step does not depend on the steps that were read before.
     again = JointBatches([Batches(30, 4, 0), Batches(7, 4, 0), Batches(300, 4, 0)], 1.0, seed=5)
     assert again[3999] == steps[3999] and again[10] == steps[10]
     alike = JointBatches([Batches(30, 4, 0), Batches(300, 4, 0)], 0.0, seed=5).task_steps(2000)
@@ -301,7 +301,7 @@ def test_where_less_is_more_the_score_goes_up_as_the_metric_goes_down(values, tm
 
 
 def test_tasks_with_other_parts_of_the_base_model_are_refused(values, tmp_path):
-    """One task has the encoder alone, the other the decoder too."""
+    """One task uses the encoder alone, the other also the decoder."""
     t5 = save_base(tmp_path / "t5", "t5")
     rows = write_rows(
         tmp_path / "pairs.jsonl", [{"text": "w1 w2", "target": "w3"}, {"text": "w2", "target": "w4"}] * 3
@@ -383,7 +383,7 @@ def test_the_output_folder(values, tmp_path):
         train_together(other, resume=True)
     with pytest.raises(RecipeError, match="`sampling_exponent`: the run in"):
         train_together(JointRecipe.from_dict({**values, "sampling_exponent": 0.5}), resume=True)
-    # An adapter of several is no run of its own.
+    # The adapter of one task cannot be resumed alone.
     with pytest.raises(RecipeError, match="was trained together with others, and cannot be resumed alone"):
         train(load_recipe(out / "tags" / "recipe.yaml"), resume=True)
     (out / "tags" / "notes.txt").write_text("mine")
@@ -418,7 +418,7 @@ def test_the_command(values, tmp_path, capsys):
 
 
 def test_every_pair_of_kinds_shares_the_backbone(base, tmp_path):
-    """The models are of other classes, and the backbone bears another name in some."""
+    """The models have different classes, with different names of the backbone."""
     from prefix_adapter.training.model import load_base, load_tokenizer, wrap
     from prefix_adapter.training.recipe import Recipe
     from prefix_adapter.training.tasks import TASK_CLASSES

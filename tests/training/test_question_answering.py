@@ -88,7 +88,7 @@ def test_windows_cover_the_context_and_hold_the_answers(tokenizer, max_length, s
             first, last = window["labels"]
             if since <= begin and end <= until:
                 found = True
-                # All of the answer, and no token that has nothing of it.
+                # The labels cover the answer, and no further token.
                 assert window["offsets"][first][0] <= begin < window["offsets"][first][1]
                 assert window["offsets"][last][0] < end <= window["offsets"][last][1]
             else:
@@ -217,7 +217,7 @@ def test_questions_without_an_answer_set_the_threshold(tiny_bert):
 
 
 def f1_by_hand(guess, true):
-    """The words are in lower case, without articles and punctuation."""
+    """The metrics ignore case, articles and punctuation."""
     guess, true = guess.split(), true.split()
     if not guess or not true:
         return float(guess == true)
@@ -227,7 +227,7 @@ def f1_by_hand(guess, true):
 
 def test_metrics(tiny_bert):
     task = new_task(tiny_bert)
-    cases = [  # prediction, texts of the solution; and what counts of both
+    cases = [  # prediction, texts of the solution, and the words of both that count
         ("The Panthers!", ["Panthers", "Carolina"], "panthers", ["panthers", "carolina"]),
         ("red green blue", ["green", "green blue black"], "red green blue", ["green", "green blue black"]),
         ("", ["green"], "", ["green"]),
@@ -291,7 +291,7 @@ def test_bad_settings(tiny_bert):
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_the_loss_is_that_of_the_base_with_all_that_the_tokenizer_says(kind, tmp_path):
-    """Without the prefix: `token_type_ids` get through to the backbone, and padding is no part of the loss."""
+    """Without a prefix: `token_type_ids` reach the backbone, and padding is not in the loss."""
     base = save_base(tmp_path / "base", kind, "AutoModelForQuestionAnswering", num_labels=2)
     task = new_task(base)
     assert ("token_type_ids" in task.tokenizer.model_input_names) == (kind == "bert")
@@ -311,7 +311,7 @@ def test_the_loss_is_that_of_the_base_with_all_that_the_tokenizer_says(kind, tmp
 
 
 def treasure_rows(count: int, seed: int) -> list[dict]:
-    """Contexts of other words, most of them with a treasure: `w0` to `w4`, one or two in a row."""
+    """Contexts of many words. Most have an answer: one or two words out of `w0` to `w4`."""
     rng, rows = random.Random(seed), []
     for i in range(count):
         words = [f"w{rng.randrange(20, 80)}" for _ in range(rng.randrange(4, 30))]

@@ -1,4 +1,4 @@
-"""Recipes: those that come with the package, and what is said about bad ones."""
+"""Recipes: those of the package, and the errors for bad ones."""
 
 import re
 from pathlib import Path
@@ -60,7 +60,7 @@ def comment_of(name: str) -> str:
 
 
 def without_what_is_learnt(saved: Recipe, recipe: Recipe) -> Recipe:
-    """A saved recipe without what the rows told, in place of which is what the recipe said."""
+    """A saved recipe, with the values of the given recipe instead of those inferred from the rows."""
     return saved.with_values({"labels": recipe.labels, "task_kwargs": recipe.task_kwargs})
 
 
@@ -98,12 +98,12 @@ def test_each_can_be_used(name, bases):
     else:
         assert isinstance(config, PrefixTuningV2Config)
         assert config.to_dict().items() >= recipe.adapter.items()
-        # The published ones start as the authors' code does, and a table beside a new head where it learnt more.
+        # The published recipes start like the authors' code. A table beside a new head starts where it learned more.
         assert config.init_std == (0.5 if name in TASKS and task.has_head else 0.02)
     if name in TASKS:
         recipe.adapter["prefix_projection"] = True
         assert adapter_config(recipe, task).init_std == 0.02
-    # A rate that the first step uses and that ends lower.
+    # The first step uses the rate, and the last step a lower one.
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=recipe.learning_rate)
     scheduler = new_scheduler(recipe, optimizer, 100, 10)
@@ -120,7 +120,7 @@ def test_published_settings(name):
     assert recipe.adapter["num_virtual_tokens"] == length
     assert (recipe.learning_rate, recipe.head_learning_rate) == (rate, rate)
     assert (recipe.num_train_epochs, recipe.batch_size) == (epochs, batch)
-    # The original's one setting is that of the model's own layers, which have 0.1, of the head and of the prefix.
+    # The original has one dropout setting for the layers (0.1), the head and the prefix.
     assert recipe.adapter["prefix_dropout"] == recipe.model_kwargs.get("hidden_dropout_prob", 0.1) == dropout
     assert recipe.adapter["shift_positions"] is True
     assert recipe.adapter.get("encoder_hidden_size") == (512 if name == "bert-large-wic" else None)
@@ -184,7 +184,7 @@ def test_the_documentation_s_examples(recipe_file):
 
 
 def test_hidden_dropout_of_the_base(bases):
-    """What the recipes for SQuAD say about the base model reaches its layers."""
+    """The `model_kwargs` of the recipes for SQuAD reach the layers of the base model."""
     recipe = load_recipe("roberta-large-squad2", model=bases["bert"], **{"adapter.num_virtual_tokens": 3})
     task = TASK_CLASSES[recipe.task](recipe, AutoTokenizer.from_pretrained(recipe.model))
     model = wrap(recipe, task, *load_base(recipe, task))
@@ -278,7 +278,7 @@ def test_values_saved_and_read_again(value, tmp_path):
     found = load_recipe(tmp_path / "saved.yaml").to_dict()
     assert found == recipe.to_dict()
     assert repr(found) == repr(recipe.to_dict())  # 1, 1.0 and True are equal
-    if not isinstance(value, float):  # others read YAML's numbers by an older rule, in which 1e22 is a text
+    if not isinstance(value, float):  # other readers follow an older rule of YAML, by which 1e22 is a text
         assert yaml.safe_load((tmp_path / "saved.yaml").read_text(encoding="utf-8")) == found
 
 
@@ -458,7 +458,7 @@ def test_on_the_command_line(recipe_file):
     }
     found = parse("--config", "bert-large-boolq", *(f"--{key}={text}" for key, (text, _) in options.items()))
     assert found == load_recipe("bert-large-boolq", **{key: value for key, (_, value) in options.items()})
-    # What comes later counts, and a file need not have all that is required.
+    # Later options override, and a file may lack required keys.
     path = recipe_file("seed: 5\nlabels: ['1e5', 'no']\nmixed_precision: 'no'\n", start="model: m\noutput_dir: o\n")
     found = parse("--seed", "4", "--task", "causal-lm", "--config", str(path))
     assert (found.seed, found.labels, found.mixed_precision) == (5, ["1e5", "no"], "no")

@@ -1,4 +1,4 @@
-"""A whole run, and what it leaves."""
+"""A whole run and its output folder."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_what_a_run_leaves(tiny_bert, topics, tmp_path, with_curve):
 
 @pytest.mark.parametrize("kind", ["PREFIX_TUNING_V2", "LORA", "HEAD"])
 def test_what_the_checkpoint_lacks_is_trained_and_saved(topics, tmp_path, kind):
-    """A BERT from masked language modelling has no pooler: random and frozen, it would be another one when loaded."""
+    """A masked-language BERT has no pooler. A frozen random pooler would differ after loading."""
     base = save_base(tmp_path / "base", "bert", "AutoModelForMaskedLM")
     adapter = {"peft_type": kind} if kind != "PREFIX_TUNING_V2" else {"num_virtual_tokens": 4}
     train(recipe(base, topics, tmp_path / "out", adapter=adapter, num_train_epochs=1))

@@ -1,4 +1,4 @@
-"""What becomes of a run's work: one run in a folder at a time, runs made longer, runs that are stopped."""
+"""The output folder: one run at a time, runs that are made longer, runs that are stopped."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_the_folder_of_a_process_that_was_killed_is_free(make, tmp_path):  # noq
 
     def wait(step, metrics):
         flag.write_text("")
-        if os.fork() == 0:  # a child that lives longer, as those of a pool, keeps nothing
+        if os.fork() == 0:  # a child process that lives longer does not keep the lock
             time.sleep(1)
             os._exit(0)
         time.sleep(60)
@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_written_to(make, tmp_path, monkeypatch):  # noq
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "mkdir", mkdir)
-    monkeypatch.setattr(run, "load_tokenizer", None)  # it is told before anything is loaded
+    monkeypatch.setattr(run, "load_tokenizer", None)  # the error comes before anything is loaded
     with pytest.raises(PermissionError, match=r"Permission denied: '.*out'"):
         train(make("out"))
 
@@ -130,7 +130,7 @@ def test_the_schedule_of_a_longer_run(make, tmp_path, changes):  # noqa: F811
 
 @pytest.mark.parametrize("name", [each.value for each in SchedulerType])
 def test_every_schedule_is_a_function_of_the_step(make, name):  # noqa: F811
-    """What `Loop` reads of a schedule: a factor for each step."""
+    """`Loop` needs schedules that give a factor for each step."""
     settings = {"lr_scheduler_kwargs": {"num_decay_steps": 2}} if name == "warmup_stable_decay" else {}
     settings = {"lr_scheduler_kwargs": {"min_lr": 0.001}} if "min_lr" in name else settings
     recipe = make("out", lr_scheduler_type=name, **settings)
@@ -180,7 +180,7 @@ def test_a_run_that_stopped_early_is_made_longer_by_its_patience(make, tmp_path,
     assert train(make("out", **settings), resume=True)["steps"] == 8
 
 
-# ---- Stopped by a person
+# ---- Runs that are stopped
 
 
 def stop(*args, **kwargs):
@@ -188,7 +188,7 @@ def stop(*args, **kwargs):
 
 
 def stopped(capsys, *arguments) -> str:
-    """Run a command that is stopped; what it says."""
+    """Run a command that is stopped, and return its message."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
         main([str(argument) for argument in arguments])
@@ -247,7 +247,7 @@ def test_the_second_signal_in_a_save_leaves_the_checkpoint_before(make, tmp_path
 
 
 def test_what_windows_cannot_do_is_not_asked_for(make, tmp_path, monkeypatch):  # noqa: F811
-    """There a folder cannot be opened, and what is open for reading cannot be flushed."""
+    """Windows cannot open folders, and cannot flush files that are open for reading."""
     fcntl = pytest.importorskip("fcntl")
     original_open, original_fsync, flushed = os.open, os.fsync, []
 
@@ -264,7 +264,7 @@ def test_what_windows_cannot_do_is_not_asked_for(make, tmp_path, monkeypatch):  
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "_WINDOWS", True)
-        patch.setattr(shutil, "_use_fd_functions", False)  # as there
+        patch.setattr(shutil, "_use_fd_functions", False)  # as on Windows
         patch.setattr(os, "open", windows_open)
         patch.setattr(os, "fsync", windows_fsync)
         train(make("out"))
@@ -275,7 +275,7 @@ def test_what_windows_cannot_do_is_not_asked_for(make, tmp_path, monkeypatch):  
 
 
 def test_a_checkpoint_that_cannot_be_removed_stays_for_now(make, tmp_path, monkeypatch):  # noqa: F811
-    """On Windows what another process reads cannot be renamed."""
+    """On Windows a file that another process reads cannot be renamed."""
     train(make("whole"))
     original = Path.rename
 

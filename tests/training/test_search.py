@@ -1,4 +1,4 @@
-"""Hyper-parameter search: what is tried, what is left, and what survives an interruption."""
+"""Hyperparameter search: trials, outputs and interruptions."""
 
 import csv
 import dataclasses
@@ -59,7 +59,7 @@ def recipe(tiny_bert, topics, tmp_path) -> Recipe:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Put in place of `train` something that evaluates three times, to what a function of the recipe says."""
+    """Replace `train` by a function that evaluates three times, with metrics from a function of the recipe."""
 
     def install(score) -> list[Recipe]:
         seen = []
@@ -169,7 +169,7 @@ def test_the_poor_are_pruned(recipe, fake, metric):
     complete = []
     for row, trial in zip(table(recipe), trials(recipe), strict=True):
         rate = float(row["learning_rate"])
-        # Optuna's median pruner lets five trials pass, and then compares with what all complete ones had by then.
+        # Optuna's median pruner prunes nothing in five trials, then compares with the median of the complete ones.
         poor = len(complete) >= 5 and sign * rate < sign * statistics.median(complete)
         assert row["state"] == ("pruned" if poor else "complete")
         assert len(trial.intermediate_values) == (1 if poor else 3)
@@ -237,7 +237,7 @@ def test_default_space(recipe, fake):
 
 @pytest.mark.parametrize("mlp", [False, True])
 def test_default_space_of_a_prefix_that_starts_from_something(recipe, fake, mlp):
-    """Its length, and whether it is a table, are what it starts from."""
+    """The start fixes its length and whether it is a table."""
     seen = fake(lambda own: 0.01)
     adapter = {"num_virtual_tokens": 3, **({"prefix_projection": True, "encoder_hidden_size": 24} if mlp else {})}
     start = dataclasses.replace(recipe, init_from="somewhere", adapter=adapter)
@@ -379,12 +379,12 @@ def test_seed(recipe, fake, tmp_path):
     search(recipe, Search(RATES, n_trials=3, seed=1))
     assert all(trial.distributions["learning_rate"].log for trial in trials(recipe))
     rates = [own.learning_rate for own in seen]
-    assert len(set(rates[:6])) == 6  # a resumed search does not begin anew
+    assert len(set(rates[:6])) == 6  # a resumed search draws new values
     assert rates[6:9] == rates[:3] and not set(rates[9:]) & set(rates[:3])
 
 
 def test_interrupted_by_a_signal(recipe, monkeypatch):
-    """The signal comes in a real training, which stops after the step."""
+    """The signal comes during a real training, which stops after the step."""
 
     def interrupting(recipe, on_evaluation):
         return train(recipe, on_evaluation=lambda step, metrics: os.kill(os.getpid(), signal.SIGINT))
@@ -546,8 +546,8 @@ def test_several_processes(recipe):
 
 
 def test_an_error_in_another_process(recipe, monkeypatch):
-    """Eight rows cannot be shared out over three parts, which only a training finds out."""
-    # A new process would import everything first, as those of the test above do.
+    """A batch of eight rows cannot be divided into three parts. Only a training finds this error."""
+    # A fork need not import everything again, as the processes of the test above do.
     fork = multiprocessing.get_context("fork")
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
     with pytest.raises(RecipeError, match="`batch_size`"):

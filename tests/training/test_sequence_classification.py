@@ -31,7 +31,7 @@ def words(chance: random.Random, offset: int, count: int) -> str:
 
 
 def pair_rows(count: int, seed: int) -> list[dict]:
-    """Pairs of texts of two topics each: the label says whether they are of the same."""
+    """Pairs of texts. The label says whether both have the same topic."""
     chance = random.Random(seed)
     topics = [(chance.randrange(2), chance.randrange(2)) for _ in range(count)]
     return [
@@ -41,7 +41,7 @@ def pair_rows(count: int, seed: int) -> list[dict]:
 
 
 def many_rows(count: int, seed: int) -> list[dict]:
-    """Texts with any number of the topics `low`, `mid` and `top` in them, none too."""
+    """Texts with any of the topics `low`, `mid` and `top`, or none."""
     chance, names = random.Random(seed), {"top": 60, "low": 0, "mid": 30}
     rows = []
     for _ in range(count):
@@ -52,14 +52,14 @@ def many_rows(count: int, seed: int) -> list[dict]:
 
 
 def number_rows(count: int, seed: int) -> list[dict]:
-    """Texts with the share of the words that are of the first topic."""
+    """Texts with a number: the share of words of the first topic."""
     chance = random.Random(seed)
     shares = [chance.randrange(5) for _ in range(count)]
     return [{"text": f"{words(chance, 0, n)} {words(chance, 40, 4 - n)}".strip(), "label": n / 4} for n in shares]
 
 
 def run(base, rows, tmp_path, **changes) -> dict:
-    """Train on what `rows` makes, and read the answers of plain forwards of what was left."""
+    """Train on rows of `rows`, and return the answers of the saved adapter in plain forwards."""
     files = {
         name: write_rows(tmp_path / f"{name}.jsonl", rows(count, seed))
         for name, count, seed in (("train", 48, 0), ("validation", 17, 1))
@@ -107,7 +107,7 @@ def test_several_labels(tiny_bert, tmp_path):
     }
     assert got["found"] == pytest.approx(expected, abs=1e-5)
     shares = torch.tensor(true).float().mean(0).expand(len(true), 3)
-    assert got["found"]["loss"] < 0.9 * binary_cross_entropy(shares, torch.tensor(true).float())  # of knowing no text
+    assert got["found"]["loss"] < 0.9 * binary_cross_entropy(shares, torch.tensor(true).float())  # without the text
 
 
 def test_the_threshold_of_several_labels(tiny_bert, tmp_path):
@@ -198,7 +198,7 @@ def test_given_labels_keep_their_order(tiny_bert, topics, tmp_path):
 
 
 def task_for(base, rows, labels=None, **settings):
-    """The task that has learnt its labels from some rows."""
+    """A task that has collected its labels from rows."""
     made = recipe(base, {"train": "rows"}, "unused", labels=labels, task_kwargs=settings)
     task = TASK_CLASSES["sequence-classification"](made, AutoTokenizer.from_pretrained(base))
     data = Dataset.from_list([{"text": "w1", "label": label} for label in rows])
@@ -256,7 +256,7 @@ def test_what_is_no_number(tiny_bert, bad):
 
 
 def test_a_table_and_json_have_the_same_labels(tiny_bert, tmp_path):
-    """1 in JSON is '1' in a table: they can be mixed, and a regression reads its numbers from either."""
+    """1 in JSON is '1' in a table. Both can be mixed, and a regression reads numbers from either."""
     rows = [{"text": row["text"], "label": int(row["label"] == "a")} for row in topic_rows(48)]
     table = tmp_path / "rows.csv"
     table.write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows))
@@ -277,7 +277,7 @@ GOOD = [{"text": "w1 w2", "label": "a"}, {"text": "w3", "label": "b"}] * 4
 
 
 def with_row(**changes) -> list[dict]:
-    """Good rows, of which the sixth is another."""
+    """Good rows, with another sixth row."""
     row = {key: value for key, value in {**GOOD[5], **changes}.items() if value is not ...}
     return [*GOOD[:5], row, *GOOD[6:]]
 
@@ -363,7 +363,7 @@ def test_one_row(tiny_bert, tmp_path):
 
 
 def save_refused(folder: Path, base: str) -> str:
-    """The folder of a model that cannot take a prefix."""
+    """The folder of a model that takes no prefix."""
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     config = transformers.AlbertConfig(
         vocab_size=tiny.VOCAB, embedding_size=16, hidden_size=tiny.HIDDEN, num_hidden_layers=2, num_attention_heads=4,
@@ -398,7 +398,7 @@ def test_bad_settings(tiny_bert, topics, tmp_path, settings, said):
 
 
 def test_the_second_text_is_read(tiny_bert):
-    """Truncation takes from the longer of two texts, as the tokenizer does by itself."""
+    """Truncation shortens the longer of two texts, as the tokenizer does."""
     made = recipe(tiny_bert, {"train": "unused"}, "unused", max_length=8, labels=[0, 1])
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     task = TASK_CLASSES["sequence-classification"](made, tokenizer)

@@ -1,4 +1,4 @@
-"""Tags for tokens: windows, pieces, the loss of batches of sentences of unequal lengths, and metrics."""
+"""Token classification: windows, pieces, the loss of batches of unequal sentences, and metrics."""
 
 import json
 import random
@@ -50,7 +50,7 @@ def make_task(base, tokenizer=None, **changes):
 
 
 def entity_rows(count: int, seed: int) -> list[dict]:
-    """Sentences of 2 to 9 words, where `w0` and `w1` begin an entity and `w5` and `w6` go on with it."""
+    """Sentences of 2 to 9 words. `w0` and `w1` begin an entity, `w5` and `w6` continue it."""
     chance, rows = random.Random(seed), []
     for _ in range(count):
         numbers = [chance.choice([0, 1, 5, 6, 40, 41, 42]) for _ in range(chance.randrange(2, 10))]
@@ -63,14 +63,14 @@ def entity_rows(count: int, seed: int) -> list[dict]:
 
 
 def part_rows(count: int, seed: int) -> list[dict]:
-    """The same sentences with a tag for each word by itself."""
+    """The same sentences, with a tag that depends on the word alone."""
     rows = entity_rows(count, seed)
     return [{**row, "tags": [("V", "N")[int(token[1:]) < 40] for token in row["tokens"]]} for row in rows]
 
 
 @pytest.fixture(scope="module")
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer like RoBERTa's and GPT-2's: a space is the beginning of the piece after it."""
+    """A tokenizer like RoBERTa's and GPT-2's: a space belongs to the piece after it."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -132,14 +132,14 @@ def test_windows_come_in_order_whatever_the_tokenizer_truncates(tiny_bert):
 
 
 def test_pieces_are_those_of_running_text(bytes_tokenizer):
-    """Words that are tokenized one by one would be glued together, as `the` and `weather` to `theweather`."""
+    """Words that are tokenized one by one lose the space between them: `the` and `weather` become `theweather`."""
     task = make_task("unused", bytes_tokenizer)
     tokens = SENTENCES[0]
     features = task.features({"tokens": [tokens]}, [0], False)
     assert features["input_ids"][0] == bytes_tokenizer(" ".join(tokens)).input_ids
     assert "Ġweather" in bytes_tokenizer.convert_ids_to_tokens(features["input_ids"][0])
     for i, token in enumerate(tokens):
-        # What begins at the first piece of a token and ends before that of the next one is the token.
+        # The pieces from the first one of a token to the first one of the next give the token.
         firsts = features["first_piece_of"][0]
         end = firsts.index(i + 1) if i + 1 < len(tokens) else len(firsts) - 1
         assert bytes_tokenizer.decode(features["input_ids"][0][firsts.index(i) : end]).strip() == token
@@ -158,7 +158,7 @@ def test_tokens_that_the_tokenizer_drops(minilm):
 
 
 def run(base, rows, tmp_path, **changes) -> dict:
-    """Train on what `rows` makes, and get the answers of plain forwards, sentence by sentence."""
+    """Train on rows of `rows`, and return the answers of plain forwards, sentence by sentence."""
     files = {
         name: write_rows(tmp_path / f"{name}.jsonl", rows(count, seed))
         for name, count, seed in (("train", 48, 0), ("validation", 15, 1))
@@ -189,7 +189,7 @@ def flat(tags: list[list[str]]) -> list[str]:
 
 
 def loss_of_guessing(tags: list[list[str]]) -> float:
-    """The least loss of who knows how often each tag occurs, and no token."""
+    """The entropy of the tags: the lowest loss without reading the tokens."""
     counts = torch.tensor(list(Counter(flat(tags)).values())).float()
     return torch.distributions.Categorical(counts).entropy().item()
 
@@ -232,13 +232,13 @@ def test_tags_that_are_numbers(tiny_bert, tmp_path):
 
 
 def test_the_loss_of_long_sentences(tiny_bert):
-    """Windows count by their tokens; one that only goes on with a token of the last one counts nothing."""
+    """A window counts by its own tokens. A window with only later pieces of an earlier token counts nothing."""
     made = make_recipe(tiny_bert, max_length=8, labels=["N", "V"], task_kwargs={"stride": 0})
     task = TASK_CLASSES[made.task](made, AutoTokenizer.from_pretrained(tiny_bert))
     model = wrap(made, task, *load_base(made, task)).eval()
     randomize(model)
     rows = [{"tokens": [f"w{i % 80}" for i in range(start, start + n)]} for start, n in ((0, 3), (7, 23), (30, 1))]
-    # A token of 9 words is one token of 9 pieces: its second window has none of its own.
+    # One token has 9 pieces, so the second window has no token of its own.
     rows.append({"tokens": ["w1", " ".join(WORDS[:9])]})
     rows = [{**row, "tags": ["N" if i % 3 else "V" for i in range(len(row["tokens"]))]} for row in rows]
     losses, predictions = [], []
@@ -264,7 +264,7 @@ def test_the_loss_of_long_sentences(tiny_bert):
 
 @pytest.mark.parametrize("parts", [1, 2, 8])
 def test_the_gradient_is_that_of_the_mean_over_all_tokens(tiny_bert, tmp_path, monkeypatch, parts):
-    """However a batch is divided up, and though its sentences are of unequal lengths."""
+    """The loss does not depend on how a batch of unequal sentences is divided."""
     rows, got = entity_rows(20, 3), {}
     path = write_rows(tmp_path / "rows.jsonl", rows)
     data = {"train": path, "validation": path}
@@ -382,7 +382,7 @@ def test_bad_settings(tiny_bert, changes, said):
 
 @pytest.mark.parametrize("name", ["ud-ewt-pos", "wnut17-ner"])
 def test_real_sentences(minilm, shared, tmp_path, name):
-    """All real sentences pass the checks, and each of their tokens is tagged once."""
+    """All real sentences pass the checks, and each token gets one tag."""
     folder = shared / "data" / name
     made = make_recipe(minilm, tmp_path / "out", {"train": str(folder / "dev.jsonl.gz")}, max_length=24)
     task = TASK_CLASSES[made.task](made, AutoTokenizer.from_pretrained(minilm))
