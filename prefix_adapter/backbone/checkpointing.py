@@ -19,21 +19,30 @@ class CheckpointingGuard:
 
     Args:
         model: The model.
+        attention: Its attention modules with a prefix.
         shares_keys: Whether its layers pass keys and values on to each other.
     """
 
-    def __init__(self, model: nn.Module, shares_keys: bool):
-        self._model, self._shares_keys = model, shares_keys
+    def __init__(self, model: nn.Module, attention: list[nn.Module], shares_keys: bool):
+        self._model, self._attention, self._shares_keys = model, attention, shares_keys
+        self._checks: list[RemovableHandle] = []
+        self._checks_inputs = False
         self._enabled = False
         self._copying: RemovableHandle | None = None
         self._modules: list[Any] | None = None
 
-    def prepare(self) -> None:
+    def prepare(self, trains: bool) -> None:
         """Turn input gradients on if reentrant checkpointing needs them.
+
+        Args:
+            trains: Whether the forward that begins computes gradients in training mode.
 
         Raises:
             ValueError: If layers share keys and values, whose gradients reentrant checkpointing loses.
         """
+        self._checks_inputs = False
+        if not trains:
+            return
         if self._modules is None:
             # Walking through all modules takes time, and this set of modules never changes.
             self._modules = [module for module in self._model.modules() if hasattr(module, "gradient_checkpointing")]
@@ -45,6 +54,12 @@ class CheckpointingGuard:
                 f"{type(self._model).__name__} hands keys and values on from layer to layer, and reentrant gradient "
                 'checkpointing loses their gradients. Use `gradient_checkpointing_kwargs={"use_reentrant": False}`.'
             )
+        self._checks_inputs = True
+        if not self._checks:
+            around = [module for module in modules if any(part in self._attention for part in module.modules())]
+            self._checks = [
+                module.register_forward_pre_hook(self._check_inputs, with_kwargs=True) for module in around
+            ]
         enable: Any = getattr(self._model, "enable_input_require_grads", None)
         if enable is not None and not has_input_gradients(self._model):
             enable()
@@ -53,8 +68,28 @@ class CheckpointingGuard:
             if embeddings is not None:
                 self._copying = embeddings.register_forward_hook(_copy)
 
+    def _check_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check that a layer's inputs keep their gradients.
+
+        Input gradients come from token embeddings: a layer of an image or audio encoder has none. Inputs that are
+        passed by keyword, such as an encoder's states, lose theirs.
+        """
+        if not self._checks_inputs or not module.training or not uses_reentrant_checkpointing(module):
+            return
+        lost = [name for name, value in kwargs.items() if isinstance(value, Tensor) and value.requires_grad]
+        if lost or not any(isinstance(value, Tensor) and value.requires_grad for value in args):
+            what = f"receives {', '.join(lost)} by keyword" if lost else "has an input that needs no gradient"
+            raise ValueError(
+                f"{type(module).__name__} in {type(self._model).__name__} {what}, and reentrant gradient "
+                "checkpointing would lose gradients of the prefix. Use "
+                '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+            )
+
     def release(self) -> None:
-        """Turn input gradients off again if this guard has turned them on."""
+        """Remove the hooks, and turn input gradients off again if this guard has turned them on."""
+        for handle in self._checks:
+            handle.remove()
+        self._checks = []
         if self._enabled:
             model: Any = self._model
             model.disable_input_require_grads()

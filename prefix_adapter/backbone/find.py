@@ -378,17 +378,21 @@ def select_positions(
 ) -> list[PositionTarget]:
     """The position modules of texts, with their kinds: that of the self-attention with the nearest name.
 
-    Models inside that have no target or read no token ids, such as a vision tower, are left out. Their
-    limits say nothing about texts, and their patches stay where they are.
+    Those of a model inside that reads no token ids or has no target, such as a vision tower, are left out. Its limits
+    say nothing about texts, and patches stay where they are.
     """
-    towers = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, PreTrainedModel)
-        and name
-        and (module.main_input_name != "input_ids" or not any(t.name.startswith(f"{name}.") for t in targets))
-    ]
-    selected = [p for p in positions if not p.name.startswith(tuple(f"{name}." for name in towers))]
+    models = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+
+    def is_of_text(position: PositionTarget) -> bool:
+        around = [name for name in models if not name or position.name.startswith(f"{name}.")]
+        # Without a model around it, the module stands in a model of the user's own.
+        innermost = max(around, key=len, default=None)
+        if innermost is None:
+            return True
+        reads_ids = models[innermost].main_input_name == "input_ids"
+        return reads_ids and (not innermost or any(t.name.startswith(f"{innermost}.") for t in targets))
+
+    selected = [position for position in positions if is_of_text(position)]
     for position in selected:
         position.kind = max((t for t in targets if t.kind != "cross"), key=partial(_nearness, position.name)).kind
     return selected

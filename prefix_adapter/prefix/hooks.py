@@ -63,7 +63,9 @@ class ModelHooks:
         self._values, self._planner, self._calls = values, planner, calls
         self._get_rows, self._begin_forward = get_rows, begin_forward
         self._usage, self._current, self._own_masks = UsageCheck(found.targets), CurrentForward(), OwnMasks()
-        self._checkpointing = CheckpointingGuard(model, shares_keys=bool(found.followers))
+        self._checkpointing = CheckpointingGuard(
+            model, [target.module for target in found.targets], shares_keys=bool(found.followers)
+        )
         # The same as `ForwardState.calls`, for a graph that is being compiled.
         self._traced_calls: dict[int, int] = {}
         # A forward with `*args` alone names no argument: the first one is its token ids.
@@ -190,8 +192,7 @@ class ModelHooks:
             # In an encoder-decoder the rows are those of the decoder: beams are added after the encoder.
             shape = get_sequences(inputs, "decoder_")[1] or get_sequences(inputs)[1]
             state.batch = math.prod(shape[:-1]) if shape else batch
-        if self.model.training and torch.is_grad_enabled():
-            self._checkpointing.prepare()
+        self._checkpointing.prepare(self.model.training and torch.is_grad_enabled())
 
     def _after_model(self, state: ForwardState, kwargs: dict[str, Any]) -> None:
         """Check that each prefix was used."""

@@ -86,7 +86,9 @@ def redraw(model: nn.Module, seed: int, std: float = 1.0) -> None:
 def outputs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """Return all logits of a task head, concatenated `[batch, ...]`; without logits, the first output."""
     result = model(**inputs, return_dict=True)
-    parts = [v for k, v in result.items() if isinstance(v, Tensor) and "logits" in k]
+    # The logits of two towers compare rows with each other. Their embeddings do not.
+    parts = [result[name] for name in ("text_embeds", "image_embeds") if name in result]
+    parts = parts or [v for k, v in result.items() if isinstance(v, Tensor) and "logits" in k]
     if not parts:
         parts = [v for v in result.values() if isinstance(v, Tensor) and v.is_floating_point()][:1]
     return torch.cat([part.float().flatten(1) for part in parts], dim=1)
@@ -152,7 +154,12 @@ def masked_prefix(case: Case) -> None:
     model = case.wrapped()
     inputs = case.inputs(model)
     with torch.no_grad():
-        mixed = outputs(model, {**inputs, "adapter_names": ["default", "__base__"]})
+        try:
+            mixed = outputs(model, {**inputs, "adapter_names": ["default", "__base__"]})
+        except ValueError as error:
+            if "`adapter_names` has 2 names for a batch of" in str(error):
+                raise Skip("its input has no rows (packed patches): refused") from error
+            raise
         ours = outputs(model, inputs)
         with model.disable_adapter():
             base = outputs(model, inputs)
@@ -178,8 +185,8 @@ def mixed_shifts(case: Case) -> None:
         try:
             mixed = outputs(model, {**inputs, "adapter_names": names})
         except ValueError as error:
-            if "cannot share a batch" in str(error):
-                raise Skip("one set of positions for all rows: refused") from error
+            if "cannot share a batch" in str(error) or "`adapter_names` has 3 names for a batch of" in str(error):
+                raise Skip("one set of positions for all rows, or no rows: refused") from error
             raise
         for row, name in enumerate(names[:2]):
             model.set_adapter(name)
@@ -280,8 +287,8 @@ def checkpointing(case: Case) -> None:
     """Gradient checkpointing, reentrant or not, gives the same gradients as without it."""
     if not case.base().supports_gradient_checkpointing:
         raise Skip("no gradient checkpointing")
-    grads = {}
-    for reentrant in (None, False, True):
+    grads: dict[bool | None, Tensor] = {}
+    for reentrant in (None, None, False, True):
         model = case.wrapped().train()
         inputs = case.inputs(model)
         if reentrant is not None:
@@ -296,7 +303,10 @@ def checkpointing(case: Case) -> None:
                 continue  # rejected with an explanation, because gradients would be lost
             raise
         (result * torch.randn(result.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
-        grads[reentrant] = layer_of(model).prefix_tuning_v2_embedding["default"].weight.grad
+        gradient = layer_of(model).prefix_tuning_v2_embedding["default"].weight.grad
+        if reentrant is None and None in grads and not torch.equal(gradient, grads[None]):
+            raise Skip("draws random numbers that a seed does not fix")
+        grads[reentrant] = gradient
     assert grads[None] is not None, "no gradient without"
     for reentrant in grads.keys() - {None}:
         assert grads[reentrant] is not None, f"no gradient, use_reentrant={reentrant}"
@@ -463,9 +473,11 @@ def compiled(case: Case) -> None:
     try:
         with torch.no_grad():
             torch._dynamo.reset()
-            outputs(torch.compile(base, backend="eager", fullgraph=True), inputs)
+            gap = outputs(torch.compile(base, backend="eager", fullgraph=True), inputs) - outputs(base, inputs)
     except Exception as error:
         raise Skip(f"the base model cannot: {type(error).__name__}") from error
+    if gap.abs().max() > TOLERANCE:
+        raise Skip("the base model itself gives different results")
     model = case.wrapped()
     with torch.no_grad():
         want = outputs(model, inputs)
