@@ -14,7 +14,6 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from .attention import KINDS, AttentionTarget, PrefixSlot, get_implementation, get_window
@@ -77,7 +76,7 @@ def find_targets(model: nn.Module) -> FoundTargets:
             source = _find_source(model, target, targets)
             target.follows, target.slots = True, source.slots
             followers.append((target, source))
-    positions = _drop_other_towers(model, positions, targets)
+    positions = _select_positions(positions, targets, recorders)
     for position in positions:
         position.kind = max((t for t in targets if t.kind != "cross"), key=partial(_nearness, position.name)).kind
     return FoundTargets(targets, followers, positions)
@@ -371,18 +370,16 @@ def _find_source(model: nn.Module, follower: AttentionTarget, targets: list[Atte
     return before[-1]
 
 
-def _drop_other_towers(
-    model: nn.Module, positions: list[PositionTarget], targets: list[AttentionTarget]
+def _select_positions(
+    positions: list[PositionTarget], targets: list[AttentionTarget], recorders: dict[str, _Recorder]
 ) -> list[PositionTarget]:
-    """The position modules without those of models inside that have no target, such as a vision tower.
+    """The position modules without those of other parts of the model, such as a vision tower.
 
-    A limit of that tower says nothing about texts, and its patches stay where they are.
+    They place other numbers of tokens than the targets attend to. A limit there says nothing about texts.
     """
-    towers = [
-        name for name, module in model.named_modules()
-        if isinstance(module, PreTrainedModel) and name and not any(t.name.startswith(f"{name}.") for t in targets)
-    ]  # fmt: skip
-    return [position for position in positions if not position.name.startswith(tuple(f"{name}." for name in towers))]
+    calls = [recorders[target.name].call for target in targets if target.kind != "cross"]
+    lengths = {None, *(_get_attended(call, "self")[1] for call in calls if call is not None)}
+    return [position for position in positions if position.tokens in lengths]
 
 
 def _nearness(name: str, target: AttentionTarget) -> int:
