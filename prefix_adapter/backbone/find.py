@@ -7,6 +7,7 @@ verified with a prefix (verify.py).
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import takewhile
@@ -82,7 +83,9 @@ def find_targets(model: nn.Module) -> FoundTargets:
             source = _find_source(model, target, targets)
             target.follows, target.slots = True, source.slots
             followers.append((target, source))
-    return FoundTargets(targets, followers, select_positions(model, positions, targets))
+    calls = [recorders[target.name].call for target in targets if target.kind != "cross"]
+    lengths = {_get_attended(call, "self")[1] for call in calls if call is not None}
+    return FoundTargets(targets, followers, select_positions(model, positions, targets, lengths))
 
 
 def find_cache_argument(module: nn.Module, known: tuple[str, ...] = CACHE_ARGUMENTS) -> str | None:
@@ -374,23 +377,29 @@ def _find_source(model: nn.Module, follower: AttentionTarget, targets: list[Atte
 
 
 def select_positions(
-    model: nn.Module, positions: list[PositionTarget], targets: list[AttentionTarget]
+    model: nn.Module, positions: list[PositionTarget], targets: list[AttentionTarget], lengths: Collection[int] = ()
 ) -> list[PositionTarget]:
     """The position modules of texts, with their kinds: that of the self-attention with the nearest name.
 
-    Those of a model inside that reads no token ids or has no target, such as a vision tower, are left out. Its limits
-    say nothing about texts, and patches stay where they are.
+    Those of other parts of the model, such as a vision tower, are left out. Its limits say nothing about texts, and
+    patches stay where they are.
+
+    Args:
+        model: The model.
+        positions: The position modules that the probe called.
+        targets: The attention modules.
+        lengths: The numbers of tokens that the targets attended to in the probe, if they are known. Modules that place
+            other numbers belong to other parts.
     """
     models = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
 
     def is_of_text(position: PositionTarget) -> bool:
+        if lengths and position.tokens is not None and position.tokens not in lengths:
+            return False
         around = [name for name in models if not name or position.name.startswith(f"{name}.")]
         # Without a model around it, the module stands in a model of the user's own.
         innermost = max(around, key=len, default=None)
-        if innermost is None:
-            return True
-        reads_ids = models[innermost].main_input_name == "input_ids"
-        return reads_ids and (not innermost or any(t.name.startswith(f"{innermost}.") for t in targets))
+        return innermost is None or models[innermost].main_input_name == "input_ids"
 
     selected = [position for position in positions if is_of_text(position)]
     for position in selected:

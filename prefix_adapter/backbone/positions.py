@@ -35,6 +35,7 @@ class PositionTarget:
         column: Whether its positions are `[tokens, 1]`, the same for all rows (Pegasus-X).
         axes: Whether its positions are `[axes, batch, tokens]`, for the time, height and width of images (Qwen2-VL).
             The backbone computes those as long as the caller passes no positions.
+        tokens: How many positions the probe looked up or passed; `None` if it passed none.
         counts: Whether the positions of a text are 0, 1, 2, ... if the caller passes none.
         movable: Whether its arguments say where positions start: the positions, or the number of earlier tokens.
     """
@@ -48,6 +49,7 @@ class PositionTarget:
     kind: str = ""
     column: bool = False
     axes: bool = False
+    tokens: int | None = None
     counts: bool = True
     movable: bool = True
 
@@ -163,7 +165,9 @@ class PositionProbe:
             first = get_first_position(args[0]) if args else None
             if first is not None and isinstance(module, nn.Embedding):
                 limit = module.num_embeddings - first
-                self._tables[name] = PositionTarget(name, module, [_TABLE_ARGUMENT], _TABLE_ARGUMENT, limit)
+                table = PositionTarget(name, module, [_TABLE_ARGUMENT], _TABLE_ARGUMENT, limit)
+                table.tokens = args[0].numel()
+                self._tables[name] = table
 
         return hook
 
@@ -176,7 +180,8 @@ class PositionProbe:
             if isinstance(positions, Tensor):
                 target.column = positions.dim() == 2 and positions.shape[1] == 1
                 target.axes = positions.dim() > 2
-                rows = positions.reshape(-1, positions.shape[0 if target.column else -1])
+                target.tokens = positions.shape[0 if target.column else -1]
+                rows = positions.reshape(-1, target.tokens)
                 target.counts = positions.device.type == "meta" or all(get_first_position(row) == 0 for row in rows)
             else:
                 target.movable = target.past_argument is not None

@@ -187,6 +187,8 @@ def mixed_shifts(case: Case) -> None:
         except ValueError as error:
             if "cannot share a batch" in str(error) or "`adapter_names` has 3 names for a batch of" in str(error):
                 raise Skip("one set of positions for all rows, or no rows: refused") from error
+            if "`shift_positions` takes" in str(error) and not case.text:
+                raise Skip("its input fills all positions: refused") from error
             raise
         for row, name in enumerate(names[:2]):
             model.set_adapter(name)
@@ -496,7 +498,8 @@ def causal_rule(case: Case) -> None:
             model = case.wrapped()
             for target in layer_of(model).targets:
                 target.groups = target.groups if groups else 1
-            inputs = {k: v for k, v in case.inputs(model).items() if "attention_mask" not in k}
+            masks = ("attention_mask", "decoder_attention_mask")
+            inputs = {k: v for k, v in case.inputs(model).items() if k not in masks}
             result = outputs(model, inputs)
             (result * torch.randn(result.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
         gradient = layer_of(model).prefix_tuning_v2_embedding["default"].weight.grad
