@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file in user/base"),
 ]
 
-# Both processes below start with this code.
+# All three parts run in one process, which has uploaded the adapters but not downloaded them before it loads them.
 COMMON = """
 import sys
 import tiny, torch, transformers
@@ -84,17 +84,15 @@ def python(code, folder, **environment):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A Hub with a published adapter, and the outputs of the process that published it and of one that loaded it."""
+    """A Hub with a published adapter, and the outputs before publishing and after loading."""
     with serve() as hub:
         network = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
         network |= {"HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
-        answers = {}
-        for name, code in {"published": PUBLISH, "loaded": LOAD}.items():
-            folder = tmp_path_factory.mktemp(name)
-            done = python(COMMON + code, folder, **network)
-            assert done.returncode == 0, done.stderr[-4000:]
-            answers[name] = torch.load(folder / f"{name}.pt")
+        folder = tmp_path_factory.mktemp("hub")
+        done = python(COMMON + PUBLISH + LOAD, folder, **network)
+        assert done.returncode == 0, done.stderr[-4000:]
         assert hub.unknown == []
+        answers = {name: torch.load(folder / f"{name}.pt") for name in ("published", "loaded")}
         yield SimpleNamespace(repos=hub.repos, commits=hub.commits, **answers)
 
 
