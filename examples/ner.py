@@ -10,6 +10,11 @@ The same from the command line:
     prefix-adapter train --config token-classification --model bert-base-cased --data.train train.jsonl \\
         --data.validation dev.jsonl --output_dir runs/ner
     prefix-adapter predict runs/ner sentences.jsonl tagged.jsonl
+
+ModernBERT, DeBERTa-v3 and DistilBERT have no cache for a prefix. With --entry-point attention (in a recipe, or as an
+option of the command, `adapter.entry_point`) it enters through their attention function:
+
+    python examples/ner.py --train train.jsonl --model answerdotai/ModernBERT-base --entry-point attention
 """
 
 import argparse
@@ -24,6 +29,7 @@ parser.add_argument("--train", required=True, help="training rows")
 parser.add_argument("--validation", help="rows for selecting the best step (default: a tenth of the training rows)")
 parser.add_argument("--test", help="rows for the final evaluation")
 parser.add_argument("--model", default="bert-base-cased", help="the base model")
+parser.add_argument("--entry-point", default="cache", choices=["cache", "attention"], help="where the prefix enters")
 parser.add_argument("--output", default="runs/ner", help="folder for the adapter")
 parser.add_argument("--epochs", type=float, default=10)
 parser.add_argument("--max-rows", type=int, help="use only this many rows of each file, for a quick try")
@@ -41,7 +47,7 @@ recipe = Recipe(
         max_validation_rows=args.max_rows,
         max_test_rows=args.max_rows,
     ),
-    adapter={"num_virtual_tokens": 20},
+    adapter={"num_virtual_tokens": 20, "entry_point": args.entry_point},
     num_train_epochs=args.epochs,
     batch_size=16,
     group_by_length=True,
