@@ -8,8 +8,7 @@ import torch.nn.functional as F
 import transformers as tr
 from peft import get_peft_model
 
-from prefix_adapter import PeftModel, PrefixTuningV2Config
-from prefix_adapter.backbone.dummy_inputs import example_inputs
+from prefix_adapter import PeftModel, PrefixTuningV2Config, example_inputs
 
 TEXT = {
     "vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -22,6 +22,13 @@ WORKS = [
     ("bart", "SEQ_2_SEQ_LM"), ("marian", "SEQ_2_SEQ_LM"), ("t5gemma", "SEQ_2_SEQ_LM"),
 ]  # fmt: skip
 REFUSED = ["albert", "distilbert", "deberta-v2", "modernbert", "mamba", "prophetnet", "deepseek_v32", "hrm_text"]
+# Through the attention function: local layers, one module for all layers, disentangled attention, groups of heads,
+# protein sequences; images, two towers and sound.
+AT_ATTENTION = [
+    ("modernbert", "TOKEN_CLS"), ("albert", "MULTIPLE_CHOICE"), ("deberta-v2", "QUESTION_ANS"),
+    ("distilbert", "SEQ_CLS"), ("eurobert", "SEQ_CLS"), ("esm", "MASKED_LM"), ("vit", "IMAGE_CLS"),
+    ("siglip", "ZERO_SHOT_IMAGE_CLS"), ("wav2vec2", "CTC"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("model_type", "task"), WORKS, ids="-".join)
@@ -29,6 +36,14 @@ def test_works(model_type, task):
     result = run_one(model_type, task)
     failed = {name: said for name, said in result["checks"].items() if said.startswith("FAIL")}
     assert result["status"] == "works", failed or result.get("why")
+
+
+@pytest.mark.parametrize(("model_type", "task"), AT_ATTENTION, ids="-".join)
+def test_works_at_the_attention_function(model_type, task):
+    result = run_one(model_type, task, entry_point="attention")
+    failed = {name: said for name, said in result["checks"].items() if said.startswith("FAIL")}
+    assert result["status"] == "works", failed or result.get("why")
+    assert result["checks"]["effect_and_gradients"] == "pass"
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
