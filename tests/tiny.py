@@ -14,6 +14,10 @@ CONFIGS = {
         vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
         intermediate_size=48, max_position_embeddings=LENGTH + 2, initializer_range=0.2,
     ),
+    "distilbert": lambda: tr.DistilBertConfig(
+        vocab_size=VOCAB, dim=HIDDEN, n_layers=LAYERS, n_heads=HEADS, hidden_dim=48, max_position_embeddings=LENGTH,
+        initializer_range=0.2,
+    ),
     "gpt2": lambda: tr.GPT2Config(
         vocab_size=VOCAB, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_positions=LENGTH, initializer_range=0.2,
         bos_token_id=1, eos_token_id=2, pad_token_id=0,

@@ -15,7 +15,12 @@ from safetensors.torch import load_file
 from prefix_adapter import AdapterPool, PrefixTuningV2Config
 
 CLASSIFIER, DECODER = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
-TASKS = {"bert": (CLASSIFIER, "SEQ_CLS"), "roberta": (CLASSIFIER, "SEQ_CLS"), "llama": (DECODER, "CAUSAL_LM")}
+TASKS = {
+    "bert": (CLASSIFIER, "SEQ_CLS"),
+    "roberta": (CLASSIFIER, "SEQ_CLS"),
+    "distilbert": (CLASSIFIER, "SEQ_CLS"),
+    "llama": (DECODER, "CAUSAL_LM"),
+}
 SETTINGS = {
     "short": {"num_virtual_tokens": 2},
     "long": {"num_virtual_tokens": 6, "prefix_projection": True, "encoder_hidden_size": 8},
@@ -29,7 +34,8 @@ def save(folder, kind, name, labels=None, task="own", **settings):
     """Save a random adapter with a head for this number of labels."""
     auto_class, task_type = TASKS[kind]
     base = tiny.model(kind, auto_class, num_labels=labels or LABELS[name])
-    config = PrefixTuningV2Config(task_type=task_type if task == "own" else task, **{**SETTINGS[name], **settings})
+    settings = {"entry_point": "attention" if kind == "distilbert" else "cache", **SETTINGS[name], **settings}
+    config = PrefixTuningV2Config(task_type=task_type if task == "own" else task, **settings)
     model = get_peft_model(base, config)
     tiny.randomize(model, seed=sum(map(ord, name)))
     model.save_pretrained(folder / name)
@@ -68,6 +74,17 @@ def test_each_row_as_if_alone(kind, folders):
         own = logits[row, ..., : expected.shape[-1]]
         torch.testing.assert_close(own, expected, atol=1e-5, rtol=0)
         assert torch.isneginf(logits[row, ..., expected.shape[-1] :]).all()
+
+
+def test_one_entry_point_for_all(folders, tmp_path):
+    other = save(tmp_path, "bert", "short", entry_point="attention")
+    pool = pool_of("bert")
+    pool.load(folders / "bert" / "short")
+    with pytest.raises(ValueError, match=r"short cannot be loaded: .*'attention'.*must have the same"):
+        pool.load(other)
+    assert list(pool.loaded) == [str(folders / "bert" / "short")]
+    pool.remove(folders / "bert" / "short")
+    pool.load(other)
 
 
 def test_generate(folders):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from programs import example
 from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer, ModernBertConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,6 +47,23 @@ def test_ner(shared, minilm, tmp_path):
     assert {"precision", "recall", "f1"} < json.loads((tmp_path / "out" / "results.json").read_text())[
         "validation"
     ].keys()
+    assert re.search(r"^Ravi/\S+ flew/\S+ from/\S+ Lima/\S+", shown, re.MULTILINE)
+
+
+def test_ner_with_modernbert(shared, minilm, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    tokenizer.save_pretrained(tmp_path / "base")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    config = ModernBertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "base")
+    rows = first_rows(shared / "data" / "wnut17-ner" / "train.jsonl.gz", tmp_path / "data" / "train.jsonl.gz")
+    shown = example(
+        *("ner.py", "--train", rows, "--model", tmp_path / "base", "--entry-point", "attention"),
+        *("--output", tmp_path / "out", "--max-rows", 24, "--epochs", 1),
+    )
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["entry_point"] == "attention"
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert sorted(key.split(".")[2] for key in saved) == ["classifier"] * 2 + ["head"] * 2 + ["prefix_tuning_v2"]
     assert re.search(r"^Ravi/\S+ flew/\S+ from/\S+ Lima/\S+", shown, re.MULTILINE)
 
 
