@@ -36,6 +36,7 @@ __all__ = [
     "TaskType",
     "UnsupportedBackboneError",
     "__version__",
+    "example_inputs",
     "export_peft",
     "fold",
     "get_peft_model",
