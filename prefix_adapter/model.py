@@ -14,6 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .backbone.attention import EntryPoint
+from .backbone.dummy_inputs import count_codebooks
 from .backbone.unsupported import UnsupportedBackboneError
 from .config import PrefixTuningV2Config
 from .files.check import check_tensors
@@ -265,9 +266,10 @@ class PrefixTuningV2Model(BaseTuner):
         if self.training or any(self.prefix_layer.dropout_of(name) for name in set(names) - {"__base__"}):
             raise ValueError("`adapter_names` is for inference: call `model.eval()`, or train one adapter at a time.")
         given = args[0] if args else None
-        for name in ("input_ids", "inputs", "inputs_embeds"):
+        for name in ("input_ids", "inputs", "inputs_embeds", str(getattr(self.model, "main_input_name", ""))):
             given = kwargs.get(name) if given is None else given
-        if given is not None:
+        # MusicGen has a row of token ids for each codebook.
+        if given is not None and given.shape[0] != len(names) * count_codebooks(self.model):
             check_name_count(len(names), given.shape[0], replica=self.model is not self.prefix_layer.model)
         # Some of PEFT's models pass no inputs here. Then the rows are counted when the model is called.
         return list(names), given is None

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..private import has_input_gradients, uses_reentrant_checkpointing
-from .dummy_inputs import get_input_embeddings
 
 
 class CheckpointingGuard:
@@ -28,7 +27,7 @@ class CheckpointingGuard:
         self._checks: list[RemovableHandle] = []
         self._checks_inputs = False
         self._enabled = False
-        self._copying: RemovableHandle | None = None
+        self._handles: list[RemovableHandle] = []
         self._modules: list[Any] | None = None
 
     def prepare(self, trains: bool) -> None:
@@ -64,9 +63,10 @@ class CheckpointingGuard:
         if enable is not None and not has_input_gradients(self._model):
             enable()
             self._enabled = True
-            embeddings = get_input_embeddings(self._model)
-            if embeddings is not None:
-                self._copying = embeddings.register_forward_hook(_copy)
+        if not self._handles:
+            # A model may have more embeddings than the one that transformers knows (MusicGen).
+            embeddings = [module for module in self._model.modules() if isinstance(module, nn.Embedding)]
+            self._handles = [module.register_forward_hook(require_gradient) for module in embeddings]
 
     def _check_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check that a layer's inputs keep their gradients.
@@ -94,10 +94,16 @@ class CheckpointingGuard:
             model: Any = self._model
             model.disable_input_require_grads()
             self._enabled = False
-        if self._copying is not None:
-            self._copying.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
 
-def _copy(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """A copy of embeddings: some models (BLIP) change them in place, which autograd does not allow for a leaf."""
-    return output.clone() if isinstance(output, Tensor) else output
+def require_gradient(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """A forward hook: the output of an embedding needs a gradient.
+
+    It is no leaf, because some backbones (CTRL, BLIP) change it in place, which autograd does not allow for a leaf.
+    """
+    if not isinstance(output, Tensor) or output.is_inference() or not output.is_leaf:
+        return output
+    return output.detach().requires_grad_().clone()

@@ -170,6 +170,14 @@ def get_ordinary_token(model: nn.Module) -> int:
     return next(token for token in range(len(special) + 1) if token not in special)
 
 
+def count_codebooks(model: nn.Module) -> int:
+    """The number of codebooks of a model of audio codes; 1 for other models."""
+    config: Any = getattr(model, "config", None)
+    # Dia calls them channels, as other models call the colours of an image.
+    channels = getattr(getattr(config, "decoder_config", None), "num_channels", 1)
+    return _Sizes.about(config, "num_codebooks").get("num_codebooks", default=channels)
+
+
 def get_input_embeddings(model: nn.Module) -> nn.Module | None:
     """The model's token embeddings; `None` if it has none, or several of them (CANINE)."""
     try:
@@ -256,7 +264,8 @@ class _DummyMaker:
             yield ["input_ids"]
         wanted = dict.fromkeys([*self.required, *(mains or (["input_ids"] if self.takes_text else []))])
         yield [*wanted, *(grid for grid in _GRIDS if grid in self.names and "input_ids" not in wanted)]
-        yield list(dict.fromkeys([*wanted, *(name for name in self.names if name in _OPTIONAL)]))
+        more = _OPTIONAL if self.takes_text else _OPTIONAL - {"attention_mask"}
+        yield list(dict.fromkeys([*wanted, *(name for name in self.names if name in more)]))
 
     def make(self, names: list[str]) -> Iterator[dict[str, Any]]:
         """Arguments with these names, in all forms that the config allows.
@@ -308,13 +317,9 @@ Maker = Callable[[_DummyMaker, str, list[str]], list[Any]]
 
 def _make_ids(maker: _DummyMaker, name: str, names: list[str]) -> list[Any]:
     """Token ids `[1, tokens]`; with several codebooks `[codebooks, tokens]` or `[1, tokens, codebooks]`."""
-    codebooks = _Sizes.about(maker.config, "num_codebooks").get("num_codebooks", default=1)
+    codebooks = count_codebooks(maker.model)
     tokens = _get_text_length(maker, names)
     shapes: list[tuple[int, ...]] = [(1, tokens)]
-    if name.startswith("decoder"):
-        # Dia calls them channels, and so do images.
-        channels = _Sizes.about(getattr(maker.config, "decoder_config", None), "num_channels")
-        codebooks = channels.get("num_channels", default=codebooks)
     if codebooks > 1:
         shapes += [(codebooks, tokens), (1, tokens, codebooks)]
     token = get_ordinary_token(maker.model)

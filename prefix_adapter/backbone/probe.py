@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..private import get_children, set_children
+from .checkpointing import require_gradient
 from .dummy_inputs import ProbeInputs, UnknownInputError, get_inputs
 
 _WAY_OUT = (
@@ -80,7 +81,7 @@ def probe(
         ProbeError: If no input runs. It names the inputs of the most complete try.
     """
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    handles = [module.register_forward_hook(_require_gradient) for module in embeddings]
+    handles = [module.register_forward_hook(require_gradient) for module in embeddings]
     try:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
             return _run_best(get_inputs(model), begin, count_missed)
@@ -128,13 +129,6 @@ def _describe_failure(inputs: ProbeInputs, error: Exception) -> str:
 def _drop(tensor: Any) -> Any:
     """Keep no tensor for a backward pass, because there is none."""
     return None
-
-
-def _require_gradient(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    if not isinstance(output, Tensor) or output.requires_grad or output.is_inference():
-        return output
-    # A copy, because some backbones (CTRL) change it in place, which autograd does not allow for a leaf.
-    return output.detach().requires_grad_().clone()
 
 
 def get_first_position(tensor: Any) -> int | None:

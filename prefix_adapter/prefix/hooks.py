@@ -15,6 +15,7 @@ from ..backbone.attention import AttentionTarget, PrefixSlot
 from ..backbone.attention_entry import attend_with_prefix
 from ..backbone.calls import ModuleCall, get_batch_size, get_sequences, parameter_names
 from ..backbone.checkpointing import CheckpointingGuard
+from ..backbone.dummy_inputs import count_codebooks
 from ..backbone.find import FoundTargets
 from ..backbone.insert import insert_prefix
 from ..backbone.key_values import KeyValues
@@ -73,6 +74,7 @@ class ModelHooks:
         # PEFT's classes for texts pass these as None to every model. Whisper would pass them on to its decoder.
         self._unnamed_inputs = tuple({"input_ids", "inputs_embeds"} - {*self._names}) if parameter_names(model) else ()
         self._main_input = str(getattr(model, "main_input_name", "input_ids"))
+        self._codebooks = count_codebooks(model)
         self._num_layers = getattr(get_text_config(model), "num_hidden_layers", None)
         self._handles: list[RemovableHandle] = []
         # Modules whose `forward` is wrapped, the attribute with the forward, and its former value on the instance.
@@ -186,13 +188,24 @@ class ModelHooks:
         inputs = ModuleCall(self._names, args, kwargs)
         self.positions.prepare(state, inputs)
         if call is not None and mixed:
+            names = len(call.names or ())
             batch = get_batch_size(inputs, self._main_input)
-            if batch is not None and call.count_rows:
-                check_name_count(len(call.names or ()), batch, replica=module is not self.model)
+            if batch is not None and call.count_rows and batch != names * self._codebooks:
+                check_name_count(names, batch, replica=module is not self.model)
             # In an encoder-decoder the rows are those of the decoder: beams are added after the encoder.
             shape = get_sequences(inputs, "decoder_")[1] or get_sequences(inputs)[1]
-            state.batch = math.prod(shape[:-1]) if shape else batch
+            state.batch = self._count_rows(shape, names) if shape else batch
         self._checkpointing.prepare(self.model.training and torch.is_grad_enabled())
+
+    def _count_rows(self, shape: tuple[int, ...], names: int) -> int:
+        """The rows of a batch with token ids of this shape, for `names` adapters.
+
+        With several codebooks the ids are `[batch, tokens, codebooks]`, or `[batch * codebooks, tokens]` (MusicGen).
+        """
+        if self._codebooks > 1 and shape[-1] == self._codebooks:
+            return shape[0]
+        rows = math.prod(shape[:-1])
+        return rows if rows % (names * self._codebooks) else rows // self._codebooks
 
     def _after_model(self, state: ForwardState, kwargs: dict[str, Any]) -> None:
         """Check that each prefix was used."""

@@ -91,7 +91,16 @@ def outputs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     parts = parts or [v for k, v in result.items() if isinstance(v, Tensor) and "logits" in k]
     if not parts:
         parts = [v for v in result.values() if isinstance(v, Tensor) and v.is_floating_point()][:1]
-    return torch.cat([part.float().flatten(1) for part in parts], dim=1)
+    rows = rows_of(model, inputs)
+    return torch.cat([(p if p.shape[0] % rows else p.reshape(rows, -1)).float().flatten(1) for p in parts], dim=1)
+
+
+def rows_of(model: nn.Module, inputs: dict[str, Any]) -> int:
+    """Return the number of rows of a batch. Token ids and logits of MusicGen have one for each codebook of a row."""
+    base, tensors = base_of(model), [value for value in inputs.values() if isinstance(value, Tensor)]
+    rows = tensors[0].shape[0]
+    has_codes = type(base).__name__ in ("MusicgenForCausalLM", "MusicgenMelodyForCausalLM")
+    return rows // base.config.num_codebooks if has_codes else rows
 
 
 def token_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -381,6 +390,8 @@ def _generate(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> tup
     """Return the sequences, and the logits of every step."""
     kwargs = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **kwargs}
     inputs = {k: v for k, v in inputs.items() if k != "decoder_input_ids"}
+    if len(inputs) > 2:  # a token that stands for an image would need another image
+        kwargs.setdefault("suppress_tokens", sorted(id for id in zoo._special_ids(base_of(model).config) if id > 2))
     torch.manual_seed(0)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -7,6 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from checks import CHECKS
 from run import run_one
 from zoo import tasks_of, text_model_types
 
@@ -21,13 +22,17 @@ WORKS = [
     ("deepseek_v3", "CAUSAL_LM"), ("gemma3n_text", "CAUSAL_LM"), ("jamba", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM"),
     ("bart", "SEQ_2_SEQ_LM"), ("marian", "SEQ_2_SEQ_LM"), ("t5gemma", "SEQ_2_SEQ_LM"),
 ]  # fmt: skip
+# Speech to text with three prefixes; an image in the middle of a text with positions of its own, in front of it, and
+# in cross-attention; an encoder that is another model; audio codes.
+OTHER_MODALITIES = [
+    ("whisper", "SPEECH_SEQ_2_SEQ"), ("qwen2_vl", "MULTIMODAL_LM"), ("blip-2", "MULTIMODAL_LM"),
+    ("mllama", "MULTIMODAL_LM"), ("vision-encoder-decoder", "MULTIMODAL_LM"), ("musicgen", "CAUSAL_LM_OF_CODES"),
+]  # fmt: skip
 REFUSED = ["albert", "distilbert", "deberta-v2", "modernbert", "mamba", "prophetnet", "deepseek_v32", "hrm_text"]
-# Through the attention function: local layers, one module for all layers, disentangled attention, groups of heads,
-# protein sequences; images, two towers and sound.
+# Through the attention function: local layers, one module for all layers, disentangled attention, images, sound.
 AT_ATTENTION = [
-    ("modernbert", "TOKEN_CLS"), ("albert", "MULTIPLE_CHOICE"), ("deberta-v2", "QUESTION_ANS"),
-    ("distilbert", "SEQ_CLS"), ("eurobert", "SEQ_CLS"), ("esm", "MASKED_LM"), ("vit", "IMAGE_CLS"),
-    ("siglip", "ZERO_SHOT_IMAGE_CLS"), ("wav2vec2", "CTC"),
+    ("modernbert", "TOKEN_CLS"), ("albert", "MULTIPLE_CHOICE"), ("deberta-v2", "QUESTION_ANS"), ("vit", "IMAGE_CLS"),
+    ("wav2vec2", "CTC"),
 ]  # fmt: skip
 
 
@@ -38,9 +43,10 @@ def test_works(model_type, task):
     assert result["status"] == "works", failed or result.get("why")
 
 
-@pytest.mark.parametrize(("model_type", "task"), AT_ATTENTION, ids="-".join)
-def test_works_at_the_attention_function(model_type, task):
-    result = run_one(model_type, task, entry_point="attention")
+@pytest.mark.parametrize(("model_type", "task"), [*OTHER_MODALITIES, *AT_ATTENTION], ids="-".join)
+def test_other_modalities_and_the_attention_function(model_type, task):
+    entry_point = "cache" if (model_type, task) in OTHER_MODALITIES else "attention"
+    result = run_one(model_type, task, [name for name in CHECKS if name != "compiled"], entry_point)
     failed = {name: said for name, said in result["checks"].items() if said.startswith("FAIL")}
     assert result["status"] == "works", failed or result.get("why")
     assert result["checks"]["effect_and_gradients"] == "pass"
