@@ -706,7 +706,7 @@ def test_peft_generates_the_same(kind, task, tmp_path):
     assert_differ(theirs, generated(load_base(base, task), inputs))
 
 
-def test_peft_that_does_not_run_is_said_and_compared(tmp_path):
+def test_peft_that_does_not_run_gives_a_warning(tmp_path):
     """The check passes PEFT's keys and values to the backbone. PEFT's own forward, where it works, does the same."""
     base = save_base(tmp_path / "base", "bert")
     model = save_peft(tmp_path / "peft", base, "SEQ_CLS")
@@ -780,7 +780,7 @@ def test_peft_projection_is_a_table(tmp_path):
     )
 
 
-def test_base_model_elsewhere(tmp_path):
+def test_base_model_in_another_folder(tmp_path):
     """The files keep the name of the base model that the adapter was trained with."""
     base = save_base(tmp_path / "base", "bert")
     save_peft(tmp_path / "peft", base, "SEQ_CLS")
@@ -806,7 +806,7 @@ def test_questions_with_token_types(tmp_path):
     check_same(base, "roberta", task, tmp_path / "no types", tmp_path / "peft")
 
 
-def test_a_window_is_warned_of(tmp_path):
+def test_sliding_window_gives_a_warning(tmp_path):
     base = save_base(tmp_path / "base", "mistral")
     save_peft(tmp_path / "peft", base, "CAUSAL_LM")
     for convert, source, target in ((import_peft, "peft", "ours"), (export_peft, "ours", "back")):
@@ -891,7 +891,7 @@ def test_import_refuses(what, words, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_computes_something_else_is_refused(tmp_path, monkeypatch):
+def test_other_outputs_are_refused(tmp_path, monkeypatch):
     """Both adapters are run before anything is written, so an unknown difference of PEFT's is an error."""
     base = save_base(tmp_path / "base", "gpt2")
     save_peft(tmp_path / "peft", base, "CAUSAL_LM")
@@ -943,7 +943,7 @@ def test_the_other_method_is_refused(tmp_path):
             convert(tmp_path / source, tmp_path / "base")
 
 
-def test_weights_that_are_missing_are_not_made_up(tmp_path):
+def test_missing_weights_are_an_error(tmp_path):
     base = save_base(tmp_path / "base", "bert")
     save_ours(tmp_path / "ours", base, "SEQ_CLS")
     weights = load_file(tmp_path / "ours" / WEIGHTS)

@@ -137,7 +137,7 @@ def test_a_batch_may_fill_the_pool(folders):
         assert set(pool.loaded) == set(paths)
 
 
-def test_what_is_loaded_is_not_looked_for_again(tmp_path):
+def test_loaded_adapter_is_not_searched_again(tmp_path):
     """A batch whose adapters are in memory reads no files and does not ask the Hub."""
     path, ids = save(tmp_path, "bert", "short"), tiny.ids(1)
     pool = pool_of("bert")
@@ -147,7 +147,7 @@ def test_what_is_loaded_is_not_looked_for_again(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_the_last_one_removed_leaves_the_base_model(kind, folders):
+def test_removing_the_last_adapter_leaves_the_base_model(kind, folders):
     pool, ids = pool_of(kind), tiny.ids()
     before = {name: value.clone() for name, value in pool.model.state_dict().items()}
     expected = pool([None, None], input_ids=ids).logits
@@ -192,7 +192,7 @@ def test_refused(folders, tmp_path):
         pool.remove("never loaded")
 
 
-def test_none_there(monkeypatch):
+def test_no_such_adapter_on_disk_or_hub(monkeypatch):
     with pytest.raises(FileNotFoundError, match="no adapter 'no/such/thing'"):
         pool_of("bert").load("no/such/thing")
 
@@ -296,7 +296,7 @@ def grow(folder, tokens=None, labels=None, width=None):
         ("long", {"tokens": 1000, "width": 9}, {"max_bytes": 768_000}, "bytes; `max_bytes` of the pool is 768,000"),
     ],
 )
-def test_what_an_adapter_may_cost(name, changes, bounds, words, tmp_path, monkeypatch):
+def test_adapters_beyond_the_bounds_are_refused(name, changes, bounds, words, tmp_path, monkeypatch):
     """It is rejected before its numbers are read and before the model changes."""
     path = save(tmp_path, "bert", name)
     grow(tmp_path / name, **changes)
@@ -313,7 +313,7 @@ def test_what_an_adapter_may_cost(name, changes, bounds, words, tmp_path, monkey
     assert not pool.loaded and torch.equal(pool([None], input_ids=ids).logits, expected)
 
 
-def test_what_is_within_the_bounds_is_loaded(tmp_path):
+def test_adapters_within_the_bounds_are_loaded(tmp_path):
     for name, changes in (("short", {"tokens": 40, "labels": 50}), ("long", {"tokens": 40, "width": 30})):
         path = save(tmp_path, "bert", name)
         grow(tmp_path / name, **changes)

@@ -120,7 +120,7 @@ def check_file(path: Path, shapes: dict[str, list[int]]) -> None:
 
 @pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("kind", CASES)
-def test_what_is_written(kind, projection, tmp_path):
+def test_saved_tensors_and_files(kind, projection, tmp_path):
     model = case(kind, projection)
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CONFIG, "README.md"}
@@ -203,7 +203,7 @@ def test_no_pickle_is_written_for_any_of_several(tmp_path):
         assert torch.equal(answers(loaded, "llama"), answers(model, "llama"))
 
 
-def test_somebody_elses_pickle_is_left_alone(tmp_path):
+def test_pickle_of_another_model_is_kept(tmp_path):
     torch.save({}, tmp_path / "adapter_model.bin")
     before = files(tmp_path)
     config().save_pretrained(tmp_path)
@@ -262,7 +262,7 @@ def test_a_write_that_fails_leaves_what_was_there(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
-def test_a_card_that_is_no_file(kind, tmp_path):
+def test_card_that_is_a_link_or_a_pipe(kind, tmp_path):
     """In a stranger's folder, saving writes through no link and does not wait for a pipe."""
     card, other = tmp_path / "adapter" / "README.md", tmp_path / "other"
     card.parent.mkdir()
@@ -676,7 +676,7 @@ def with_new_words(model, kind):
 @pytest.mark.parametrize("trained", [None, "in", "in and out"])
 @pytest.mark.parametrize("wrapped_first", [False, True])
 @pytest.mark.parametrize(("base", "name"), [(name, name) for name in WORDS], indirect=["base"])
-def test_new_words_come_back(base, name, wrapped_first, trained, tmp_path):
+def test_new_words_are_saved_and_loaded(base, name, wrapped_first, trained, tmp_path):
     kind, _, task_type, _ = WORDS[name]
     model = base(0 if wrapped_first else NEW)
     names = {"bert": ["word_embeddings"], "llama": ["embed_tokens", "lm_head"], "t5": ["shared", "lm_head"]}[kind]

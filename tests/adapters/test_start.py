@@ -121,7 +121,7 @@ def test_real_weights_and_a_tokenizer(shared):
     assert torch.equal(model.generate(input_ids=given, **settings)[0, len(more) :], written)
 
 
-def test_a_tokenizer_that_closes_texts():
+def test_tokenizer_with_an_end_token():
     """The end-of-sequence token would stand between the text and the input."""
 
     class Closing:
@@ -212,12 +212,12 @@ def test_refused(case):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_a_window_is_warned_of():
+def test_sliding_window_gives_a_warning():
     with pytest.warns(UserWarning, match="look back 8 tokens"):
         init_from_text(wrap(base_of("mistral"), 3), TEXT[:3])
 
 
-def test_a_cache_that_is_not_exact_is_found_out(monkeypatch):
+def test_inexact_keys_and_values_are_found(monkeypatch):
     """The outputs are compared, so a layer with other keys is found."""
     model = wrap(base_of("llama"))
     part = PrefixValues._get_part
@@ -300,7 +300,7 @@ def test_the_head_stays(tmp_path):
         ({"layers_to_transform": [0, 1]}, {"layers_to_transform": [0, 2]}, "decoder 0,1.*decoder 0,2"),
     ],
 )
-def test_what_does_not_fit(tmp_path, theirs, ours, why):
+def test_adapters_that_do_not_fit(tmp_path, theirs, ours, why):
     trained(tmp_path / "source", **theirs)
     model = wrap(base_of("llama"), **{"length": 4, **ours})
     before = {name: p.clone() for name, p in model.named_parameters()}

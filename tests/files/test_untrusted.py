@@ -160,7 +160,7 @@ def refuse(folder, words="", kind="bert", ways=LOADERS, errors=ValueError):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_good_one_is_not_refused(kind, way, saved):
+def test_good_adapters_are_loaded(kind, way, saved):
     needs_transformers(way, heads=kind != "llama")
     make, load = WAYS[way]
     model = make(kind)
@@ -297,7 +297,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_what_is_refused(name, folder):
+def test_bad_adapters_are_refused(name, folder):
     damage, words = DAMAGED[name]
     damage(folder)
     refuse(folder, f"(?s){words}")
@@ -309,7 +309,7 @@ def test_what_is_refused(name, folder):
 @pytest.mark.parametrize(
     "text", ["[]", "3", "null", '"PREFIX_TUNING_V2"', "{}", '{"peft_type": "NEW"}', '{"peft_type": []}', "[" * 10**5]
 )
-def test_a_config_that_is_nobodys(text, folder):
+def test_config_without_a_known_method(text, folder):
     """PEFT reads the type first. The errors are its own, and come before the model changes."""
     (folder / CONFIG).write_text(text)
     refuse(folder, errors=(KeyError, TypeError, ValueError, RecursionError))
@@ -388,7 +388,7 @@ def test_from_the_hub(form, folder, tmp_path):
         assert_unchanged(model, before, outputs)
 
 
-def test_into_an_adapter_that_is_there(folder):
+def test_loading_into_an_existing_adapter(folder):
     """`Trainer` resumes without a config. The tensors are compared with the adapter in the model."""
     model = PeftModel.from_pretrained(fresh("bert"), folder, is_trainable=True).eval()
     tiny.randomize(model, seed=7)
@@ -474,7 +474,7 @@ FAILS = {
 
 
 @pytest.mark.parametrize("fails", [*FAILS, "swapped"])
-def test_a_file_that_is_checked_and_cannot_be_read_any_more(fails, folder, monkeypatch):
+def test_file_that_cannot_be_read_after_the_check(fails, folder, monkeypatch):
     read = peft.peft_model.load_peft_weights
     good = (folder / WEIGHTS).read_bytes()
 
@@ -886,7 +886,7 @@ def test_a_config_that_is_no_file(kind, reader, folder):
     assert_named(error.value, folder)
 
 
-def test_a_terminal_gets_no_commands(folder, capsys):
+def test_control_characters_are_escaped(folder, capsys):
     """The output of `prefix-adapter info` for a stranger's file."""
     tensors = load_file(folder / WEIGHTS)
     save_file({**tensors, "\x1b[2J\x9b1mgone\u202e": torch.ones(1)}, folder / WEIGHTS)
@@ -914,7 +914,7 @@ def test_a_config_that_names_a_library(library, folder):
     assert "this" not in sys.modules
 
 
-def test_keys_that_are_there_twice(folder):
+def test_keys_that_occur_twice(folder):
     """Each reader of the file checks and uses the same value."""
     text = (folder / CONFIG).read_text()
     (folder / CONFIG).write_text(text.replace("{", '{"num_virtual_tokens": 9,', 1))

@@ -36,7 +36,7 @@ def test_columns_are_in_the_order_of_the_reference():
     ],
     ids=["alike", "values apart", "layers apart", "keys alone"],
 )
-def test_all_layers_at_once_are_each_by_itself(shapes):
+def test_all_layers_at_once_equal_single_layers(shapes):
     columns = [shape.columns for shape in shapes]
     results = []
     for at_once in (True, False):
@@ -65,7 +65,7 @@ def test_join_puts_the_prefix_in_front_in_the_type_of_what_is_there():
 
 
 @pytest.mark.parametrize("width", [None, 6])
-def test_an_encoder_computes_columns_as_it_computes_all_of_them(width):
+def test_some_columns_equal_those_of_the_whole_table(width):
     encoder = PrefixEncoder.new(length=5, columns=24, std=0.3, hidden_size=8, width=width)
     table = encoder.fold()
     assert table.shape == (5, 24)
@@ -131,7 +131,7 @@ def in_checkpoint(forward, reentrant):
 @pytest.mark.parametrize("whole", [False, True], ids=["each layer", "the model"])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 @pytest.mark.parametrize("settings", [{}, {"prefix_projection": True, "encoder_hidden_size": 7}], ids=["table", "mlp"])
-def test_checkpointing_of_which_transformers_knows_nothing(settings, reentrant, whole):
+def test_checkpointing_outside_of_transformers(settings, reentrant, whole):
     """Checkpointing of FSDP, Accelerate or the user's own code, for which the model has no flag."""
     config = PrefixTuningV2Config(num_virtual_tokens=6, prefix_dropout=0.0, **settings)
     states = torch.randn(2, 7, tiny.HIDDEN)

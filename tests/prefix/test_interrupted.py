@@ -156,7 +156,7 @@ def test_copies_and_unloading(kind):
         assert torch.equal(base(**inputs_of(kind)).logits, expected["whole, False"])
 
 
-def test_a_forward_that_is_replaced_later_is_an_error_where_it_would_hide_the_prefix():
+def test_replaced_forward_that_hides_the_prefix_is_an_error():
     model = get_peft_model(gpt_neo(), PrefixTuningV2Config(num_virtual_tokens=5)).eval()
     attention = model.base_model.model.transformer.h[1].attn.attention
     attention.forward = functools.partial(type(attention).forward, attention)

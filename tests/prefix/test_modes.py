@@ -74,7 +74,7 @@ def test_folding_keeps_the_mode():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_an_adapter_that_is_added_takes_the_mode_that_the_model_says_it_is_in(training):
+def test_added_adapter_takes_the_mode_of_the_model(training):
     """PEFT's LoRA has dropout in eval mode here too. Its default is 0, the prefix's is 0.1."""
     model = get_peft_model(base(), METHODS["ours"]()).train(training)
     model.add_adapter("b", METHODS["ours"]())

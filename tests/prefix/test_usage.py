@@ -52,7 +52,7 @@ def test_layers_without_a_prefix_are_not_missed():
     model(input_ids=tiny.ids())
 
 
-def test_layer_drop_is_no_fault():
+def test_layer_drop_is_no_error():
     model = wrapped("bart", encoder_layerdrop=0.5, decoder_layerdrop=0.5).train()
     for seed in range(5):
         torch.manual_seed(seed)
@@ -60,7 +60,7 @@ def test_layer_drop_is_no_fault():
 
 
 @pytest.mark.parametrize("kinds", [["encoder"], ["cross"], ["encoder", "decoder"], None])
-def test_an_encoder_whose_states_are_given_may_rest(kinds):
+def test_encoder_need_not_run_if_its_states_are_given(kinds):
     """`generate` runs the encoder alone, once."""
     model = wrapped("t5", "AutoModelForSeq2SeqLM", {"target_attention": kinds})
     ids = tiny.ids()
@@ -152,7 +152,7 @@ def test_computed_positions_that_are_added_stay_the_backbones_own():
     assert torch.equal(*seen)
 
 
-def test_a_generation_that_guesses_with_its_own_first_layers():
+def test_self_speculative_generation():
     """With `assistant_early_exit` the model leaves out its last layers, which is no error."""
     model = wrapped("llama", "AutoModelForCausalLM", {"task_type": "CAUSAL_LM"})
     ids = tiny.ids(1)

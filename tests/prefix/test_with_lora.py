@@ -114,7 +114,7 @@ def test_the_same_name(tmp_path):
     assert torch.equal(logits(loaded), expected)
 
 
-def test_a_name_that_would_be_lost():
+def test_adapter_name_of_another_method_is_refused():
     message = "has an adapter 'default' of another PEFT method already, and its configuration would be lost"
     # The error comes at the first forward, because PEFT does not call the tuner when it adds a LoRA.
     with pytest.raises(ValueError, match=message):

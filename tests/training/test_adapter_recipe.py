@@ -90,7 +90,7 @@ def test_nothing_in_a_folder_runs_code(stranger, values, monkeypatch):
         assert not stranger.mark.exists()
 
 
-def test_a_tokenizer_with_code_is_read_without(stranger):
+def test_tokenizer_with_code_is_read_without_the_code(stranger):
     """transformers prefers its own class, if it has one."""
     config = json.loads((stranger.base / "config.json").read_text())
     (stranger.base / "config.json").write_text(json.dumps({**config, "model_type": "bert", "auto_map": {}}))
@@ -288,7 +288,7 @@ def bomb(kind: str) -> str:
 
 @pytest.mark.parametrize("kind", ["aliases", "merges", "itself", "deep", "large", "digits", "tag"])
 @pytest.mark.timeout(20)
-def test_files_that_are_made_to_break_their_reader(kind, tmp_path):
+def test_hostile_recipes(kind, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"task: causal-lm\nmodel: m\noutput_dir: o\n{bomb(kind)}\n")
     for read in (load_recipe, load_adapter_recipe):
@@ -306,7 +306,7 @@ def test_aliases_may_be_used(tmp_path):
     assert (found.output_dir, found.model_kwargs) == ("m", {"r": 1, "x": {"r": 1}})
 
 
-def test_no_rows_are_named_from_the_hub(tmp_path, monkeypatch, tiny_bert, topics):
+def test_rows_of_a_recipe_on_the_hub_are_not_used(tmp_path, monkeypatch, tiny_bert, topics):
     out = tmp_path / "out"
     train(recipe(tiny_bert, topics, out, max_steps=1))
     module = sys.modules["prefix_adapter.training.inference"]
@@ -371,7 +371,7 @@ def test_evaluate_takes_the_rows_that_the_run_took(tiny_bert, tmp_path, splits, 
     assert (other.split, other.source, other.rows) == (None, files["train"], 48)
 
 
-def test_what_is_measured_is_printed(tiny_bert, topics, tmp_path, capsys):
+def test_evaluated_rows_are_printed(tiny_bert, topics, tmp_path, capsys):
     train(recipe(tiny_bert, topics, tmp_path / "out", max_steps=1))
     capsys.readouterr()
     main(["evaluate", str(tmp_path / "out")])

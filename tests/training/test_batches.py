@@ -28,7 +28,7 @@ def test_an_epoch_has_every_row_in_full_batches(size, batch_size, grouped):
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_a_step_is_the_same_whatever_was_asked_before(grouped):
+def test_step_does_not_depend_on_earlier_reads(grouped):
     lengths = [1 + (7 * i) % 30 for i in range(50)] if grouped else None
     in_order = Batches(50, 8, 3, lengths)
     expected = [in_order[step] for step in range(21)]

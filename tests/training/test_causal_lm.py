@@ -107,7 +107,7 @@ def test_labels(bases, kind, row, expected):
     assert task.num_items(features["labels"][0]) == sum(word != "-" for word in expected[1].split())
 
 
-def test_a_long_text_is_cut_and_nothing_is_lost(bases):
+def test_long_text_is_divided_into_blocks(bases):
     task = make_task(bases["llama"], max_length=6)
     features = task.features({"text": [words(*range(13)), words(20)]}, [7, 8], True)
     assert features["row"] == [7, 7, 7, 8]
@@ -355,7 +355,7 @@ def test_training_on_texts(bases, packing, tmp_path):
     assert [answer["prediction"] for answer in answers] == expected
 
 
-def test_a_real_model_writes_on(shared):
+def test_real_model_continues_a_text(shared):
     folder = str(shared / "models" / "stories260k")
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     task = make_task(folder, max_length=128, task_kwargs={"max_new_tokens": 20})

@@ -446,7 +446,7 @@ def test_another_recipe_is_not_resumed(make, tmp_path, changes):
     assert durable(tmp_path / "out") == before
 
 
-def test_other_rows_are_not_gone_on_with(make, tmp_path):
+def test_run_is_not_resumed_with_other_labels(make, tmp_path):
     train(make("out", max_steps=1))
     write_rows(tmp_path / "train.jsonl", [*topic_rows(16), {"text": "w7", "label": "c"}])
     with pytest.raises(
@@ -455,7 +455,7 @@ def test_other_rows_are_not_gone_on_with(make, tmp_path):
         train(make("out", max_steps=1), resume=True)
 
 
-def test_what_may_differ_when_resuming(make, tmp_path):
+def test_changeable_settings_of_a_resumed_run(make, tmp_path):
     results = train(make("out"))
     (tmp_path / "out").rename(tmp_path / "moved")
     again = train(make("moved", eval_batch_size=3), resume=True)

@@ -93,7 +93,7 @@ def test_mistakes_end_in_one_message(tiny_bert, topics, tmp_path, change, messag
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-def test_what_is_not_there_is_said(tmp_path):
+def test_missing_folders_are_named(tmp_path):
     with pytest.raises(SystemExit, match="no run"):
         main(["train", "--resume", str(tmp_path)])
     with pytest.raises(SystemExit, match="holds no adapter"):
@@ -143,7 +143,7 @@ def test_mistakes_on_the_command_line_end_in_two_lines(capsys, arguments, said):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_option_may_be_cut_short(capsys, command):
+def test_options_cannot_be_abbreviated(capsys, command):
     """Abbreviated options are errors, for instance --learning_rat."""
     options = [each for each in re.findall(r"(?m)^ +(--[\w.]{4,})", shown_help(capsys, command)) if each != "--help"]
     assert options
@@ -233,7 +233,7 @@ def test_errors_of_the_program_keep_their_traceback(monkeypatch):
         main(["info", "x"])
 
 
-def test_nothing_that_is_printed_controls_the_terminal(tmp_path, capsys):
+def test_printed_control_characters_are_escaped(tmp_path, capsys):
     escape = "\x1b[2J\x9b\u202e"
     # A config of this package rejects such a name.
     LoraConfig(base_model_name_or_path=f"a{escape}").save_pretrained(tmp_path)

@@ -200,7 +200,7 @@ CHANGES = {
 }
 
 
-def test_a_checkpoint_without_checksums_is_held_against_the_run(run, model):
+def test_checkpoint_without_checksums_is_compared_with_the_run(run, model):
     """Earlier versions wrote no checksums, and a person may have removed them."""
     places = run() / "checkpoints"
     shutil.rmtree(places / "step-000002")
@@ -303,7 +303,7 @@ def test_a_damaged_line_of_metrics_is_named(run, make, line, said):  # noqa: F81
     assert durable(folder) == before
 
 
-def test_a_last_line_that_a_machine_did_not_finish_is_mended(run, make):  # noqa: F811
+def test_unfinished_last_line_is_removed(run, make):  # noqa: F811
     folder = run()
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b"\0" * 50)

@@ -160,7 +160,7 @@ def test_a_data_set_may_not_bring_code(write, tmp_path):
     assert not mark.exists()
 
 
-def test_a_file_that_has_changed_is_read_anew(write):
+def test_changed_file_is_read_again(write):
     path = write("rows.jsonl", as_lines([{"text": "old", "label": 1}]))
     time = os.stat(path).st_mtime
     assert read(path)[0]["text"] == "old"
@@ -291,7 +291,7 @@ def test_a_folder_that_is_not_there(tmp_path):
         load_rows(Data(path=str(tmp_path / "nothing")), "train")
 
 
-def test_take_and_hold_out():
+def test_row_limits_and_held_out_rows():
     rows = Dataset.from_dict({"text": [str(i) for i in range(40)]})
     everything = set(rows["text"])
     assert list(take(rows, None, 0)["text"]) == list(take(rows, 40, 0)["text"]) == list(rows["text"])

@@ -281,7 +281,7 @@ def test_a_divided_model_is_the_same_run(kind, one, name, request):
     assert_same_run(run.folder / name, one / name, atol=2e-3 if name == "generated" else 1e-4)
 
 
-def test_the_runs_tell_right_from_wrong(one):
+def test_reference_runs_are_not_trivial(one):
     """The runs must have a best step before the last, and wrong answers. Otherwise the tests could miss a mistake."""
     results = json.loads((one / "topic" / "results.json").read_text())
     assert results["best_step"] < results["steps"]
@@ -335,7 +335,7 @@ def test_a_divided_model_is_resumed_exactly(kind, request):
     assert_same_bits(run.folder / "stopped", run.folder / "random")
 
 
-def test_fsdp_says_what_it_cannot_do(fsdp2):
+def test_fsdp_names_what_it_does_not_support(fsdp2):
     for seen in fsdp2.seen["bart"]:
         assert seen["error"][0] == "RecipeError" and "fsdp_cpu_ram_efficient_loading" in seen["error"][1]
 
@@ -428,7 +428,7 @@ def recipe(tmp_path) -> Recipe:
         ("ACCELERATE_USE_FSDP", "true", "FSDP, which Accelerate has only on GPUs"),
     ],
 )
-def test_what_accelerate_leaves_out_is_an_error(recipe, monkeypatch, variable, value, message):
+def test_settings_that_accelerate_ignores_are_an_error(recipe, monkeypatch, variable, value, message):
     monkeypatch.setenv(variable, value)
     with pytest.raises(RecipeError, match=message):
         new_accelerator(recipe)
@@ -446,7 +446,7 @@ def test_fsdp_that_cannot_work_is_refused(recipe, monkeypatch, variable, fsdp2, 
         check_launch(accelerator, recipe)
 
 
-def test_batches_must_be_shared_out_evenly(recipe, monkeypatch):
+def test_batch_size_must_be_divisible(recipe, monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 3))
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(RecipeError, match=r"`batch_size`.*3 processes in 2 parts.*a multiple of 6"):

@@ -136,7 +136,7 @@ def test_the_rows_of_the_recipe_are_never_overwritten(trained, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["answers.jsonl", "answers.jsonl.partial"])
-def test_what_exists_is_replaced_only_when_asked(trained, tmp_path, name):
+def test_existing_files_are_replaced_with_overwrite_only(trained, tmp_path, name):
     source, target = write_rows(tmp_path / "rows.jsonl", [{"sentence": "w1"}]), tmp_path / "answers.jsonl"
     (tmp_path / name).write_text("earlier answers")
     with pytest.raises(FileExistsError, match=rf"{name} exists.*--overwrite"):
@@ -167,7 +167,7 @@ def test_links_and_pipes_stay_what_they_are(trained, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError, RuntimeError])
-def test_what_was_answered_stays_whatever_ends_it(trained, tmp_path, monkeypatch, kind):
+def test_answers_before_an_error_stay(trained, tmp_path, monkeypatch, kind):
     source, target = write_rows(tmp_path / "rows.jsonl", [{"sentence": "w1"}] * 5), tmp_path / "answers.jsonl"
     original, calls = inference.answer_rows, []
 
@@ -200,7 +200,7 @@ def test_a_full_disk_leaves_whole_answers(trained, tmp_path):
     assert (tmp_path / "more.jsonl.partial").read_bytes() == target.read_bytes()[: 4 * size]
 
 
-def test_rows_may_have_any_text_beside_those_to_answer(trained, tmp_path):
+def test_other_columns_may_have_any_text(trained, tmp_path):
     rows = [{"sentence": "w1", "note": "\ud83d"}, {"sentence": "w2", "note": "\U0001f600 \u2028"}]
     source = tmp_path / "rows.jsonl"
     source.write_bytes(b"\xef\xbb\xbf" + "".join(json.dumps(row) + "\r\n" for row in rows).encode())
@@ -232,7 +232,7 @@ def test_evaluate_takes_the_recipes_own_rows(trained):
         evaluate_adapter(trained, "test")
 
 
-def test_what_is_no_trained_adapter(trained, tmp_path):
+def test_folders_without_a_trained_adapter(trained, tmp_path):
     with pytest.raises(RecipeError, match=r"recipe\.yaml"):
         load_trained(tmp_path)
     with pytest.raises(RecipeError, match="no folder"):
@@ -243,7 +243,7 @@ def test_what_is_no_trained_adapter(trained, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["HEAD", "FULL"])
-def test_comparisons_without_an_adapter_can_be_used_too(tiny_bert, topics, tmp_path, kind):
+def test_full_and_head_runs_can_be_used(tiny_bert, topics, tmp_path, kind):
     train(recipe(tiny_bert, topics, tmp_path / "out", adapter={"peft_type": kind}, num_train_epochs=1))
     recorded = json.loads((tmp_path / "out" / "results.json").read_text())["validation"]
     assert evaluate_adapter(tmp_path / "out") == pytest.approx(recorded, abs=1e-6)

@@ -124,7 +124,7 @@ def test_a_text_that_a_run_cannot_start_from(writing, tmp_path, kind, changes, w
         ({"init_text": TEXT, "adapter": {"peft_type": "full"}}, "`init_text` is for PREFIX_TUNING_V2, not for FULL"),
     ],
 )
-def test_recipes_that_cannot_be(changes, why):
+def test_invalid_initial_prefixes(changes, why):
     with pytest.raises(RecipeError, match=why):
         Recipe(**{"task": "causal-lm", "model": "m", "output_dir": "o", **changes})
 

@@ -118,7 +118,7 @@ def test_resuming_is_exact(dropping, few, tmp_path, monkeypatch, case):
     assert_resumes(tmp_path / "whole", monkeypatch, make, step)
 
 
-def test_what_was_recorded_after_the_checkpoint_is_forgotten(dropping, few, tmp_path, monkeypatch):
+def test_metrics_after_the_checkpoint_are_removed(dropping, few, tmp_path, monkeypatch):
     def make(name):
         return recipe(dropping, few, tmp_path / name, **NINE_STEPS)
 
@@ -325,7 +325,7 @@ def test_a_rate_that_is_far_too_high(tiny_bert, few, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_not_finite_is_not_kept(tiny_bert, few, tmp_path, monkeypatch, what):
+def test_steps_that_are_not_finite_are_not_saved(tiny_bert, few, tmp_path, monkeypatch, what):
     out = tmp_path / "out"
     original, calls = SequenceClassification.loss, []
 
@@ -355,7 +355,7 @@ def test_what_is_not_finite_is_not_kept(tiny_bert, few, tmp_path, monkeypatch, w
         ({"max_length": 80, "adapter": {"peft_type": "FULL"}}, r"`max_length`.*longest row.*64"),
     ],
 )
-def test_bad_settings_are_told_before_anything_is_touched(tiny_bert, few, tmp_path, changes, said):
+def test_bad_settings_are_an_error_before_anything_changes(tiny_bert, few, tmp_path, changes, said):
     train(recipe(tiny_bert, few, tmp_path / "out", **{**NINE_STEPS, "max_steps": 1}))
     before = what_counts(tmp_path / "out")
     rows = [*topic_rows(23), {"text": "w1 " * 70, "label": "a"}]

@@ -94,7 +94,7 @@ def test_unknown_words_are_counted(tiny_bert, topics, capsys, unknown, said):
     assert said is None or said in shown
 
 
-def test_choices_are_looked_at_too(tiny_bert, tmp_path):
+def test_unknown_words_in_choices_are_counted(tiny_bert, tmp_path):
     rows = [{"text": "x y", "choices": ["z", "t"], "label": 0}] * 3
     made = recipe(
         tiny_bert, {"train": write_rows(tmp_path / "r.jsonl", rows)}, tmp_path / "out", task="multiple-choice"

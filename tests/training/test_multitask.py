@@ -101,7 +101,7 @@ def load(folder, task: str, base: str):
 
 
 @pytest.mark.parametrize("projection", [False, True])
-def test_what_is_left_is_an_adapter_for_each_task_with_one_prefix(values, base, tmp_path, projection):
+def test_outputs_are_an_adapter_for_each_task_with_one_prefix(values, base, tmp_path, projection):
     values["adapter"]["prefix_projection"] = projection
     results = train_together(JointRecipe.from_dict(values))
     out = tmp_path / "out"
@@ -263,7 +263,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(values, tmp_path, monkeypat
     assert len(found) > 6 and found == reference
 
 
-def test_the_message_of_an_interruption_says_how_to_go_on(values, tmp_path, monkeypatch):
+def test_interruption_message_says_how_to_resume(values, tmp_path, monkeypatch):
     import signal
 
     before_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
@@ -271,7 +271,7 @@ def test_the_message_of_an_interruption_says_how_to_go_on(values, tmp_path, monk
         train_together(JointRecipe.from_dict(values))
 
 
-def test_the_draws():
+def test_tasks_of_the_steps():
     joint = JointBatches([Batches(30, 4, 0), Batches(7, 4, 0), Batches(300, 4, 0)], 1.0, seed=5)
     assert joint.steps_per_epoch == 8 + 2 + 75
     steps = [joint[i] for i in range(4000)]
@@ -290,7 +290,7 @@ def test_the_draws():
     assert alike[0] / 2000 == pytest.approx(0.5, abs=0.05)
 
 
-def test_where_less_is_more_the_score_goes_up_as_the_metric_goes_down(values, tmp_path):
+def test_score_of_a_metric_that_is_better_when_lower(values, tmp_path):
     values["tasks"]["topics"]["metric_for_best_model"] = "loss"
     train_together(JointRecipe.from_dict(values))
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -364,7 +364,7 @@ def test_recipes_that_differ_in_what_is_shared(values):
 
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_what_divides_models_is_refused(values, monkeypatch, kind):
+def test_fsdp_and_deepspeed_are_refused(values, monkeypatch, kind):
     accelerator = SimpleNamespace(distributed_type=kind)
     monkeypatch.setattr(run_module, "training_accelerator", lambda recipe: nullcontext(accelerator))
     with pytest.raises(RecipeError, match=f"^{kind.value} cannot shard models"):

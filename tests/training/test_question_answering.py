@@ -290,7 +290,7 @@ def test_bad_settings(tiny_bert):
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
-def test_the_loss_is_that_of_the_base_with_all_that_the_tokenizer_says(kind, tmp_path):
+def test_loss_equals_that_of_the_base_model_with_token_types(kind, tmp_path):
     """Without a prefix: `token_type_ids` reach the backbone, and padding is not in the loss."""
     base = save_base(tmp_path / "base", kind, "AutoModelForQuestionAnswering", num_labels=2)
     task = new_task(base)

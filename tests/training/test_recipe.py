@@ -80,12 +80,12 @@ def bases(tmp_path_factory) -> dict[str, str]:
     return {kind: save_base(folder / kind, kind) for kind in ("bert", "gpt2", "t5")}
 
 
-def test_what_there_is():
+def test_names_of_the_recipes():
     assert set(recipe_names()) == {*PUBLISHED, *KLUE_NLI, *TASKS}
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_each_can_be_used(name, bases):
+def test_each_recipe_can_be_used(name, bases):
     recipe = load_recipe(name)
     assert Path(recipe.output_dir) == Path("runs") / name
     recipe.model = bases[KINDS.get(recipe.task, "bert")]
@@ -163,7 +163,7 @@ def test_default_settings(name):
     assert recipe.data == Data(train="train.jsonl")
 
 
-def test_every_one_is_in_the_documentation():
+def test_each_recipe_is_in_the_documentation():
     rows = [re.split(r"\s*\|\s*", line.strip("| ")) for line in DOCUMENTATION.splitlines()]
     documented = {row[0].strip("`"): row for row in rows if len(row) > 4 and row[0].startswith("`")}
     assert set(documented) == set(recipe_names())
@@ -404,12 +404,12 @@ def test_a_bad_value_is_named(line, recipe_file):
         ("task: causal-lm\nmodel: 3\noutput_dir: o\n", "`model` must be str, got 3"),
     ],
 )
-def test_what_must_be_there(text, message, recipe_file):
+def test_required_keys(text, message, recipe_file):
     with pytest.raises(RecipeError, match=re.escape(message)):
         load_recipe(recipe_file(text, start=""))
 
 
-def test_what_cannot_be_read(tmp_path):
+def test_files_that_are_no_recipes(tmp_path):
     with pytest.raises(RecipeError, match=r"no file 'bert-large-bolq' and no recipe of that name; there are .*boolq"):
         load_recipe("bert-large-bolq")
     with pytest.raises(RecipeError, match="no file"):

@@ -32,7 +32,7 @@ def recipe(base, topics, output, **changes) -> Recipe:
     )
 
 
-def test_what_a_run_leaves(tiny_bert, topics, tmp_path, with_curve):
+def test_outputs_of_a_run(tiny_bert, topics, tmp_path, with_curve):
     adapter = {"num_virtual_tokens": 4, "prefix_projection": True}
     results = train(recipe(tiny_bert, topics, tmp_path / "out", adapter=adapter))
     out = tmp_path / "out"
@@ -52,7 +52,7 @@ def test_what_a_run_leaves(tiny_bert, topics, tmp_path, with_curve):
 
 
 @pytest.mark.parametrize("kind", ["PREFIX_TUNING_V2", "LORA", "HEAD"])
-def test_what_the_checkpoint_lacks_is_trained_and_saved(topics, tmp_path, kind):
+def test_new_weights_are_trained_and_saved(topics, tmp_path, kind):
     """A masked-language BERT has no pooler. A frozen random pooler would differ after loading."""
     base = save_base(tmp_path / "base", "bert", "AutoModelForMaskedLM")
     adapter = {"peft_type": kind} if kind != "PREFIX_TUNING_V2" else {"num_virtual_tokens": 4}

@@ -76,7 +76,7 @@ def test_a_run_that_cannot_start_leaves_no_folder(make, tmp_path):  # noqa: F811
     assert os.listdir(tmp_path / "empty") == []
 
 
-def test_a_lock_without_a_note_is_one_too(tmp_path):
+def test_lock_without_an_owner_file(tmp_path):
     with files.lock_folder(tmp_path):
         (tmp_path / ".run.json").write_text("{")
         with pytest.raises(RecipeError, match="another process is working"), files.lock_folder(tmp_path):
@@ -246,7 +246,7 @@ def test_the_second_signal_in_a_save_leaves_the_checkpoint_before(make, tmp_path
 # ---- Windows
 
 
-def test_what_windows_cannot_do_is_not_asked_for(make, tmp_path, monkeypatch):  # noqa: F811
+def test_saving_needs_nothing_that_windows_lacks(make, tmp_path, monkeypatch):  # noqa: F811
     """Windows cannot open folders, and cannot flush files that are open for reading."""
     fcntl = pytest.importorskip("fcntl")
     original_open, original_fsync, flushed = os.open, os.fsync, []

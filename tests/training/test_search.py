@@ -90,7 +90,7 @@ def trials(recipe: Recipe):
     return optuna.load_study(study_name=None, storage=f"sqlite:///{recipe.output_dir}/study.db").trials
 
 
-def test_what_a_search_leaves(recipe):
+def test_outputs_of_a_search(recipe):
     space = {
         "adapter.prefix_projection": [False, True],
         "learning_rate": {"low": 0.01, "high": 0.05},
@@ -161,7 +161,7 @@ def test_killed_and_resumed(recipe, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
-def test_the_poor_are_pruned(recipe, fake, metric):
+def test_poor_trials_are_pruned(recipe, fake, metric):
     recipe.metric_for_best_model = metric
     fake(lambda own: own.learning_rate)
     report = search(recipe, Search(RATES, n_trials=12, sampler="random"))
@@ -202,7 +202,7 @@ def test_trials_that_fail_do_not_end_the_search(recipe, fake):
     assert not list((Path(recipe.output_dir) / "trials").iterdir())  # `keep_trials`
 
 
-def test_nothing_completed(recipe, fake):
+def test_search_without_a_complete_trial(recipe, fake):
     def score(own):
         raise TrainingDiverged("too steep")
 
@@ -278,7 +278,7 @@ def _value(recipe, key):
     return value
 
 
-def test_what_is_fixed_and_varied_is_refused(recipe):
+def test_keys_that_are_fixed_and_varied_are_refused(recipe):
     with pytest.raises(RecipeError, match=r"`learning_rate` is set, and `space` varies `learning_rate`"):
         search(recipe, Search(RATES, fixed=["learning_rate"]))
     with pytest.raises(RecipeError, match=r"`adapter` is set, and `space` varies `adapter.num_virtual_tokens`"):
@@ -323,7 +323,7 @@ GRID = {
 }
 
 
-def test_grid_is_complete_also_when_interrupted(recipe, fake):
+def test_interrupted_grid_is_completed(recipe, fake):
     count = itertools.count(1)
 
     def score(own):
@@ -485,7 +485,7 @@ def test_bad_rows_and_storage(recipe, tmp_path):
         search(recipe, Search(RATES))
 
 
-def test_whose_folder(recipe, fake, tmp_path):
+def test_output_folder_of_a_search(recipe, fake, tmp_path):
     fake(lambda own: own.learning_rate)
     out = Path(recipe.output_dir)
     with pytest.raises(RecipeError, match="`output_dir`: there is no search to resume"):

@@ -62,7 +62,7 @@ def rows_of(columns: dict) -> list[dict]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def test_labels_are_padded_for_themselves(bases):
+def test_labels_are_padded_separately(bases):
     task = make_task(bases["t5"])
     features = rows_of(task.features(ROWS, [0, 1, 2], True))
     assert [task.tokenizer.decode(each["labels"]) for each in features] == [f"{text} </s>" for text in ROWS["target"]]
@@ -74,7 +74,7 @@ def test_labels_are_padded_for_themselves(bases):
             assert row == each["labels"] + [-100] * (len(row) - len(each["labels"]))
 
 
-def test_what_is_too_long(bases):
+def test_long_texts_are_cut(bases):
     task = make_task(bases["t5"], max_length=4, task_kwargs={"max_target_length": 3})
     features = task.features({"text": [words(*range(9))], "target": [words(*range(20, 29))]}, [0], True)
     assert task.tokenizer.decode(features["input_ids"][0]) == "w0 w1 w2 </s>"
@@ -153,7 +153,7 @@ def test_metrics_are_those_of_rouge_score(bases):
     assert metrics == pytest.approx({"exact_match": 0.25, **expected})
 
 
-def test_rouge_knows_other_letters_than_english_ones(bases):
+def test_rouge_of_other_alphabets(bases):
     task = make_task(bases["t5"])
     metrics = task.metrics([{"prediction": "나는 집에 간다"}], ["나는 학교에 간다."])
     assert metrics == pytest.approx({"exact_match": 0, "rouge1": 2 / 3, "rouge2": 0, "rougeL": 2 / 3})

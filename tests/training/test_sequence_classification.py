@@ -146,7 +146,7 @@ def test_regression_on_whole_numbers_when_asked(tiny_bert, tmp_path):
     assert got["found"]["mean_squared_error"] == min(squares) < max(squares)
 
 
-def test_all_answers_alike_is_no_correlation(tiny_bert, topics, tmp_path):
+def test_equal_answers_have_no_correlation(tiny_bert, topics, tmp_path):
     made = recipe(tiny_bert, topics, tmp_path, task_kwargs={"problem_type": "regression"})
     task = TASK_CLASSES["sequence-classification"](made, AutoTokenizer.from_pretrained(tiny_bert))
     found = task.metrics([{"prediction": 0.5}] * 3, [0.1, 0.2, 0.6])
@@ -222,7 +222,7 @@ def task_for(base, rows, labels=None, **settings):
         (["yes", "no", "1e3"], ["1e3", "no", "yes"]),
     ],
 )
-def test_labels_are_what_is_written(tiny_bert, tmp_path, rows, labels):
+def test_labels_keep_their_text(tiny_bert, tmp_path, rows, labels):
     """In the task, in the model's configuration, and in the recipe that is saved."""
     task = task_for(tiny_bert, rows)
     assert task.labels == labels and task.problem_type == "single_label_classification"
@@ -236,7 +236,7 @@ def test_labels_are_what_is_written(tiny_bert, tmp_path, rows, labels):
 
 
 @pytest.mark.parametrize("rows", [["0.5", "2.0"], ["1.5", "3", "2"], [0.0, 1.0], [2.0, 3.0, 2.0]])
-def test_labels_or_numbers_must_be_said(tiny_bert, rows):
+def test_labels_or_regression_must_be_clear(tiny_bert, rows):
     with pytest.raises(DataError, match=r"could be labels or numbers.*single_label_classification` or `regression`"):
         task_for(tiny_bert, rows)
     assert task_for(tiny_bert, rows, problem_type="regression").labels is None
@@ -249,7 +249,7 @@ def test_floats_are_numbers(tiny_bert):
 
 
 @pytest.mark.parametrize("bad", ["", "high", "nan", "inf", "1,5"])
-def test_what_is_no_number(tiny_bert, bad):
+def test_targets_that_are_no_numbers(tiny_bert, bad):
     with pytest.raises(DataError, match=r"row 3: 'label' must be a finite number, got"):
         task_for(tiny_bert, ["1.5", "2", bad], problem_type="regression")
     assert math.isnan(number_of(True)) and math.isnan(number_of(None)) and number_of("-1e-3") == -0.001
@@ -328,7 +328,7 @@ def with_row(**changes) -> list[dict]:
         (GOOD[:1], r"all rows have the same label", {}),
     ],
 )
-def test_bad_rows_are_told_before_anything_is_done(tiny_bert, tmp_path, rows, said, changes):
+def test_bad_rows_are_an_error_before_training(tiny_bert, tmp_path, rows, said, changes):
     path = write_rows(tmp_path / "rows.jsonl", rows)
     kind = {"single_label": "single_label_classification"}.get(changes.get("kind"), changes.get("kind"))
     changes = {"task_kwargs": {"problem_type": kind}} if kind else changes

@@ -344,7 +344,7 @@ GOOD = [{"tokens": ["w1", "w2"], "tags": ["O", "B-X"]}] * 5
         ({"tags": ["O", 1]}, r"row 6: the label 1 is a int; labels must be strings in all rows"),
     ],
 )
-def test_bad_rows_are_told_before_anything_is_done(tiny_bert, tmp_path, row, said):
+def test_bad_rows_are_an_error_before_training(tiny_bert, tmp_path, row, said):
     path = write_rows(tmp_path / "rows.jsonl", [*GOOD, {**GOOD[0], **row}, *GOOD])
     with pytest.raises(DataError, match=said) as error:
         train(make_recipe(tiny_bert, tmp_path / "out", {"train": path}))
