@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..private import has_input_gradients, uses_reentrant_checkpointing
+from .calls import ENCODER_STATES_ARGUMENTS
 
 
 class CheckpointingGuard:
@@ -71,12 +72,13 @@ class CheckpointingGuard:
     def _check_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check that a layer's inputs keep their gradients.
 
-        Input gradients come from token embeddings: a layer of an image or audio encoder has none. Inputs that are
-        passed by keyword, such as an encoder's states, lose theirs.
+        Input gradients come from embeddings: a layer of an image or audio encoder may have none. An encoder's states
+        that are passed by keyword lose theirs.
         """
         if not self._checks_inputs or not module.training or not uses_reentrant_checkpointing(module):
             return
-        lost = [name for name, value in kwargs.items() if isinstance(value, Tensor) and value.requires_grad]
+        given = {name: kwargs.get(name) for name in ENCODER_STATES_ARGUMENTS}
+        lost = [name for name, value in given.items() if isinstance(value, Tensor) and value.requires_grad]
         if lost or not any(isinstance(value, Tensor) and value.requires_grad for value in args):
             what = f"receives {', '.join(lost)} by keyword" if lost else "has an input that needs no gradient"
             raise ValueError(
