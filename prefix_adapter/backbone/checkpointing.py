@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..private import has_input_gradients, uses_reentrant_checkpointing
 from .calls import ENCODER_STATES_ARGUMENTS
@@ -56,9 +57,11 @@ class CheckpointingGuard:
             )
         self._checks_inputs = True
         if not self._checks:
-            around = [module for module in modules if any(part in self._attention for part in module.modules())]
+            layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
             self._checks = [
-                module.register_forward_pre_hook(self._check_inputs, with_kwargs=True) for module in around
+                layer.register_forward_pre_hook(self._check_inputs, with_kwargs=True)
+                for layer in layers
+                if any(part in self._attention for part in layer.modules())
             ]
         enable: Any = getattr(self._model, "enable_input_require_grads", None)
         if enable is not None and not has_input_gradients(self._model):

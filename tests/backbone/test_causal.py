@@ -208,12 +208,12 @@ def test_heads_that_are_repeated_in_another_way_are_left_alone(monkeypatch):
 
 def test_a_mask_is_made_once_for_all_layers(monkeypatch):
     config = PrefixTuningV2Config(task_type="CAUSAL_LM", num_virtual_tokens=5)
-    model, calls, make = get_peft_model(tiny.model("llama", "AutoModelForCausalLM"), config), [], masks._make_mask
+    model, calls, make = get_peft_model(tiny.model("llama", "AutoModelForCausalLM"), config), [], masks.make_mask
 
     def count(*args):
         calls.append(args)
         return make(*args)
 
-    monkeypatch.setattr(masks, "_make_mask", count)
+    monkeypatch.setattr(masks, "make_mask", count)
     model(input_ids=tiny.ids())
     assert len(calls) == 1 < model.config.num_hidden_layers
