@@ -178,6 +178,9 @@ def _config(model_type: str, model_class: type[PreTrainedModel], dropout: float 
             part.pad_token_id = 0
     if dropout is not None:
         zoo._set_dropout(config, dropout)
+        for part in zoo._tree(config):
+            if hasattr(part, "apply_spec_augment"):  # hides random parts of the sound in training
+                part.apply_spec_augment = False
     return config
 
 
