@@ -18,7 +18,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from prefix_adapter import PeftModel, PrefixTuningV2Config, get_peft_model
 
-TONES, LENGTH, FRAMES, BINS, HUM_BIN, HUM = 6, 4, 8, 16, 13, 3.0
+TONES, LENGTH, FRAMES, BINS, HUM_BIN, HUM = 6, 4, 8, 16, 13, 8.0
 END, START, FIRST = 1, 2, 3  # token ids; the pad token is 0
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
