@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_prefix_helps_whisper_against_a_hum(tmp_path):
+    script, steps = ROOT / "examples" / "speech_to_text.py", ("--base-steps", "120", "--steps", "60")
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "speech_to_text.py", "--output", tmp_path / "adapter"]
-        + ["--base-steps", "120", "--steps", "60"],
+        [sys.executable, script, "--output", tmp_path / "adapter", *steps],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         encoding="utf-8",
