@@ -11,6 +11,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..private import has_input_gradients, uses_reentrant_checkpointing
 from .calls import ENCODER_STATES_ARGUMENTS
 
+_EMBEDDINGS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 class CheckpointingGuard:
     """Prepares a model for reentrant gradient checkpointing.
@@ -68,9 +70,10 @@ class CheckpointingGuard:
             enable()
             self._enabled = True
         if not self._handles:
-            # A model may have more embeddings than the one that transformers knows (MusicGen).
-            embeddings = [module for module in self._model.modules() if isinstance(module, nn.Embedding)]
-            self._handles = [module.register_forward_hook(require_gradient) for module in embeddings]
+            # A model may have more embeddings than those that transformers knows: MusicGen, and the convolutions that
+            # read sound and images.
+            first = [module for module in self._model.modules() if isinstance(module, _EMBEDDINGS)]
+            self._handles = [module.register_forward_hook(require_gradient) for module in first]
 
     def _check_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check that a layer's inputs keep their gradients.
@@ -105,7 +108,7 @@ class CheckpointingGuard:
 
 
 def require_gradient(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """A forward hook: the output of an embedding needs a gradient.
+    """A forward hook: the output of an embedding, or of a convolution in its place, needs a gradient.
 
     It is no leaf, because some backbones (CTRL, BLIP) change it in place, which autograd does not allow for a leaf.
     """

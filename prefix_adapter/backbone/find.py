@@ -69,7 +69,7 @@ def find_targets(model: nn.Module) -> FoundTargets:
         recorders, positions, output = _run_probe(model)
         targets = [_as_target(model, recorder) for recorder in recorders.values() if recorder.updates]
         _check_complete(model, targets, _get_cache(output))
-        _find_biases(targets, recorders)
+        _find_biases(model, targets, recorders)
         verifier = Verifier(model)
         for target in targets:
             call = recorders[target.name].call
@@ -310,7 +310,7 @@ def _find_own_mask(module: nn.Module) -> str | None:
     return None
 
 
-def _find_biases(targets: list[AttentionTarget], recorders: dict[str, _Recorder]) -> None:
+def _find_biases(model: nn.Module, targets: list[AttentionTarget], recorders: dict[str, _Recorder]) -> None:
     """Set the targets' `bias`, `slopes` and `shares_bias`."""
     stacks: dict[str, list[AttentionTarget]] = {}
     for target in targets:
@@ -322,9 +322,13 @@ def _find_biases(targets: list[AttentionTarget], recorders: dict[str, _Recorder]
                     # The first layer computes the bias, with the prefix in view, and passes it on.
                     target.shares_bias = True
                 elif bias is not None:
-                    target.bias = name
-                    steps = bias[..., -1] - bias[..., -2]
-                    target.slopes = steps.reshape(-1).detach()
+                    steps = bias.detach().diff(dim=-1)
+                    linear = bias.is_meta or torch.allclose(steps, steps[..., -1:].expand_as(steps), rtol=5e-2)
+                    if not linear:
+                        raise UnsupportedBackboneError(
+                            model, f"{target.name} adds position biases of which those of a prefix do not follow."
+                        )
+                    target.bias, target.slopes = name, steps[..., -1].reshape(-1)
 
 
 def _number_layers(model: nn.Module, targets: list[AttentionTarget]) -> None:

@@ -215,9 +215,14 @@ def eager_and_sdpa(case: Case) -> None:
     results: dict[str, list[Tensor]] = {}
     for attn in ("eager", "sdpa"):
         try:
-            Case(case.model_type, case.task, attn, case.seed).base()
+            base = Case(case.model_type, case.task, attn, case.seed).base()
         except NotBuilt as error:
             raise Skip(str(error)) from error
+        try:
+            with torch.no_grad():
+                outputs(base, case.inputs(base))
+        except Exception as error:
+            raise Skip(f"the base model cannot: {type(error).__name__}") from error
         model = Case(case.model_type, case.task, attn, case.seed, case.config).wrapped()
         inputs = case.inputs(model)
         padded = dict(inputs)

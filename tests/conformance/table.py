@@ -19,12 +19,18 @@ This page lists the model types that work, those that are rejected with the reas
 written by this command:
 
 ```bash
-python tests/conformance/run.py --json results.json && python tests/conformance/table.py results.json
+python tests/conformance/run.py --modality all --json results.json
+python tests/conformance/table.py results.json
 ```
 
-The command runs {checks} checks on a tiny random model of every text model type of transformers {transformers} (peft
-{peft}, torch {torch}, CPU), for each of its tasks: {pairs} combinations. Of {types} types {works} work, {refused} are
-rejected at wrap time with the reason, {failed} fail a check, and {unbuilt} could not be built here.
+The command runs {checks} checks on a tiny random model of every model type of transformers {transformers} (peft
+{peft}, torch {torch}, CPU), for each of its tasks: {pairs} combinations.
+
+{counts}
+
+A type counts for what its models read. A model that reads images, sound, videos or time series is run with random
+ones, in the middle of a text where it reads both. (A few take a text alone in this run: those whose images need more
+inputs than the run can make.)
 
 A check is skipped if it does not apply, or if the backbone fails it without an adapter. The checks stand in
 `tests/conformance/checks.py`:
@@ -57,9 +63,21 @@ cache may. The newest minor version of transformers that passes the suite is the
 `pip show prefix-adapter`). If a newer one is installed anyway, the error names the tested versions and the command
 that installs them. `bash tests/newest.sh` in a checkout installs the newest released versions and runs the suite.
 
-## Types that work
+## If the inputs of a model are not known
 
-{table}
+Wrapping runs a model once, on inputs that are made from its config: token ids, pixels, mel features, a waveform or
+time series. An error names the inputs of that run. If they are not what the model needs, give an example of a batch:
+
+```python
+from prefix_adapter import PrefixTuningV2Config, example_inputs, get_peft_model
+
+with example_inputs(**batch):  # the arguments of the model's `forward`
+    model = get_peft_model(model, PrefixTuningV2Config())
+```
+
+The same works around `PeftModel.from_pretrained`. The values do not matter, and a short batch is enough.
+
+{tables}
 
 ## Types that are rejected
 
@@ -71,19 +89,58 @@ that installs them. `bash tests/newest.sh` in a checkout installs the newest rel
 """
 
 
+GROUPS = ("works", "refused", "failed", "not built")
+
+
 def main() -> None:
     """Write docs/backbones.md."""
     results = json.loads(Path(sys.argv[1]).read_text())
-    by_type = defaultdict(list)
+    by_modality: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for result in results:
-        by_type[result["type"]].append(result)
-    groups: dict[str, dict] = {"works": {}, "refused": {}, "failed": {}, "not built": {}}
+        by_modality[result.get("modality", "text")][result["type"]].append(result)
+    counts = [
+        "| reads | types | work | rejected with a reason | fail a check | not built |",
+        "|---|---|---|---|---|---|",
+    ]
+    tables, refusals, unbuilt = [], defaultdict(list), []
+    for modality, by_type in sorted(by_modality.items(), key=lambda item: (item[0] != "text", item[0])):
+        groups = group(by_type)
+        reads = modality.replace("+", ", ")
+        counts.append(f"| {reads} | {len(by_type)} | " + " | ".join(str(len(groups[name])) for name in GROUPS) + " |")
+        if groups["works"] or groups["failed"]:
+            tables.append(f"## Types that work: {reads}\n\n{make_table({**groups['works'], **groups['failed']})}")
+        for name, rows in groups["refused"].items():
+            reason = rows[0]["why"].split("cannot take a prefix: ")[-1].split(" P-Tuning v2 puts")[0]
+            refusals[reason if reason.startswith("none of") else f"{name}: {reason}"].append(name)
+        unbuilt += [f"- {name}: {' '.join(rows[0]['why'].split())}" for name, rows in groups["not built"].items()]
+    PAGE.parent.mkdir(exist_ok=True)
+    page = HEAD.format(
+        checks=len(CHECKS), transformers=transformers.__version__, peft=peft.__version__, torch=torch.__version__,
+        pairs=len(results), counts="\n".join(counts), tables="\n\n".join(tables),
+        descriptions="\n".join(f"- `{name}`: {' '.join(check.__doc__.split())}" for name, check in CHECKS.items()),
+        refusals="\n".join(
+            f"- {reason[0].upper()}{reason[1:]} {', '.join(names)}" if len(names) > 1 else f"- {reason}"
+            for reason, names in sorted(refusals.items(), key=lambda item: -len(item[1]))
+        ),
+        unbuilt_list="\n".join(unbuilt),
+    )  # fmt: skip
+    PAGE.write_text(page)
+    print("\n".join([str(PAGE), *counts]))
+
+
+def group(by_type: dict[str, list]) -> dict[str, dict[str, list]]:
+    """Sort types by the status of their tasks: one that fails makes the type fail, one that works makes it work."""
+    groups: dict[str, dict[str, list]] = {name: {} for name in GROUPS}
     for name, rows in sorted(by_type.items()):
         states = {row["status"] for row in rows}
-        status = next(s for s in ("failed", "works", "refused", "not built") if s in states)
-        groups[status][name] = rows
+        groups[next(state for state in ("failed", *GROUPS) if state in states)][name] = rows
+    return groups
+
+
+def make_table(types: dict[str, list]) -> str:
+    """Return a table of types with their tasks, the kinds of attention that take a prefix, and the checks."""
     table = ["| type | tasks | prefix in front of | checks passed |", "|---|---|---|---|"]
-    for name, rows in {**groups["works"], **groups["failed"]}.items():
+    for name, rows in types.items():
         tasks = ", ".join(row["task"] for row in rows if row["status"] in ("works", "failed"))
         kinds = sorted({kind for row in rows for kind in row.get("kinds", [])})
         without = sorted({index for row in rows for index in row.get("without", [])})
@@ -92,25 +149,7 @@ def main() -> None:
         failed = {check for row in rows for check, said in row["checks"].items() if said.startswith("FAIL")}
         said = f"{passed}; FAILED: {', '.join(sorted(failed))}" if failed else passed
         table.append(f"| {name} | {tasks} | {', '.join(kinds)}{note} | {said} |")
-    refusals = defaultdict(list)
-    for name, rows in groups["refused"].items():
-        reason = rows[0]["why"].split("cannot take a prefix: ")[-1].split(" P-Tuning v2 puts")[0]
-        refusals[reason if reason.startswith("none of") else f"{name}: {reason}"].append(name)
-    lines = [
-        f"- {reason[0].upper()}{reason[1:]} {', '.join(names)}" if len(names) > 1 else f"- {reason}"
-        for reason, names in sorted(refusals.items(), key=lambda item: -len(item[1]))
-    ]
-    PAGE.parent.mkdir(exist_ok=True)
-    page = HEAD.format(
-        checks=len(CHECKS), transformers=transformers.__version__, peft=peft.__version__, torch=torch.__version__,
-        pairs=len(results), types=len(by_type), works=len(groups["works"]), refused=len(groups["refused"]),
-        failed=len(groups["failed"]), unbuilt=len(groups["not built"]),
-        descriptions="\n".join(f"- `{name}`: {' '.join(check.__doc__.split())}" for name, check in CHECKS.items()),
-        table="\n".join(table), refusals="\n".join(lines),
-        unbuilt_list="\n".join(f"- {n}: {' '.join(r[0]['why'].split())}" for n, r in groups["not built"].items()),
-    )  # fmt: skip
-    PAGE.write_text(page)
-    print(f"{PAGE}: {len(groups['works'])} work, {len(groups['refused'])} refused, {len(groups['failed'])} failed")
+    return "\n".join(table)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "vivit": {"num_frames": 4},
     "vjepa2": {"crop_size": 32, "frames_per_clip": 4},
+    "vibevoice_acoustic_tokenizer": {"num_filters": 1, "depths": [1] * 7},
+    "vibevoice_acoustic_tokenizer_decoder": {"num_filters": 1, "depths": [1] * 7},
     "voxtral": {"audio_token_id": 90},
     "whisper": {"max_source_positions": 16, "num_mel_bins": 8},
 }
@@ -178,6 +180,9 @@ def _config(model_type: str, model_class: type[PreTrainedModel], dropout: float 
             part.pad_token_id = 0
     if dropout is not None:
         zoo._set_dropout(config, dropout)
+        for part in zoo._tree(config):
+            if hasattr(part, "apply_spec_augment"):  # hides random parts of the sound in training
+                part.apply_spec_augment = False
     return config
 
 
