@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="*")
     parser.add_argument("--tasks", nargs="*")
     parser.add_argument("--checks", nargs="*")
-    parser.add_argument("--entry-point", choices=ENTRY_POINTS, default="cache")
+    parser.add_argument("--entry-points", nargs="*", choices=ENTRY_POINTS, default=list(ENTRY_POINTS))
     parser.add_argument("--modality", choices=("text", "other", "all"), default="text")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--first-task", action="store_true", help="only the first task of each type")
@@ -93,12 +93,14 @@ def main() -> None:
     results = []
     # Processes are replaced after 50 jobs, because the models of 200 types do not free all their memory.
     with get_context("spawn").Pool(args.jobs, maxtasksperchild=50) as pool:
-        for result in pool.imap_unordered(_run_job, [(*pair, args.checks, args.entry_point) for pair in pairs]):
+        jobs = [(*pair, args.checks, entry_point) for pair in pairs for entry_point in args.entry_points]
+        for result in pool.imap_unordered(_run_job, jobs):
             results.append(result)
             if args.json:  # after each result, so that a run that is stopped has some
                 args.json.write_text(json.dumps(sorted(results, key=lambda r: (r["type"], r["task"])), indent=1))
             said = [f"{name}: {text}" for name, text in result["checks"].items() if text.startswith("FAIL")]
-            line = f"{result['type']:28} {result['task']:14} {result['status']:9} {result.get('why', '')[:300]}"
+            name = f"{result['type']:28} {result['task']:14} {result['entry_point']:9}"
+            line = f"{name} {result['status']:9} {result.get('why', '')[:300]}"
             print("\n    ".join([line, *said]), flush=True)
     counts = {
         status: sum(r["status"] == status for r in results) for status in ("works", "refused", "not built", "failed")

@@ -24,7 +24,8 @@ python tests/conformance/table.py results.json
 ```
 
 The command runs {checks} checks on a tiny random model of every model type of transformers {transformers} (peft
-{peft}, torch {torch}, CPU), for each of its tasks: {pairs} combinations.
+{peft}, torch {torch}, CPU), for {tasks}, with both entry points: `entry_point="cache"`, the default, and
+`entry_point="attention"` ([the method](method.md)). These are {pairs} combinations.
 
 {counts}
 
@@ -99,25 +100,30 @@ def main() -> None:
     for result in results:
         by_modality[result.get("modality", "text")][result["type"]].append(result)
     counts = [
-        "| reads | types | work | rejected with a reason | fail a check | not built |",
-        "|---|---|---|---|---|---|",
+        "| reads | types | work | through the cache | at the attention function | rejected with a reason | "
+        "fail a check | not built |",
+        "|---|---|---|---|---|---|---|---|",
     ]
+    ran = {check for result in results for check in result["checks"]}
+    several = any(len({row["task"] for row in rows}) > 1 for types in by_modality.values() for rows in types.values())
     tables, refusals, unbuilt = [], defaultdict(list), []
     for modality, by_type in sorted(by_modality.items(), key=lambda item: (item[0] != "text", item[0])):
         groups = group(by_type)
         reads = modality.replace("+", ", ")
-        counts.append(f"| {reads} | {len(by_type)} | " + " | ".join(str(len(groups[name])) for name in GROUPS) + " |")
+        entered = [sum(works_at(entry, rows) for rows in groups["works"].values()) for entry in ("cache", "attention")]
+        numbers = [len(by_type), len(groups["works"]), *entered, *(len(groups[name]) for name in GROUPS[1:])]
+        counts.append(f"| {reads} | " + " | ".join(map(str, numbers)) + " |")
         if groups["works"] or groups["failed"]:
             tables.append(f"## Types that work: {reads}\n\n{make_table({**groups['works'], **groups['failed']})}")
         for name, rows in groups["refused"].items():
-            reason = rows[0]["why"].split("cannot take a prefix: ")[-1].split(" P-Tuning v2 puts")[0]
+            reason = rows[-1]["why"].split("cannot take a prefix: ")[-1].split(" P-Tuning v2 puts")[0]
             refusals[reason if reason.startswith("none of") else f"{name}: {reason}"].append(name)
         unbuilt += [f"- {name}: {' '.join(rows[0]['why'].split())}" for name, rows in groups["not built"].items()]
     PAGE.parent.mkdir(exist_ok=True)
     page = HEAD.format(
-        checks=len(CHECKS), transformers=transformers.__version__, peft=peft.__version__, torch=torch.__version__,
+        checks=len(ran), tasks="each of its tasks" if several else "its first task", transformers=transformers.__version__, peft=peft.__version__, torch=torch.__version__,
         pairs=len(results), counts="\n".join(counts), tables="\n\n".join(tables),
-        descriptions="\n".join(f"- `{name}`: {' '.join(check.__doc__.split())}" for name, check in CHECKS.items()),
+        descriptions="\n".join(f"- `{name}`: {' '.join(check.__doc__.split())}" for name, check in CHECKS.items() if name in ran),
         refusals="\n".join(
             f"- {reason[0].upper()}{reason[1:]} {', '.join(names)}" if len(names) > 1 else f"- {reason}"
             for reason, names in sorted(refusals.items(), key=lambda item: -len(item[1]))
@@ -138,18 +144,35 @@ def group(by_type: dict[str, list]) -> dict[str, dict[str, list]]:
 
 
 def make_table(types: dict[str, list]) -> str:
-    """Return a table of types with their tasks, the kinds of attention that take a prefix, and the checks."""
-    table = ["| type | tasks | prefix in front of | checks passed |", "|---|---|---|---|"]
+    """Return a table of types with their tasks, the kinds of attention that take a prefix, and the checks passed."""
+    table = ["| type | tasks | prefix in front of | cache | attention |", "|---|---|---|---|---|"]
     for name, rows in types.items():
-        tasks = ", ".join(row["task"] for row in rows if row["status"] in ("works", "failed"))
+        tasks = ", ".join(dict.fromkeys(row["task"] for row in rows if row["status"] in ("works", "failed")))
         kinds = sorted({kind for row in rows for kind in row.get("kinds", [])})
         without = sorted({index for row in rows for index in row.get("without", [])})
         note = f"; layers {without} of the tiny model have none" if without else ""
-        passed = sum(said == "pass" for row in rows for said in row["checks"].values())
-        failed = {check for row in rows for check, said in row["checks"].items() if said.startswith("FAIL")}
-        said = f"{passed}; FAILED: {', '.join(sorted(failed))}" if failed else passed
-        table.append(f"| {name} | {tasks} | {', '.join(kinds)}{note} | {said} |")
+        cells = [describe_checks([row for row in rows if get_entry(row) == entry]) for entry in ("cache", "attention")]
+        table.append(f"| {name} | {tasks} | {', '.join(kinds)}{note} | {' | '.join(cells)} |")
     return "\n".join(table)
+
+
+def get_entry(row: dict) -> str:
+    """Return the entry point of a result."""
+    return row.get("entry_point", "cache")
+
+
+def works_at(entry: str, rows: list) -> bool:
+    """Return whether a type works with an entry point."""
+    return any(row["status"] == "works" for row in rows if get_entry(row) == entry)
+
+
+def describe_checks(rows: list) -> str:
+    """Return how many checks passed, and which failed; a dash if the type is rejected or was not built."""
+    passed = sum(said == "pass" for row in rows for said in row["checks"].values())
+    failed = {check for row in rows for check, said in row["checks"].items() if said.startswith("FAIL")}
+    if failed:
+        return f"{passed}; FAILED: {', '.join(sorted(failed))}"
+    return str(passed) if any(row["status"] == "works" for row in rows) else "–"
 
 
 if __name__ == "__main__":
