@@ -121,9 +121,12 @@ def main() -> None:
         unbuilt += [f"- {name}: {' '.join(rows[0]['why'].split())}" for name, rows in groups["not built"].items()]
     PAGE.parent.mkdir(exist_ok=True)
     page = HEAD.format(
-        checks=len(ran), tasks="each of its tasks" if several else "its first task", transformers=transformers.__version__, peft=peft.__version__, torch=torch.__version__,
+        checks=len(ran), tasks="each of its tasks" if several else "its first task",
+        transformers=transformers.__version__, peft=peft.__version__, torch=torch.__version__,
         pairs=len(results), counts="\n".join(counts), tables="\n\n".join(tables),
-        descriptions="\n".join(f"- `{name}`: {' '.join(check.__doc__.split())}" for name, check in CHECKS.items() if name in ran),
+        descriptions="\n".join(
+            f"- `{name}`: {' '.join(check.__doc__.split())}" for name, check in CHECKS.items() if name in ran
+        ),
         refusals="\n".join(
             f"- {reason[0].upper()}{reason[1:]} {', '.join(names)}" if len(names) > 1 else f"- {reason}"
             for reason, names in sorted(refusals.items(), key=lambda item: -len(item[1]))
@@ -172,7 +175,7 @@ def describe_checks(rows: list) -> str:
     failed = {check for row in rows for check, said in row["checks"].items() if said.startswith("FAIL")}
     if failed:
         return f"{passed}; FAILED: {', '.join(sorted(failed))}"
-    return str(passed) if any(row["status"] == "works" for row in rows) else "–"
+    return str(passed) if any(row["status"] == "works" for row in rows) else "-"
 
 
 if __name__ == "__main__":
