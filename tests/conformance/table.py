@@ -53,6 +53,11 @@ A check is skipped if it does not apply, or if the backbone fails it without an 
   padding counts as positions, as in PEFT.
 - Vision-language models with multi-axis positions (Qwen2-VL and similar) compute the positions of images themselves,
   and these are kept. Rows padded on the left are correct with images and with text alone.
+- With `entry_point="attention"`, a position bias is 0 in the prefix's columns (T5, BEiT, DeBERTa). Modules that use
+  the attention interface for a part of attention only (GPT-2, sparse attention) are rejected. A module of another part
+  of the model that computes attention itself (GIT's text layers) is named in a warning.
+- Image encoders that receive the patches of all images in one row have no rows to mix adapters in: `adapter_names` is
+  an error there.
 - Tensor parallelism (`tp_plan`) is rejected when wrapping and loading; use DDP or FSDP2.
 - A token generated beyond the last trained position raises PyTorch's own index error, as without an adapter.
 
