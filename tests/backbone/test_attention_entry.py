@@ -347,28 +347,39 @@ def test_attention_to_something_else_than_tokens_gets_no_prefix():
     assert not torch.allclose(wrapped(**padded())[0], wrapped.unload()(**padded())[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("embeddings", [True, False])
-def test_gradient_checkpointing_of_images(embeddings, monkeypatch):
-    """The reentrant form loses gradients where a model has no embeddings that need one: that is an error."""
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_of_images(reentrant):
     sizes = {name: SMALL[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
-    images = torch.randn(2, 3, 16, 16)
-    if not embeddings:
-        monkeypatch.setattr(tr.ViTModel, "get_input_embeddings", lambda self: None)
-    gradients = {}
-    for reentrant in (None, False, True):
+    images, gradients = torch.randn(2, 3, 16, 16), []
+    for checkpointing in (False, True):
         torch.manual_seed(0)
         vit = tr.ViTModel(tr.ViTConfig(**sizes, intermediate_size=48, image_size=16, patch_size=8))
         model = get_peft_model(vit, config()).train()
-        if reentrant is not None:
+        if checkpointing:
             vit.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        if reentrant and not embeddings:
-            with pytest.raises(ValueError, match=r'no gradient, .* lose gradients.*"use_reentrant": False'):
-                model(pixel_values=images)
-            with torch.no_grad():
-                model(pixel_values=images)
-            continue
         model(pixel_values=images)[0].square().sum().backward()
-        gradients[reentrant] = model.base_model.prefix_layer.encoder_of("default").embedding.weight.grad
-    assert gradients[None].abs().min() > 0
-    for gradient in gradients.values():
-        torch.testing.assert_close(gradient, gradients[None])
+        gradients.append(model.base_model.prefix_layer.encoder_of("default").embedding.weight.grad)
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().min() > 0
+
+
+@pytest.mark.parametrize("entry_point", ["cache", "attention"])
+def test_encoder_states_by_keyword_in_reentrant_checkpointing(entry_point, monkeypatch):
+    """Reentrant checkpointing loses the gradients of what a layer receives by keyword: that is an error."""
+    layer_class = tr.models.bart.modeling_bart.BartDecoderLayer
+    call = layer_class.__call__
+
+    def call_by_keyword(self, hidden_states, attention_mask, encoder_hidden_states, **kwargs):
+        return call(self, hidden_states, attention_mask, encoder_hidden_states=encoder_hidden_states, **kwargs)
+
+    monkeypatch.setattr(layer_class, "__call__", call_by_keyword)
+    model = get_peft_model(tiny.model("bart"), config(entry_point=entry_point)).train()
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        if not reentrant:
+            model(input_ids=tiny.ids())[0].sum().backward()
+            continue
+        with pytest.raises(ValueError, match=r'encoder_hidden_states by keyword, .*"use_reentrant": False'):
+            model(input_ids=tiny.ids())
+        with torch.no_grad():
+            model(input_ids=tiny.ids())
