@@ -205,10 +205,10 @@ def find_counting_module(model: nn.Module, targets: list[PositionTarget]) -> nn.
     as long as the caller passes none, and the text model inside counts where the backbone computes none.
     """
     backbone = get_backbone(model)
-    if not any(target.axes for target in targets):
-        return backbone if POSITIONS_ARGUMENT in parameter_names(backbone) else None
     wanted = {POSITIONS_ARGUMENT, "attention_mask", "inputs_embeds"}
     named = {name: module for name, module in backbone.named_modules() if wanted <= set(parameter_names(module))}
+    if not named or not any(target.axes for target in targets):
+        return backbone if POSITIONS_ARGUMENT in parameter_names(backbone) else None
     axes = {id(target.module) for target in targets if target.axes}
     inner = [m for m in innermost(named).values() if any(id(part) in axes for part in m.modules())]
     return inner[0] if len(inner) == 1 else None

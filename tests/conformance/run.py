@@ -83,17 +83,21 @@ def main() -> None:
     parser.add_argument("--first-task", action="store_true", help="only the first task of each type")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    pairs = []
+    jobs, others = [], zoo_modalities.model_types()
     for known, types in ((zoo, zoo.text_model_types()), (zoo_modalities, zoo_modalities.model_types())):
         if args.modality not in ("all", "text" if known is zoo else "other"):
             continue
         for model_type in args.types or types:
+            # At the attention function a text alone may not reach all that has a prefix.
+            entry_points = [
+                e for e in args.entry_points if known is not zoo or e == "cache" or model_type not in others
+            ]
             tasks = [task for task in known.tasks_of(model_type) if not args.tasks or task in args.tasks]
-            pairs += [(model_type, task) for task in (tasks[:1] if args.first_task else tasks)]
+            tasks = tasks[:1] if args.first_task else tasks
+            jobs += [(model_type, task, args.checks, entry) for task in tasks for entry in entry_points]
     results = []
     # Processes are replaced after 50 jobs, because the models of 200 types do not free all their memory.
     with get_context("spawn").Pool(args.jobs, maxtasksperchild=50) as pool:
-        jobs = [(*pair, args.checks, entry_point) for pair in pairs for entry_point in args.entry_points]
         for result in pool.imap_unordered(_run_job, jobs):
             results.append(result)
             if args.json:  # after each result, so that a run that is stopped has some
