@@ -192,7 +192,8 @@ def _is_over_tokens(recorder: _Recorder) -> bool:
     module = recorder.target.module
     parts = [vars(part) for part in (module, getattr(module, "config", None)) if part is not None]
     values = [value for part in parts for name, value in part.items() if "head" in name]
-    numbers = {n for value in values for n in (value if isinstance(value, (list, tuple)) else [value])}
+    flat = [n for value in values for n in (value if isinstance(value, (list, tuple)) else [value])]
+    numbers = {n for n in flat if isinstance(n, int)}
     heads = {call.query_heads for *_, within in recorder.calls for call in within}
     return heads <= numbers
 
