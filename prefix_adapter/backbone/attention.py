@@ -117,7 +117,7 @@ class AttentionTarget:
     @cached_property
     def stack(self) -> str:
         """The stack of layers and the kind of attention. A forward calls all targets of a stack, or none."""
-        return f"{re.sub(r'[.]?[0-9]+([.].*)?$', '', self.name)} ({self.kind} attention)"
+        return f"{re.sub(r'(^|[.])[0-9]+([.].*)?$', '', self.name)} ({self.kind} attention)"
 
     def get_slot(self, layer_idx: int | None) -> PrefixSlot:
         """The slot for the layer index that the module passes to its cache."""

@@ -76,8 +76,12 @@ def _forward(
     query_states: Tensor | None = None,
     relative_pos: Tensor | None = None,
     rel_embeddings: Tensor | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The forward of DeBERTa-v2's `DisentangledSelfAttention`, with attention by a function."""
+    """The forward of DeBERTa-v2's `DisentangledSelfAttention`, with attention by a function.
+
+    SEW-D passes further arguments to the module, which the module does not use.
+    """
     heads = module.num_attention_heads
     # [batch x heads, tokens, size], as the module's own bias expects it.
     query = module.transpose_for_scores(

@@ -9,6 +9,8 @@ import torch
 import transformers as tr
 
 from prefix_adapter import PrefixNotUsedError, PrefixTuningV2Config, get_peft_model
+from prefix_adapter.backbone.attention import AttentionTarget, PrefixSlot
+from prefix_adapter.backbone.key_values import KeyValueShape
 
 
 def wrapped(kind="bert", auto_class="AutoModel", config=None, **changes):
@@ -167,3 +169,16 @@ def test_self_speculative_generation():
     layer.self_attn = copy.deepcopy(tiny.model("llama").layers[2].self_attn)
     with pytest.raises(PrefixNotUsedError, match=r"model\.layers\.2\.self_attn"):
         model(input_ids=ids)
+
+
+def test_a_stack_is_named_without_the_numbers_of_layers():
+    """A number within the name of a part, as in "vjepa2", is not the number of a layer."""
+    slot = PrefixSlot("encoder", 0, KeyValueShape(1, 1, 1, 1))
+    for name, stack in (
+        ("vjepa2.encoder.layer.0.attention", "vjepa2.encoder.layer"),
+        ("vjepa2.predictor.layer.11.attention", "vjepa2.predictor.layer"),
+        ("0.self", ""),
+        ("layers.3", "layers"),
+    ):
+        target = AttentionTarget(name, torch.nn.Identity(), [], "", False, {None: slot})
+        assert target.stack == f"{stack} (encoder attention)"
