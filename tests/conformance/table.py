@@ -1,4 +1,7 @@
-"""Write docs/backbones.md from the results of a run: `python tests/conformance/table.py results.json`."""
+"""Write docs/backbones.md from the results of a run: `python tests/conformance/table.py results.json`.
+
+Add `--first-task` if the run had this option.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,8 @@ This page lists the model types that work, those that are rejected with the reas
 written by this command:
 
 ```bash
-python tests/conformance/run.py --modality all --json results.json
-python tests/conformance/table.py results.json
+python tests/conformance/run.py --modality all{options} --json results.json
+python tests/conformance/table.py results.json{first}
 ```
 
 The command runs {checks} checks on a tiny random model of every model type of transformers {transformers} (peft
@@ -110,7 +113,8 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|",
     ]
     ran = {check for result in results for check in result["checks"]}
-    several = any(len({row["task"] for row in rows}) > 1 for types in by_modality.values() for rows in types.values())
+    first = " --first-task" if "--first-task" in sys.argv else ""
+    chosen = "" if ran == set(CHECKS) else f" --checks {' '.join(name for name in CHECKS if name in ran)}"
     tables, refusals, unbuilt = [], defaultdict(list), []
     for modality, by_type in sorted(by_modality.items(), key=lambda item: (item[0] != "text", item[0])):
         groups = group(by_type)
@@ -126,7 +130,7 @@ def main() -> None:
         unbuilt += [f"- {name}: {' '.join(rows[0]['why'].split())}" for name, rows in groups["not built"].items()]
     PAGE.parent.mkdir(exist_ok=True)
     page = HEAD.format(
-        checks=len(ran), tasks="each of its tasks" if several else "its first task",
+        checks=len(ran), tasks="its first task" if first else "each of its tasks", first=first, options=first + chosen,
         transformers=transformers.__version__, peft=peft.__version__, torch=torch.__version__,
         pairs=len(results), counts="\n".join(counts), tables="\n\n".join(tables),
         descriptions="\n".join(
