@@ -11,6 +11,7 @@ import dis
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -97,7 +98,8 @@ def copy_config(config: Any, attention_implementation: str) -> Any:
     return changed
 
 
-def find_attention_interface(cls: type) -> tuple[Any, Callable[..., Any] | None] | None:
+@lru_cache(maxsize=1024)
+def find_attention_interface(cls: Any) -> tuple[Any, Callable[..., Any] | None] | None:
     """Find where a module's class looks up its attention function.
 
     A class uses transformers' attention interface if one of its methods names `ALL_ATTENTION_FUNCTIONS`, which a

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from ..private import copy_config, find_attention_interface, get_attention_implementation
 from .attention import AttentionEntry, AttentionTarget, check_implementation
 from .key_values import KeyValues, prepend
-from .masks import MaskSize, SharedValues, check_window, is_causal, make_mask, widen_mask
+from .masks import MaskSize, SharedValues, check_window, is_causal
 
 # The name of our function in transformers' attention interface.
 _NAME = "prefix_tuning_v2"
@@ -55,7 +54,8 @@ class InterfaceEntry(AttentionEntry):
         if config is None or isinstance(module, PreTrainedModel):
             # A model names the interface in order to choose an implementation.
             return None
-        found = find_attention_interface(type(module))
+        module_class: Any = type(module)
+        found = find_attention_interface(module_class)
         return None if found is None else cls(config, *found)
 
     @property
@@ -127,7 +127,7 @@ def attend_with_prefix(
         )
     mask: Tensor | None
     if attention_mask is not None:
-        mask = _widen(attention_mask, length, visible, target, shared)
+        mask = shared.widen_mask(attention_mask, length, visible, target.mask_true_means_hidden)
     else:
         mask = _make_missing_mask(query, key, length, visible, implementation, target, shared, kwargs.get("is_causal"))
     bias = kwargs.get("position_bias")
@@ -135,12 +135,6 @@ def attend_with_prefix(
         kwargs["position_bias"] = F.pad(bias, (length, 0))
     keys, values = prepend(prefix, (key, value))
     return target.entry.attend(module, query, keys, values, mask, **kwargs)
-
-
-def _widen(mask: Tensor, length: int, visible: Tensor | None, target: AttentionTarget, shared: SharedValues) -> Tensor:
-    inverted = target.mask_true_means_hidden
-    compute = partial(widen_mask, mask, length, visible, inverted)
-    return shared.get(("wide", length, inverted), (mask, visible), compute)
 
 
 def _make_missing_mask(
@@ -160,5 +154,4 @@ def _make_missing_mask(
     # sdpa's causal rule starts in the upper left corner, whatever the number of keys.
     past = 0 if causal else None
     size = MaskSize(query.shape[0], query.shape[2], key.shape[2], past, 0, query.device, query.dtype)
-    compute = partial(make_mask, size, implementation, length, visible)
-    return shared.get(("mask", implementation, size, length), (visible,), compute)
+    return shared.make_mask(size, implementation, length, visible)

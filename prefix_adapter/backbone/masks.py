@@ -35,6 +35,18 @@ class SharedValues:
             self._values[key] = inputs, compute()
         return self._values[key][1]
 
+    def widen_mask(self, mask: Tensor, length: int, visible: Tensor | None, true_means_hidden: bool) -> Tensor:
+        """The result of `widen_mask`."""
+        compute = partial(widen_mask, mask, length, visible, true_means_hidden)
+        return self.get(("wide", length, true_means_hidden), (mask, visible), compute)
+
+    def make_mask(
+        self, size: MaskSize, implementation: str, length: int, visible: Tensor | None, groups: int = 1
+    ) -> Tensor | CausalMask:
+        """The result of `make_mask`."""
+        compute = partial(make_mask, size, implementation, length, visible, groups)
+        return self.get(("mask", implementation, size, length, groups), (visible,), compute)
+
 
 def widen_masks(
     call: ModuleCall,
@@ -69,8 +81,7 @@ def widen_masks(
         call.set(target.bias, _widen_bias(call.get(target.bias), target.slopes, length, mask, inverted))
     given = [(name, mask) for name in MASK_ARGUMENTS if (mask := call.get(name)) is not None]
     for name, mask in given:
-        widen = partial(widen_mask, mask, length, visible, inverted)
-        call.set(name, shared.get(("wide", length, inverted), (mask, visible), widen))
+        call.set(name, shared.widen_mask(mask, length, visible, inverted))
     if not given:
         mask = _get_missing_mask(call, target, implementation, length, visible, shared)
         if mask is not None:
@@ -161,8 +172,7 @@ def _get_missing_mask(
         keys, offset = inner.get_mask_sizes(queries, layer_idx)
     size = MaskSize(batch, queries, keys, past if causal else None, offset, states.device, states.dtype)
     groups = target.groups if torch.is_grad_enabled() else 1
-    compute = partial(make_mask, size, implementation, length, visible, groups)
-    return shared.get(("mask", implementation, size, length, groups), (visible,), compute)
+    return shared.make_mask(size, implementation, length, visible, groups)
 
 
 def is_causal(module: nn.Module, given: bool | None) -> bool:
