@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from .attention import KINDS, AttentionTarget, PrefixSlot, get_implementation, get_window
+from .attention import KINDS, AttentionTarget, EntryPoint, PrefixSlot, get_implementation, get_window
 from .cache import GetPrefix
 from .calls import (
     CACHE_ARGUMENTS,
@@ -261,10 +261,7 @@ def _as_target(model: nn.Module, recorder: _Recorder) -> AttentionTarget:
             model,
             f"{target.name} ({type(target.module).__name__}) keeps the keys and values of several layers at once.",
         )
-    if recorder.without_gradient and not torch.is_inference_mode_enabled():
-        raise UnsupportedBackboneError(
-            model, f"it runs {target.name} without gradients in part, so a prefix there could not be trained."
-        )
+    check_gradients(model, target, recorder.without_gradient, "cache")
     for layer_idx, (part, keys, values) in recorder.updates.items():
         batch, tokens = (0, 0) if recorder.call is None else _get_attended(recorder.call, part)
         shape = _get_shape(keys, values, batch, tokens)
@@ -337,10 +334,31 @@ def _number_layers(model: nn.Module, targets: list[AttentionTarget]) -> None:
         unnumbered = [target for target in targets if target.kind == kind and target.slots.keys() == {None}]
         for order, target in enumerate(unnumbered):
             target.slots = {None: replace(target.slots[None], layer=order)}
-    targets.sort(key=lambda target: (KINDS.index(target.kind), min(slot.layer for slot in target.slots.values())))
+    sort_targets(targets)
     slots = [(slot.kind, slot.layer) for target in targets for slot in target.slots.values()]
     if len(set(slots)) < len(slots):
         raise UnsupportedBackboneError(model, "several of its attention modules share one layer of the cache.")
+
+
+def sort_targets(targets: list[AttentionTarget]) -> None:
+    """Sort targets: encoder before decoder before cross-attention, layer by layer."""
+    targets.sort(key=lambda target: (KINDS.index(target.kind), min(slot.layer for slot in target.slots.values())))
+
+
+def check_gradients(
+    model: nn.Module, target: AttentionTarget, without_gradient: bool, entry_point: EntryPoint
+) -> None:
+    """Check that the probe did not find gradients turned off in a module.
+
+    Raises:
+        UnsupportedBackboneError: If they were off in one of its calls.
+    """
+    if without_gradient and not torch.is_inference_mode_enabled():
+        raise UnsupportedBackboneError(
+            model,
+            f"it runs {target.name} without gradients in part, so a prefix there could not be trained.",
+            entry_point,
+        )
 
 
 def _check_complete(model: nn.Module, targets: list[AttentionTarget], cache: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .attention import KINDS, AttentionEntry, AttentionTarget, PrefixSlot
 from .calls import ENCODER_STATES_ARGUMENTS, ModuleCall, parameter_names
 from .disentangled import find_entry
-from .find import FoundTargets, find_cache_argument, select_positions
+from .find import FoundTargets, check_gradients, find_cache_argument, select_positions, sort_targets
 from .key_values import KeyValueShape
 from .masks import is_causal
 from .plain_attention import PlainAttentionWatch
@@ -109,7 +109,7 @@ def find_attention_targets(model: nn.Module) -> FoundTargets:
         for recorder in called:
             verifier.verify(recorder.target, recorder.calls[0][1])
     targets = [recorder.target for recorder in called]
-    targets.sort(key=lambda target: (KINDS.index(target.kind), min(slot.layer for slot in target.slots.values())))
+    sort_targets(targets)
     unreached = [recorder.target.name for recorder in recorders if not recorder.calls]
     return FoundTargets(targets, [], select_positions(model, positions, targets), unreached, plain)
 
@@ -169,12 +169,7 @@ def _complete_target(model: nn.Module, recorder: _Recorder) -> None:
     target = recorder.target
     recorder.calls = [call for call in recorder.calls if call[2]]
     calls = [call for *_, within in recorder.calls for call in within]
-    if any(call.without_gradient for call in calls) and not torch.is_inference_mode_enabled():
-        raise UnsupportedBackboneError(
-            model,
-            f"it runs {target.name} without gradients in part, so a prefix there could not be trained.",
-            "attention",
-        )
+    check_gradients(model, target, any(call.without_gradient for call in calls), "attention")
     if len({(call.kind, call.shape) for call in calls}) > 1:
         raise UnsupportedBackboneError(
             model,
