@@ -45,6 +45,8 @@ __all__ = [
     "init_from",
     "init_from_text",
     "push_to_hub",
+    "set_strength",
+    "use_strength",
 ]
 
 

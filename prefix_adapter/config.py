@@ -52,6 +52,17 @@ def _check_number(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be a finite number, got {shorten(value)}.")
 
 
+def check_strength(name: str, value: Any) -> None:
+    """Check the strength of a prefix.
+
+    Raises:
+        ValueError: If it is no number from 0 to 1000.
+    """
+    _check_number(name, value)
+    if not 0 <= value <= 1000:
+        raise ValueError(f"`{name}` must lie between 0 and 1000, got {shorten(value)}.")
+
+
 def _check_bool(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"`{name}` must be True or False, got {shorten(value)}.")
@@ -104,6 +115,10 @@ class PrefixTuningV2Config(PeftConfig):
         shift_positions (`bool`, defaults to `False`):
             Whether the positions of the input start at n instead of 0, as in the reference and in PEFT's prefix
             tuning. The default keeps the backbone's own positions, so that its full input length stays usable.
+        strength (`float`, defaults to 1.0):
+            The factor of the prefix's weight in the softmax of attention, at least 0: `log(strength)` is added to the
+            scores of its columns. At 1 the prefix is as trained, at 0 the outputs are those of the base model.
+            `prefix_adapter.set_strength` changes it, and `prefix_adapter.use_strength` sets it for some calls.
         modules_to_save (`list[str]`, *optional*):
             Modules besides the prefix that are trained and saved, a task head for instance.
         prefix_layout (`str`, *optional*):
@@ -145,6 +160,9 @@ class PrefixTuningV2Config(PeftConfig):
     shift_positions: bool = field(
         default=False, metadata={"help": "Whether the positions of the input start after the prefix."}
     )
+    strength: float = field(
+        default=1.0, metadata={"help": "Factor of the prefix's weight in the softmax of attention; 0 for no effect."}
+    )
     modules_to_save: Optional[list[str]] = field(
         default=None, metadata={"help": "Modules besides the prefix that are trained and saved."}
     )
@@ -184,6 +202,7 @@ class PrefixTuningV2Config(PeftConfig):
         _check_number("init_std", self.init_std)
         if not 0 < self.init_std <= 1000:
             raise ValueError(f"`init_std` must be above 0 and at most 1000, got {shorten(self.init_std)}.")
+        check_strength("strength", self.strength)
         if self.entry_point not in ENTRY_POINTS:
             raise ValueError(f"`entry_point` must be one of {list(ENTRY_POINTS)}, got {shorten(self.entry_point)}.")
         self._check_layers()

@@ -20,10 +20,11 @@ from .config import PrefixTuningV2Config
 from .files.check import check_tensors
 from .files.contents import find_embeddings, tensors_of
 from .messages import join_names
-from .prefix.batch import check_name_count
+from .prefix.batch import check_row_count
 from .prefix.heads import adopt_heads, check_one_head, find_head_wrappers
 from .prefix.layer import NAME_TAKEN, PrefixTuningV2Layer
 from .prefix.names import LAYER_NAME, PREFIX
+from .prefix.running import AdapterCall
 from .private import compile_in_place, is_offloaded, undo_compile_in_place
 
 # The task heads that PEFT adds to `modules_to_save` after it has created the tuner.
@@ -245,16 +246,17 @@ class PrefixTuningV2Model(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT enters this context around a forward. `adapter_names` names an adapter for each row of the batch."""
-        layer, names, count = self.prefix_layer, kwargs.get("adapter_names"), False
+        layer, names = self.prefix_layer, kwargs.get("adapter_names")
         if names is not None:
-            names, count = self._check_adapter_names(names, args, kwargs)
+            names = self._check_adapter_names(names)
             adopt_heads(self.model, layer)
-        with layer.call_with(names, count):
+        call = layer.new_call(names)
+        if call.mixed:
+            call.count_rows = not self._check_row_count(call, args, kwargs)
+        with layer.run(call):
             yield
 
-    def _check_adapter_names(
-        self, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[list[str], bool]:
+    def _check_adapter_names(self, names: Any) -> list[str]:
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"`adapter_names` must be a list with a name for each row of the batch, got {names!r}.")
         if not names:
@@ -265,14 +267,22 @@ class PrefixTuningV2Model(BaseTuner):
             raise ValueError(f"`adapter_names` names {unknown}, but the adapters are {sorted(known)} and '__base__'.")
         if self.training or any(self.prefix_layer.dropout_of(name) for name in set(names) - {"__base__"}):
             raise ValueError("`adapter_names` is for inference: call `model.eval()`, or train one adapter at a time.")
+        return list(names)
+
+    def _check_row_count(self, call: AdapterCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Compare the rows of a mixed batch with its names or strengths.
+
+        Returns:
+            Whether the inputs are known. Some of PEFT's models pass none. Then the rows are counted when the model is
+            called.
+        """
         given = args[0] if args else None
         for name in ("input_ids", "inputs", "inputs_embeds", str(getattr(self.model, "main_input_name", ""))):
             given = kwargs.get(name) if given is None else given
         # MusicGen has a row of token ids for each codebook.
-        if given is not None and given.shape[0] != len(names) * count_codebooks(self.model):
-            check_name_count(len(names), given.shape[0], replica=self.model is not self.prefix_layer.model)
-        # Some of PEFT's models pass no inputs here. Then the rows are counted when the model is called.
-        return list(names), given is None
+        if given is not None and given.shape[0] != len(call.rows) * count_codebooks(self.model):
+            check_row_count(call, given.shape[0], replica=self.model is not self.prefix_layer.model)
+        return given is not None
 
 
 def _new_layer(model: nn.Module, entry_point: EntryPoint) -> PrefixTuningV2Layer:

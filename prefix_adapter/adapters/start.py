@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ..backbone.attention import AttentionTarget, PrefixSlot
 from ..backbone.insert import insert_prefix
+from ..backbone.masks import PrefixColumns
 from ..backbone.probe import untouched
 from ..config import PrefixTuningV2Config
 from ..messages import shorten
 from ..prefix.batch import AdapterInfo
 from ..prefix.encoder import PrefixEncoder
-from ..prefix.layer import PrefixTuningV2Layer
+from ..prefix.layer import PrefixTuningV2Layer, find_prefix_layer
 from ..prefix.slots import describe_slots
 from .base_model import attention_window, warn_of_window
 from .saved import AnyPath, open_adapter, read_encoder
@@ -56,7 +57,7 @@ def init_from_text(
         init_from_text(model, text)
         ```
     """
-    layer = _layer_of(model, adapter_name)
+    layer = find_prefix_layer(model, adapter_name)
     adapter, base = layer.adapters[adapter_name], layer.model
     _check_adapter(layer, adapter_name)
     ids = token_ids(text, tokenizer)
@@ -180,7 +181,7 @@ def _compute_key_values(layer: PrefixTuningV2Layer, ids: list[int], start: int) 
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             call = target.call(args, kwargs)
-            insert_prefix(call, target, layer.model, 0, None, no_prefix)
+            insert_prefix(call, target, layer.model, PrefixColumns(0), no_prefix)
             return call.arguments()
 
         return hook
@@ -205,7 +206,7 @@ def _hidden_states(layer: PrefixTuningV2Layer, adapter_name: str | None, ids: li
     base: Any = layer.model
     inputs = torch.tensor([ids], device=base.get_input_embeddings().weight.device)
     # Not PEFT's `set_adapter`, which also changes which parameters are trained.
-    with layer.call_with([adapter_name or "__base__"]):
+    with layer.run(layer.new_call([adapter_name or "__base__"])):
         return base.base_model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False)[0]
 
 
@@ -266,7 +267,7 @@ def init_from(model: nn.Module, source: AnyPath, adapter_name: str = "default") 
         init_from(model, "runs/nli")
         ```
     """
-    layer = _layer_of(model, adapter_name)
+    layer = find_prefix_layer(model, adapter_name)
     adapter, layout = layer.adapters[adapter_name], describe_slots(layer.adapters[adapter_name].columns)
     start = _from_model(layer, str(source)) if source in layer.adapters else _from_saved(source)
     if start.length != adapter.length:
@@ -332,11 +333,3 @@ def _copy(source: AnyPath, start: PrefixEncoder, encoder: PrefixEncoder, adapter
     for own, module in zip(encoder, start, strict=True):
         if own is not None and module is not None:
             own.load_state_dict(module.state_dict())
-
-
-def _layer_of(model: nn.Module, adapter_name: str) -> PrefixTuningV2Layer:
-    layer = next((module for module in model.modules() if isinstance(module, PrefixTuningV2Layer)), None)
-    if layer is None or adapter_name not in layer.adapters:
-        known = list(layer.adapters) if layer is not None else []
-        raise ValueError(f"There is no prefix adapter {adapter_name!r}; there are {known}.")
-    return layer

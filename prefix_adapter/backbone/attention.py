@@ -90,6 +90,7 @@ class AttentionTarget:
         groups: How many of its query heads share one key head, if it repeats key heads before attention.
         windowed: Whether it hides keys that are further away than a sliding window.
         entry: Where the prefix enters; `None` for the cache.
+        takes_strength: Whether something can be added to the scores of the prefix.
     """
 
     name: str
@@ -108,6 +109,7 @@ class AttentionTarget:
     groups: int = 1
     windowed: bool = False
     entry: AttentionEntry | None = None
+    takes_strength: bool = False
 
     @cached_property
     def kind(self) -> str:

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from ..private import copy_config, find_attention_interface, get_attention_implementation
 from .attention import AttentionEntry, AttentionTarget, check_implementation
 from .key_values import KeyValues, prepend
-from .masks import MaskSize, SharedValues, check_window, is_causal
+from .masks import MaskSize, PrefixColumns, SharedValues, check_window, is_causal
 
 # The name of our function in transformers' attention interface.
 _NAME = "prefix_tuning_v2"
@@ -86,7 +86,7 @@ class InterfaceEntry(AttentionEntry):
 
 def attend_with_prefix(
     prefix: KeyValues,
-    visible: Tensor | None,
+    columns: PrefixColumns,
     target: AttentionTarget,
     shared: SharedValues,
     module: nn.Module,
@@ -100,7 +100,7 @@ def attend_with_prefix(
 
     Args:
         prefix: Keys and values `[1 or batch, heads, n, size]`.
-        visible: Bool `[batch, n]` if rows see different parts of the prefix; `None` if all rows see all of it.
+        columns: The columns of the prefix in masks.
         target: The attention module.
         shared: Values that other layers of the forward have computed.
         module: The module that is called: the target's, or a replica of it.
@@ -118,7 +118,7 @@ def attend_with_prefix(
         TypeError: If the mask has an unknown form.
     """
     assert target.entry is not None
-    length, implementation = prefix[0].shape[2], target.entry.implementation
+    implementation = target.entry.implementation
     check_window(target, implementation, kwargs.get("sliding_window"))
     if kwargs.get("cu_seq_lens_k") is not None and implementation.startswith("flash_attention"):
         raise ValueError(
@@ -127,12 +127,13 @@ def attend_with_prefix(
         )
     mask: Tensor | None
     if attention_mask is not None:
-        mask = shared.widen_mask(attention_mask, length, visible, target.mask_true_means_hidden)
+        inverted = target.mask_true_means_hidden
+        mask = shared.widen_mask(attention_mask, columns, inverted, implementation, query.dtype)
     else:
-        mask = _make_missing_mask(query, key, length, visible, implementation, target, shared, kwargs.get("is_causal"))
+        mask = _make_missing_mask(query, key, columns, implementation, target, shared, kwargs.get("is_causal"))
     bias = kwargs.get("position_bias")
     if bias is not None:
-        kwargs["position_bias"] = F.pad(bias, (length, 0))
+        kwargs["position_bias"] = F.pad(bias, (columns.length, 0))
     keys, values = prepend(prefix, (key, value))
     return target.entry.attend(module, query, keys, values, mask, **kwargs)
 
@@ -140,8 +141,7 @@ def attend_with_prefix(
 def _make_missing_mask(
     query: Tensor,
     key: Tensor,
-    length: int,
-    visible: Tensor | None,
+    columns: PrefixColumns,
     implementation: str,
     target: AttentionTarget,
     shared: SharedValues,
@@ -149,9 +149,9 @@ def _make_missing_mask(
 ) -> Tensor | None:
     """The mask for a call that has none; `None` if attention is right without one (see masks.py)."""
     causal = implementation == "sdpa" and query.shape[2] > 1 and is_causal(target.module, given)
-    if visible is None and not causal:
+    if columns.plain and not causal:
         return None
     # sdpa's causal rule starts in the upper left corner, whatever the number of keys.
     past = 0 if causal else None
     size = MaskSize(query.shape[0], query.shape[2], key.shape[2], past, 0, query.device, query.dtype)
-    return shared.make_mask(size, implementation, length, visible)
+    return shared.make_mask(size, implementation, columns)

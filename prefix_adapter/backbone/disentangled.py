@@ -57,7 +57,10 @@ class DisentangledEntry(AttentionEntry):
         scores = query @ (key.transpose(-1, -2) / kwargs["scale"])
         if kwargs["position_bias"] is not None:
             scores = scores + kwargs["position_bias"]
-        scores = scores.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
+        if attention_mask.is_floating_point():  # the strength of a prefix is added to its scores
+            scores = scores + attention_mask
+        else:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
         weights = module.dropout(scores.softmax(-1))
         return (weights @ value).transpose(1, 2), weights
 

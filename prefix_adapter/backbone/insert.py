@@ -7,15 +7,14 @@ from torch import Tensor, nn
 from .attention import AttentionTarget
 from .cache import GetPrefix
 from .calls import MASK_ARGUMENTS, ModuleCall
-from .masks import SharedValues, widen_masks
+from .masks import PrefixColumns, SharedValues, widen_masks
 
 
 def insert_prefix(
     call: ModuleCall,
     target: AttentionTarget,
     model: nn.Module,
-    length: int,
-    visible: Tensor | None,
+    columns: PrefixColumns,
     get_prefix: GetPrefix,
     shared: SharedValues | None = None,
 ) -> None:
@@ -25,8 +24,7 @@ def insert_prefix(
         call: The arguments; changed in place.
         target: The attention module.
         model: The model.
-        length: Prefix length in tokens.
-        visible: Bool `[batch, length]` if rows see different parts of the prefix; `None` if all rows see all of it.
+        columns: The columns of the prefix in masks.
         get_prefix: Returns the prefix's keys and values. The cache view calls it when the module updates the cache.
         shared: Values that other layers of the forward have computed.
 
@@ -34,9 +32,9 @@ def insert_prefix(
         ValueError: If the attention implementation cannot show a prefix.
         TypeError: If a mask or the cache has an unknown form.
     """
-    if length and not (visible is None and _needs_no_mask(call, target)):
-        widen_masks(call, target, model, length, visible, shared)
-    call.set(target.cache, target.view(call.get(target.cache), length, get_prefix))
+    if columns.length and not (columns.plain and _needs_no_mask(call, target)):
+        widen_masks(call, target, model, columns, shared)
+    call.set(target.cache, target.view(call.get(target.cache), columns.length, get_prefix))
 
 
 def _needs_no_mask(call: ModuleCall, target: AttentionTarget) -> bool:

@@ -5,7 +5,9 @@ This finds unforeseen uses of masks at wrap time, in place of wrong results in t
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from .attention_entry import attend_with_prefix
 from .calls import CACHE_ARGUMENTS, ModuleCall
 from .insert import insert_prefix
 from .key_values import KeyValues
-from .masks import SharedValues
+from .masks import PrefixColumns, SharedValues
 from .unsupported import UnsupportedBackboneError
 
 # Relative difference of outputs. Wide enough for half precision and TF32: an error in a mask has the size of the
@@ -41,14 +43,16 @@ class Verifier:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        # Results by the settings of a module: `mask_true_means_hidden` and `groups`.
-        self._results: dict[Hashable, tuple[bool, int]] = {}
+        # Results by the settings of a module: `mask_true_means_hidden`, `groups` and `takes_strength`.
+        self._results: dict[Hashable, tuple[bool, int, bool]] = {}
 
     def verify(self, target: AttentionTarget, recorded: ModuleCall) -> None:
-        """Repeat a recorded call with a prefix, and set `target.mask_true_means_hidden` and `target.groups`.
+        """Repeat a recorded call with a prefix, and set what the target does with masks.
 
         A hidden prefix must change nothing. A visible one must change something, and must give the same with a mask
-        that shows it as without a mask.
+        that shows it as without a mask. If something can be added to its scores, two copies of it at half the strength
+        are equal to it. Where scores depend on positions, which differ between the copies, adding nothing to the
+        scores must change nothing, and a large negative number must hide the prefix.
 
         Args:
             target: The attention module.
@@ -63,8 +67,8 @@ class Verifier:
         key = _get_settings(target, recorded)
         if key not in self._results:
             self._run(target, recorded, states)
-            self._results[key] = target.mask_true_means_hidden, target.groups
-        target.mask_true_means_hidden, target.groups = self._results[key]
+            self._results[key] = target.mask_true_means_hidden, target.groups, target.takes_strength
+        target.mask_true_means_hidden, target.groups, target.takes_strength = self._results[key]
 
     @torch.enable_grad()
     def _run(self, target: AttentionTarget, recorded: ModuleCall, states: Tensor) -> None:
@@ -72,30 +76,32 @@ class Verifier:
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randn(1, _PREFIX_LENGTH, shape.columns, generator=generator).to(states.device, target.dtype)
 
-        def attend(length: int, visible: Tensor | None) -> Tensor:
+        def attend(columns: PrefixColumns) -> Tensor:
+            prefix = shape.split(drawn.repeat(1, columns.length // _PREFIX_LENGTH, 1))
             call = ModuleCall(recorded.names, tuple(recorded.args), recorded.kwargs)
             if target.entry is not None:
                 for name in CACHE_ARGUMENTS:
                     if call.get(name) is not None:
                         call.set(name, None)
-                return _run_with_entry(target, target.entry, call, shape.split(drawn[:, :length]), visible)
+                return _run_with_entry(target, target.entry, call, prefix, columns)
             call.set(target.cache, None)
             if target.shares_bias:
                 # The recorded bias has no columns for a prefix. Each layer can compute the bias itself.
                 call.set("position_bias", None)
 
             def get_prefix(*_: Any) -> KeyValues:
-                return shape.split(drawn[:, :length])
+                return prefix
 
-            insert_prefix(call, target, self._model, length, visible, get_prefix)
+            insert_prefix(call, target, self._model, columns, get_prefix)
             return _run_module(target, call)
 
         shown = torch.ones(states.shape[0], _PREFIX_LENGTH, dtype=torch.bool, device=states.device)
-        why = ""
+        whole, why = PrefixColumns(_PREFIX_LENGTH), ""
         for target.mask_true_means_hidden in (False, True):
             try:
-                without, plain = attend(0, None), attend(_PREFIX_LENGTH, None)
-                hidden, visible = attend(_PREFIX_LENGTH, ~shown), attend(_PREFIX_LENGTH, shown)
+                without, plain = attend(PrefixColumns(0)), attend(whole)
+                hidden = attend(PrefixColumns(_PREFIX_LENGTH, visible=~shown))
+                visible = attend(PrefixColumns(_PREFIX_LENGTH, visible=shown))
             except Exception as error:
                 why = f"fails with one ({type(error).__name__}: {error})"
                 continue
@@ -108,10 +114,13 @@ class Verifier:
             else:
                 if target.entry is None:
                     target.groups = getattr(target.module, "num_key_value_groups", 1)
-                if target.groups > 1 and not (
-                    plain.any() and _difference(attend(_PREFIX_LENGTH, None), plain) <= _TOLERANCE
-                ):
+                if target.groups > 1 and not (plain.any() and _difference(attend(whole), plain) <= _TOLERANCE):
                     target.groups = 1  # the module does not repeat key heads in transformers' usual way
+                if target.shares_bias or target.bias is not None:
+                    cases = [(1, 0.0, plain), (1, -1e4, without)]
+                else:
+                    cases = [(2, -math.log(2), plain)]
+                target.takes_strength = all(_takes_bias(attend, *case) for case in cases)
                 return
         raise UnsupportedBackboneError(
             self._model,
@@ -126,15 +135,16 @@ def _run_module(target: AttentionTarget, call: ModuleCall) -> Tensor:
 
 
 def _run_with_entry(
-    target: AttentionTarget, entry: AttentionEntry, call: ModuleCall, prefix: KeyValues, visible: Tensor | None
+    target: AttentionTarget, entry: AttentionEntry, call: ModuleCall, prefix: KeyValues, columns: PrefixColumns
 ) -> Tensor:
     """Run a module whose prefix enters through its attention function. Without a prefix the module is as it was."""
-    if not prefix[0].shape[2]:
+    if not columns.length:
         return _run_module(target, call)
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         # A module may divide a batch, or receive the patches of all images in one row.
-        shown = None if visible is None else visible[:1].expand(key.shape[0], -1)
+        visible = None if columns.visible is None else columns.visible[:1].expand(key.shape[0], -1)
+        shown = replace(columns, visible=visible)
         return attend_with_prefix(prefix, shown, target, SharedValues(), module, query, key, *args, **kwargs)
 
     entry.install(target.module, attend)
@@ -142,6 +152,16 @@ def _run_with_entry(
         return _run_module(target, call)
     finally:
         entry.uninstall(target.module)
+
+
+def _takes_bias(attend: Callable[[PrefixColumns], Tensor], copies: int, bias: float, expected: Tensor) -> bool:
+    """Whether copies of the prefix with something added to their scores have the expected outputs."""
+    length = copies * _PREFIX_LENGTH
+    try:
+        output = attend(PrefixColumns(length, bias=torch.full((1, 1, length), bias, device=expected.device)))
+    except Exception:  # any error of a backbone means that it cannot add something
+        return False
+    return _difference(output, expected) <= _TOLERANCE
 
 
 def _difference(one: Tensor, other: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backbone.attention import AttentionTarget, PrefixSlot
+from ..backbone.masks import PrefixColumns
 from .plan import BatchPlan, PrefixPart, Row
 from .running import AdapterCall
 
@@ -23,12 +25,14 @@ class AdapterInfo:
         dropout: Dropout probability.
         shifts: Whether it shifts the positions of the input by its length.
         columns: The columns of its table, by slot.
+        strength: The factor of its weight in the softmax of attention, where a call sets no other.
     """
 
     length: int
     dropout: float
     shifts: bool
     columns: dict[PrefixSlot, slice]
+    strength: float = 1.0
 
     def get_shift(self, kind: str) -> int:
         """By how much it shifts positions in the encoder or decoder: its length, if it has a prefix there."""
@@ -82,7 +86,7 @@ class BatchPlanner:
         if key in plans:
             return plans[key]
         plan = make_plan(rows, self._adapters, self._targets[index], states, slot)
-        if mixed or plan is None or plan.visible is None:
+        if mixed or plan is None or plan.columns.visible is None:
             plans[key] = plan
         return plan
 
@@ -97,7 +101,7 @@ class BatchPlanner:
         key = (encoder_rests, rows[0])
         cached = self._expected if call is None or len(rows) == 1 else call.expected
         if key not in cached:
-            adapters = [self._adapters[name] for row in rows for name in row]
+            adapters = [self._adapters[active.adapter] for row in rows for active in row]
             cached[key] = [
                 index
                 for index, target in enumerate(self._targets)
@@ -122,22 +126,26 @@ def make_plan(
         return None
     padded = [_pad_left(row, length) for row in parts]
     picked = pick_rows([distinct.index(row) for row in rows], states)
-    visible = None
+    visible = bias = None
     if any(part.adapter is None for row in padded for part in row):
         shown = [[part.adapter is not None for part in row for _ in range(part.length)] for row in padded]
         visible = torch.tensor(shown, device=states.device)
         visible = visible.expand(states.shape[0], -1) if picked is None else visible[picked]
-    return BatchPlan(length, padded, picked, visible)
+    if any(part.strength != 1 for row in padded for part in row):
+        logs = [[math.log(part.strength) for part in row for _ in range(part.length)] for row in padded]
+        bias = torch.tensor(logs, device=states.device).unsqueeze(1)
+        bias = bias if picked is None else bias[picked]
+    return BatchPlan(padded, picked, PrefixColumns(length, visible, bias))
 
 
 def _get_parts(
     row: Row, adapters: Mapping[str, AdapterInfo], target: AttentionTarget, slot: PrefixSlot | None
 ) -> list[PrefixPart]:
     parts = []
-    for name in row:
+    for name, strength in row:
         adapter = adapters[name]
         if adapter.has_prefix_for(target, slot):
-            parts.append(PrefixPart(name, adapter.length))
+            parts.append(PrefixPart(name, adapter.length, strength))
         elif target.shares_bias and any(slot.kind == target.kind for slot in adapter.columns):
             # A stack that computes one position bias for all layers needs the same number of columns in all of them.
             parts.append(PrefixPart(None, adapter.length))
@@ -180,23 +188,23 @@ def pick_rows(entries: list[int], states: Tensor) -> Tensor | None:
     """
     batch = states.shape[0]
     if len(entries) > 1 and batch % len(entries):
-        raise ValueError(f"`adapter_names` has {len(entries)} names for a batch of {batch}.")
+        raise ValueError(f"There are adapters or strengths for {len(entries)} rows, and the batch has {batch}.")
     if len(set(entries)) == 1:
         return None
     return torch.tensor(entries, device=states.device).repeat_interleave(batch // len(entries))
 
 
-def check_name_count(names: int, batch: int, replica: bool) -> None:
-    """Compare the number of `adapter_names` with the number of rows.
+def check_row_count(call: AdapterCall, batch: int, replica: bool) -> None:
+    """Compare the number of adapters or strengths of a call with the number of rows.
 
     Args:
-        names: The number of names.
+        call: A call that sets them for each row.
         batch: The number of rows.
         replica: Whether the model is a copy that `nn.DataParallel` has made for a part of the batch.
 
     Raises:
         ValueError: If they differ.
     """
-    if names != batch:
-        split = " `nn.DataParallel` splits the batch but not the names: call the model without it." if replica else ""
-        raise ValueError(f"`adapter_names` has {names} names for a batch of {batch}.{split}")
+    if len(call.rows) != batch:
+        split = " `nn.DataParallel` splits the batch but not this list: call the model without it." if replica else ""
+        raise ValueError(f"{call.describe_rows()} for a batch of {batch}.{split}")

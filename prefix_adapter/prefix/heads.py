@@ -11,7 +11,6 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..private import find_outermost
-from .plan import Row
 from .running import AdapterCall
 
 
@@ -27,8 +26,8 @@ class PrefixAdapters(Protocol):
         """The running call of this thread."""
 
     @property
-    def active_rows(self) -> list[Row]:
-        """A single entry: the active adapters."""
+    def active_sets(self) -> list[tuple[str, ...]]:
+        """A single entry: the names of the active adapters."""
 
 
 class PrefixHeadWrapper(ModulesToSaveWrapper):
@@ -84,9 +83,9 @@ class PrefixHeadWrapper(ModulesToSaveWrapper):
         """
         (adapters,) = self.prefix_adapters
         call = adapters.current_call
-        if call is None or (not call.mixed and call.rows == adapters.active_rows):
+        if call is None or (call.names is None and call.adapters == adapters.active_sets):
             return super().forward(*args, **kwargs)
-        heads = [self._get_head(row) for row in call.rows]
+        heads = [self._get_head(names) for names in call.adapters]
         if all(head is heads[0] for head in heads):
             return heads[0](*args, **kwargs)
         states, *rest = args
@@ -99,9 +98,9 @@ class PrefixHeadWrapper(ModulesToSaveWrapper):
         padded = [F.pad(out, (0, width - out.shape[-1]), value=-torch.inf) for _, out in sorted(outputs.items())]
         return torch.stack(padded)
 
-    def _get_head(self, row: Row) -> nn.Module:
+    def _get_head(self, adapter_names: tuple[str, ...]) -> nn.Module:
         (adapters,) = self.prefix_adapters
-        names = [*row, *(name for name in self.active_adapters if name not in adapters.adapter_names)]
+        names = [*adapter_names, *(name for name in self.active_adapters if name not in adapters.adapter_names)]
         heads = self.modules_to_save
         return next((heads[name] for name in names if name in heads), self.original_module)
 

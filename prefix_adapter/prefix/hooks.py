@@ -22,7 +22,7 @@ from ..backbone.key_values import KeyValues
 from ..backbone.masks import widen_masks
 from ..backbone.own_mask import OwnMasks, WiderMask
 from ..private import get_forward_attribute, has_compiled_parts
-from .batch import AdapterInfo, BatchPlanner, check_name_count
+from .batch import AdapterInfo, BatchPlanner, check_row_count
 from .plan import Row
 from .position_hooks import PositionHooks
 from .running import RunningCalls
@@ -143,8 +143,17 @@ class ModelHooks:
     # ---- A forward of the model
 
     def _note_replica(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note a replica that `nn.DataParallel` calls: its wrapped forward is that of the original."""
+        """Note a replica that `nn.DataParallel` calls: its wrapped forward is that of the original.
+
+        Raises:
+            RuntimeError: Inside `use_strength`, which has no effect on the threads of replicas.
+        """
         if module is not self.model:
+            if self._calls.current is None and self._calls.has_strengths:
+                raise RuntimeError(
+                    "`use_strength` has no effect on the threads of `nn.DataParallel`. Call the model without it, or "
+                    "use `set_strength`."
+                )
             self._calls.thread.replica = module
 
     def _run_model(self, entry: int, *args: Any, **kwargs: Any) -> Any:
@@ -188,10 +197,10 @@ class ModelHooks:
         inputs = ModuleCall(self._names, args, kwargs)
         self.positions.prepare(state, inputs)
         if call is not None and mixed:
-            names = len(call.names or ())
+            names = len(call.rows)
             batch = get_batch_size(inputs, self._main_input)
             if batch is not None and call.count_rows and batch != names * self._codebooks:
-                check_name_count(names, batch, replica=module is not self.model)
+                check_row_count(call, batch, replica=module is not self.model)
             # In an encoder-decoder the rows are those of the decoder: beams are added after the encoder.
             shape = get_sequences(inputs, "decoder_")[1] or get_sequences(inputs)[1]
             state.batch = self._count_rows(shape, names) if shape else batch
@@ -252,7 +261,7 @@ class ModelHooks:
         if plan is None:
             return None
         state.called.add(index)
-        wider = WiderMask(module, plan.length) if target.own_mask is not None else None
+        wider = WiderMask(module, plan.columns.length) if target.own_mask is not None else None
 
         def get_prefix(keys: Tensor, values: Tensor, layer_idx: int | None) -> KeyValues:
             if wider is not None:
@@ -260,7 +269,7 @@ class ModelHooks:
             self._usage.note_served(index, state)
             return self._values.get(target.get_slot(layer_idx), plan, keys, state, running)
 
-        insert_prefix(call, target, self.model, plan.length, plan.visible, get_prefix, state.shared)
+        insert_prefix(call, target, self.model, plan.columns, get_prefix, state.shared)
         if wider is not None:
             call.kwargs["wider_mask"] = wider
         return call.arguments()
@@ -312,7 +321,7 @@ class ModelHooks:
         prefix = self._values.get(slot, plan, key, state, running)
         self._usage.note_served(index, state)
         return attend_with_prefix(
-            prefix, plan.visible, target, state.shared, module, query, key, value, *args, **kwargs
+            prefix, plan.columns, target, state.shared, module, query, key, value, *args, **kwargs
         )
 
     def _before_follower(
@@ -329,7 +338,7 @@ class ModelHooks:
         plan = self._planner.plan(index, states, rows, self._calls.current)
         if plan is None:
             return None
-        widen_masks(call, follower, self.model, plan.length, plan.visible, state.shared)
+        widen_masks(call, follower, self.model, plan.columns, state.shared)
         return call.arguments()
 
 

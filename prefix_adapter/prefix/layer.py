@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Container, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..backbone.attention import AttentionTarget, EntryPoint
+from ..backbone.attention import AttentionTarget, EntryPoint, PrefixSlot, get_implementation
 from ..backbone.find import find_targets
 from ..backbone.find_attention import find_attention_targets
+from ..backbone.masks import check_bias
 from ..backbone.parallel import check_no_tensor_parallelism
 from ..backbone.positions import PositionTarget
 from ..backbone.unsupported import UnsupportedBackboneError
@@ -26,7 +29,7 @@ from .heads import remove_heads
 from .hooks import ModelHooks, get_text_config
 from .loading import PendingLoad, check_adapter_file
 from .names import PREFIX
-from .plan import Row
+from .plan import ActivePrefix, Row
 from .running import AdapterCall, RunningCalls
 from .slots import describe_slots, select_slots
 from .values import PrefixValues
@@ -184,6 +187,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         for slot in slots:
             columns[slot] = slice(end, end + slot.shape.columns)
             end += slot.shape.columns
+        self.check_strengths([config.strength], columns)
         home = next(target for target in self.targets if slots[0] in target.slots.values())
         hidden_size = getattr(get_text_config(self.model), "hidden_size", None) or slots[0].shape.key_columns
         width = (config.encoder_hidden_size or hidden_size) if config.prefix_projection else None
@@ -206,7 +210,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
                 place = None if module.weight.is_meta else device
                 getattr(self, container)[adapter_name] = module.to(place, home.dtype).train(training)
         self._adapters[adapter_name] = AdapterInfo(
-            config.num_virtual_tokens, config.prefix_dropout, config.shift_positions, columns
+            config.num_virtual_tokens, config.prefix_dropout, config.shift_positions, columns, config.strength
         )
         if config.source is not None:
             self._pending[adapter_name] = PendingLoad.begin(
@@ -228,6 +232,35 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
                 del getattr(self, container)[adapter_name]
             else:
                 getattr(self, container)[adapter_name] = module
+
+    def check_strengths(self, strengths: Iterable[float], slots: Container[PrefixSlot]) -> None:
+        """Check that attention can have prefixes of some strengths.
+
+        Args:
+            strengths: The strengths.
+            slots: The slots of the prefixes.
+
+        Raises:
+            ValueError: If a strength is neither 0 nor 1, and an attention module adds nothing to the scores.
+        """
+        if all(strength in (0, 1) for strength in strengths):
+            return
+        for target in self.targets:
+            if not any(slot in slots for slot in target.slots.values()):
+                continue
+            if not target.takes_strength:
+                raise ValueError(
+                    f"{target.name} ({type(target.module).__name__}) adds nothing to the scores of a prefix, so the "
+                    "`strength` of a prefix must be 0 or 1 there."
+                )
+            implementation = target.entry and target.entry.implementation
+            check_bias(implementation or get_implementation(target.module, self.model))
+
+    def set_strength(self, adapter_name: str, strength: float) -> None:
+        """Set the strength of an adapter's prefix, where a call sets no other."""
+        self._adapters[adapter_name] = replace(self._adapters[adapter_name], strength=strength)
+        self._planner.clear()
+        self._switch_calls()
 
     def clear_cache(self) -> None:
         """Drop cached keys and values. Needed only after writing to parameters through `.data`."""
@@ -321,14 +354,31 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     # ---- Active adapters and running calls
 
-    def call_with(self, names: list[str] | None, count_rows: bool = False) -> AbstractContextManager[None]:
-        """Inside this context, this thread is in a call of the model, which keeps the adapters with which it begins.
+    def new_call(self, names: list[str] | None = None, strengths: float | list[float] | None = None) -> AdapterCall:
+        """A call of the model, which keeps the adapters with which it begins.
 
         Args:
             names: An adapter's name for each row of the batch, `"__base__"` for none; `None` for the active adapters.
-            count_rows: Whether the rows must still be counted when the model is called.
+            strengths: The strength of the prefixes in each row, or one for all rows; `None` for those of the call
+                around this one, or else for each adapter's own.
+
+        Raises:
+            ValueError: If there are more or fewer strengths than names.
         """
-        return self._calls.run(names, self._get_rows_of(names), count_rows)
+        outer = self._calls.current
+        if strengths is None and outer is not None:
+            strengths = outer.strengths
+        if names is not None and isinstance(strengths, list) and len(names) != len(strengths):
+            raise ValueError(
+                f"`adapter_names` has {len(names)} names, and `use_strength` has {len(strengths)} numbers."
+            )
+        adapters = self._get_adapters_of(names)
+        rows = self._get_rows_of(adapters, strengths)
+        return AdapterCall(names, strengths, adapters, rows, outer)
+
+    def run(self, call: AdapterCall) -> AbstractContextManager[None]:
+        """Inside this context, this thread is in a call of the model."""
+        return self._calls.run(call)
 
     @property
     def current_call(self) -> AdapterCall | None:
@@ -336,14 +386,14 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         return self._calls.current
 
     @property
-    def active_rows(self) -> list[Row]:
-        """A single entry: the active adapters; none if adapters are disabled."""
-        return self._get_rows_of(None)
+    def active_sets(self) -> list[tuple[str, ...]]:
+        """A single entry: the names of the active adapters; none if adapters are disabled."""
+        return self._get_adapters_of(None)
 
     def get_rows(self) -> list[Row]:
-        """The adapters of each row in this thread; a single entry if all rows have the same."""
+        """The prefixes of each row in this thread; a single entry if all rows have the same."""
         call = self._calls.current
-        return self.active_rows if call is None else call.rows
+        return self._get_rows_of(self.active_sets) if call is None else call.rows
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters, as PEFT does. Running calls of other threads keep theirs."""
@@ -363,16 +413,30 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         """
         self._calls.check_unused(adapter_name)
 
-    def _get_rows_of(self, names: list[str] | None) -> list[Row]:
+    def _get_adapters_of(self, names: list[str] | None) -> list[tuple[str, ...]]:
         if self.disable_adapters:
             return [()]
         if names is not None:
             return [() if name == "__base__" else (name,) for name in names]
         return [tuple(name for name in self.active_adapters if name in self.adapters)]
 
+    def _get_rows_of(self, adapters: list[tuple[str, ...]], strengths: float | list[float] | None = None) -> list[Row]:
+        """The prefixes of each row: those of strength 0 are left out, as if the adapter were not there."""
+
+        def get_row(names: tuple[str, ...], given: float | None) -> Row:
+            row = [ActivePrefix(name, self._adapters[name].strength if given is None else given) for name in names]
+            return tuple(prefix for prefix in row if prefix.strength)
+
+        if not isinstance(strengths, list):
+            return [get_row(names, strengths) for names in adapters]
+        if len(adapters) == 1:
+            adapters = adapters * len(strengths)
+        return [get_row(names, strength) for names, strength in zip(adapters, strengths, strict=True)]
+
     def _switch_calls(self) -> None:
         for call in self._calls.list_of_thread():
-            call.switch(self._get_rows_of(call.names))
+            adapters = self._get_adapters_of(call.names)
+            call.switch(adapters, self._get_rows_of(adapters, call.strengths))
 
     def _begin_forward(self) -> list[Row]:
         """Prepare the layer for a forward, and return the adapters of each row.
@@ -383,7 +447,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         if self._pending and not torch.compiler.is_compiling():
             self.drop_failed_loads()
         rows = self.get_rows()
-        for name in {name for row in rows for name in row}:
+        for name in {name for row in rows for name, _ in row}:
             if name in self.configs and not isinstance(self.configs[name], PrefixTuningV2Config):
                 # PEFT would not save the prefix.
                 raise ValueError(NAME_TAKEN.format(name))
@@ -403,3 +467,21 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     def bias(self) -> Tensor:
         """As `weight`."""
         raise AttributeError("A prefix has no base layer, and so no bias of one.")
+
+
+def find_prefix_layer(model: nn.Module, adapter_name: str | None = None) -> PrefixTuningV2Layer:
+    """The layer with the prefixes of a model.
+
+    Args:
+        model: A `PeftModel`, or a transformers model with a prefix in it.
+        adapter_name: An adapter that it must have.
+
+    Raises:
+        ValueError: If there is no such adapter.
+    """
+    layer = next((module for module in model.modules() if isinstance(module, PrefixTuningV2Layer)), None)
+    if layer is None or adapter_name not in (None, *layer.adapters):
+        known = list(layer.adapters) if layer is not None else []
+        name = "" if adapter_name is None else f" {adapter_name!r}"
+        raise ValueError(f"There is no prefix adapter{name}; there are {known}.")
+    return layer

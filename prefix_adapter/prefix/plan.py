@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
-# The adapters of one row of a batch, from left to right. Empty for the base model.
-Row = tuple[str, ...]
+from ..backbone.masks import PrefixColumns
+
+
+class ActivePrefix(NamedTuple):
+    """An adapter's prefix in a row of a batch.
+
+    Attributes:
+        adapter: The adapter's name.
+        strength: The factor of its weight in the softmax of attention; above 0.
+    """
+
+    adapter: str
+    strength: float = 1.0
+
+
+# The prefixes of one row of a batch, from left to right. Empty for the base model.
+Row = tuple[ActivePrefix, ...]
 
 
 @dataclass(frozen=True)
@@ -16,6 +32,7 @@ class PrefixPart:
 
     adapter: str | None
     length: int
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -23,13 +40,11 @@ class BatchPlan:
     """The prefix of a whole batch at one attention module.
 
     Attributes:
-        length: In tokens, the same for all rows. Shorter prefixes have hidden padding on the left.
-        rows: The parts of each distinct row.
+        rows: The parts of each distinct row. All rows are equally long: shorter ones have hidden padding on the left.
         picked: `[batch]`, the entry of `rows` for each row of the batch; `None` if there is one entry for all.
-        visible: Bool `[batch, length]`; `None` if no part is hidden.
+        columns: The columns of the prefix in masks.
     """
 
-    length: int
     rows: list[tuple[PrefixPart, ...]]
     picked: Tensor | None
-    visible: Tensor | None
+    columns: PrefixColumns

@@ -98,7 +98,7 @@ class PositionHooks:
         if kind in state.shifts:
             return state.shifts[kind]
         rows = state.rows or self._get_rows()
-        return [sum(self._adapters[name].get_shift(kind) for name in row) for row in rows]
+        return [sum(self._adapters[name].get_shift(kind) for name, _ in row) for row in rows]
 
     def _before(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Shift the positions of a call."""
@@ -134,7 +134,7 @@ class PositionHooks:
         """Let positions start at the first token of each row instead of its padding on the left."""
         if kwargs.get(POSITIONS_ARGUMENT) is not None:
             return None
-        active = {name for row in self._get_rows() for name in row}
+        active = {name for row in self._get_rows() for name, _ in row}
         # With `shift_positions`, padding is counted as PEFT counts it.
         if not active or any(self._adapters[name].shifts for name in active):
             return None

@@ -33,7 +33,9 @@ class AdapterCall:
 
     Attributes:
         names: The `adapter_names` of the call; `None` if it uses the active adapters.
-        rows: The adapters of each row; a single entry if all rows have the same.
+        strengths: The strength of the prefixes in each row, or one for all rows; `None` for each adapter's own.
+        adapters: The names of each row's adapters; a single entry if all rows have the same.
+        rows: The prefixes of each row, without those of strength 0; a single entry if all rows have the same.
         outer: The call of the same thread around this one.
         count_rows: Whether the number of rows must still be compared with the number of names.
         plans: Cached plans of a mixed batch, by target and batch.
@@ -42,6 +44,8 @@ class AdapterCall:
     """
 
     names: list[str] | None
+    strengths: float | list[float] | None
+    adapters: list[tuple[str, ...]]
     rows: list[Row]
     outer: AdapterCall | None = None
     count_rows: bool = False
@@ -50,13 +54,25 @@ class AdapterCall:
     expected: dict[Hashable, list[int]] = field(default_factory=dict)
 
     @property
-    def mixed(self) -> bool:
-        """Whether rows have adapters of their own."""
-        return self.names is not None
+    def is_set(self) -> bool:
+        """Whether the call sets adapters or strengths, which may differ from those of the model."""
+        return self.names is not None or self.strengths is not None
 
-    def switch(self, rows: list[Row]) -> None:
+    @property
+    def mixed(self) -> bool:
+        """Whether rows have adapters or strengths of their own."""
+        return self.names is not None or isinstance(self.strengths, list)
+
+    def describe_rows(self) -> str:
+        """The number of rows for which the call sets something, for messages."""
+        if self.names is None:
+            return f"`use_strength` has {len(self.rows)} numbers"
+        return f"`adapter_names` has {len(self.rows)} names"
+
+    def switch(self, adapters: list[tuple[str, ...]], rows: list[Row]) -> None:
         """Continue with other adapters."""
-        self.rows, self.plans, self.prefixes, self.expected = rows, {}, {}, {}
+        self.adapters, self.rows = adapters, rows
+        self.plans, self.prefixes, self.expected = {}, {}, {}
 
 
 class _Thread(PerThread):
@@ -80,38 +96,37 @@ class RunningCalls:
 
     def __init__(self) -> None:
         self.thread = _Thread()
-        self._mixed: list[AdapterCall] = []
+        # The innermost calls of all threads. A graph cannot tell threads apart, so it uses the only one of `_set`:
+        # calls that set adapters or strengths. In the others the active adapters count.
+        self._set: list[AdapterCall] = []
         self._plain: list[AdapterCall] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
     @contextmanager
-    def run(self, names: list[str] | None, rows: list[Row], count_rows: bool = False) -> Iterator[None]:
-        """Inside this context, this thread is in a call.
-
-        Args:
-            names: The `adapter_names` of the call; `None` for the active adapters.
-            rows: The adapters of each row; a single entry if all rows have the same.
-            count_rows: Whether the rows must still be counted when the model is called.
-        """
+    def run(self, call: AdapterCall) -> Iterator[None]:
+        """Inside this context, this thread is in a call."""
         compiling = torch.compiler.is_compiling()
-        if names is None and compiling:
+        if compiling and not call.is_set:
             # A graph reads the active adapters, and is compiled again when they change.
             yield
             return
-        thread = self.thread
-        call = AdapterCall(names, rows, None if compiling else thread.call, count_rows)
-        calls = self._plain if names is None else self._mixed
         try:
-            calls.append(call)
+            self._replace(call.outer, call)
             if not compiling:
-                thread.call = call
+                self.thread.call = call
             yield
         finally:
             if not compiling:
-                thread.call = call.outer
-            calls.remove(call)
+                self.thread.call = call.outer
+            self._replace(call, call.outer)
+
+    def _replace(self, old: AdapterCall | None, new: AdapterCall | None) -> None:
+        if old is not None:
+            (self._set if old.is_set else self._plain).remove(old)
+        if new is not None:
+            (self._set if new.is_set else self._plain).append(new)
 
     @property
     def current(self) -> AdapterCall | None:
@@ -122,14 +137,19 @@ class RunningCalls:
         """
         if not torch.compiler.is_compiling():
             return self.thread.call
-        if not self._mixed:
+        if not self._set:
             return None
-        if len(self._mixed) + len(self._plain) > 1:
+        if len(self._set) + len(self._plain) > 1:
             raise RuntimeError(
-                "A compiled model was called with `adapter_names` while another thread is in a call of it. Let the "
-                "threads take turns, or do not compile the model."
+                "A compiled model was called with `adapter_names`, or inside `use_strength`, while another thread is "
+                "in a call of it. Let the threads take turns, or do not compile the model."
             )
-        return self._mixed[0]
+        return self._set[0]
+
+    @property
+    def has_strengths(self) -> bool:
+        """Whether a call of any thread sets strengths."""
+        return any(call.strengths is not None for call in self._set)
 
     def list_of_thread(self) -> list[AdapterCall]:
         """The running calls of this thread, innermost first."""
@@ -145,9 +165,12 @@ class RunningCalls:
         Raises:
             RuntimeError: If a call of any thread uses it.
         """
-        for call in [*self._mixed, *self._plain]:
-            if any(adapter_name in row for row in call.rows):
-                raise RuntimeError(
-                    f"Adapter {adapter_name!r} is in use by a call of the model that is still running. Delete it when "
-                    "the call is over."
-                )
+        call: AdapterCall | None
+        for call in [*self._set, *self._plain]:
+            while call is not None:
+                if any(adapter_name in names for names in call.adapters):
+                    raise RuntimeError(
+                        f"Adapter {adapter_name!r} is in use by a call of the model that is still running. Delete it "
+                        "when the call is over."
+                    )
+                call = call.outer

@@ -58,7 +58,7 @@ class PrefixValues:
         One layer's columns have a gradient as large as the whole table, and each layer would run the first half of the
         MLP again.
         """
-        for name in row:
+        for name, _ in row:
             adapter = self._adapters[name]
             if self._get_layers(name, state) is not None:
                 continue
