@@ -20,7 +20,6 @@ from .config import PrefixTuningV2Config
 from .files.check import check_tensors
 from .files.contents import find_embeddings, tensors_of
 from .messages import join_names
-from .prefix.batch import check_row_count
 from .prefix.heads import adopt_heads, check_one_head, find_head_wrappers
 from .prefix.layer import NAME_TAKEN, PrefixTuningV2Layer
 from .prefix.names import LAYER_NAME, PREFIX
@@ -281,7 +280,7 @@ class PrefixTuningV2Model(BaseTuner):
             given = kwargs.get(name) if given is None else given
         # MusicGen has a row of token ids for each codebook.
         if given is not None and given.shape[0] != len(call.rows) * count_codebooks(self.model):
-            check_row_count(call, given.shape[0], replica=self.model is not self.prefix_layer.model)
+            call.check_row_count(given.shape[0], replica=self.model is not self.prefix_layer.model)
         return given is not None
 
 

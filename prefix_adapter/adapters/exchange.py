@@ -342,6 +342,11 @@ def _slots_for_peft(source: AnyPath, config: PrefixTuningV2Config, layer: Prefix
             f"{source} was made for {describe_slots(slots)}. PEFT's prefix has one shape for the keys and values of "
             "all layers."
         )
+    if config.strength != 1:
+        raise ValueError(
+            f"{source} has `strength={config.strength:g}`, and PEFT's prefix has no strength. Save it with "
+            "`strength=1` for an adapter to export."
+        )
     if not config.shift_positions and _has_positions(layer):
         raise ValueError(
             f"{source} leaves the positions of the input unchanged (`shift_positions=False`). PEFT lets them start "

@@ -243,6 +243,7 @@ class _StartPrefix(NamedTuple):
     shifts: bool
     layout: str | None
     entry_point: str
+    strength: float
     encoder: PrefixEncoder
 
 
@@ -290,20 +291,30 @@ def init_from(model: nn.Module, source: AnyPath, adapter_name: str = "default") 
             f"{source} was trained with `entry_point={start.entry_point!r}`, where position biases may differ from "
             f"those at {layer.entry_point!r}: make adapter {adapter_name!r} with the same setting."
         )
+    if start.strength != adapter.strength:
+        raise ValueError(
+            f"{source} has `strength={start.strength:g}`, and adapter {adapter_name!r} {adapter.strength:g}: make it "
+            "with the same setting, or call `set_strength`."
+        )
     _copy(source, start.encoder, layer.encoder_of(adapter_name), adapter_name)
 
 
 def _from_model(layer: PrefixTuningV2Layer, source: str) -> _StartPrefix:
     adapter = layer.adapters[source]
     layout, encoder = describe_slots(adapter.columns), layer.encoder_of(source)
-    return _StartPrefix(adapter.length, adapter.shifts, layout, layer.entry_point, encoder)
+    return _StartPrefix(adapter.length, adapter.shifts, layout, layer.entry_point, adapter.strength, encoder)
 
 
 def _from_saved(source: AnyPath) -> _StartPrefix:
     saved = open_adapter(source, PrefixTuningV2Config)
     config, (encoder, _) = saved.config, read_encoder(saved)
     return _StartPrefix(
-        config.num_virtual_tokens, config.shift_positions, config.prefix_layout, config.entry_point, encoder
+        config.num_virtual_tokens,
+        config.shift_positions,
+        config.prefix_layout,
+        config.entry_point,
+        config.strength,
+        encoder,
     )
 
 

@@ -51,8 +51,8 @@ class Verifier:
 
         A hidden prefix must change nothing. A visible one must change something, and must give the same with a mask
         that shows it as without a mask. If something can be added to its scores, two copies of it at half the strength
-        are equal to it. Where scores depend on positions, which differ between the copies, adding nothing to the
-        scores must change nothing, and a large negative number must hide the prefix.
+        are equal to it. Where positions matter, which differ between the copies, adding nothing to the scores must
+        change nothing, and a large negative number must hide the prefix.
 
         Args:
             target: The attention module.
@@ -116,7 +116,7 @@ class Verifier:
                     target.groups = getattr(target.module, "num_key_value_groups", 1)
                 if target.groups > 1 and not (plain.any() and _difference(attend(whole), plain) <= _TOLERANCE):
                     target.groups = 1  # the module does not repeat key heads in transformers' usual way
-                if target.shares_bias or target.bias is not None:
+                if target.shares_bias or target.bias or target.own_mask:
                     cases = [(1, 0.0, plain), (1, -1e4, without)]
                 else:
                     cases = [(2, -math.log(2), plain)]

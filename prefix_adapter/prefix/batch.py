@@ -192,19 +192,3 @@ def pick_rows(entries: list[int], states: Tensor) -> Tensor | None:
     if len(set(entries)) == 1:
         return None
     return torch.tensor(entries, device=states.device).repeat_interleave(batch // len(entries))
-
-
-def check_row_count(call: AdapterCall, batch: int, replica: bool) -> None:
-    """Compare the number of adapters or strengths of a call with the number of rows.
-
-    Args:
-        call: A call that sets them for each row.
-        batch: The number of rows.
-        replica: Whether the model is a copy that `nn.DataParallel` has made for a part of the batch.
-
-    Raises:
-        ValueError: If they differ.
-    """
-    if len(call.rows) != batch:
-        split = " `nn.DataParallel` splits the batch but not this list: call the model without it." if replica else ""
-        raise ValueError(f"{call.describe_rows()} for a batch of {batch}.{split}")

@@ -22,7 +22,7 @@ from ..backbone.key_values import KeyValues
 from ..backbone.masks import widen_masks
 from ..backbone.own_mask import OwnMasks, WiderMask
 from ..private import get_forward_attribute, has_compiled_parts
-from .batch import AdapterInfo, BatchPlanner, check_row_count
+from .batch import AdapterInfo, BatchPlanner
 from .plan import Row
 from .position_hooks import PositionHooks
 from .running import RunningCalls
@@ -149,7 +149,8 @@ class ModelHooks:
             RuntimeError: Inside `use_strength`, which has no effect on the threads of replicas.
         """
         if module is not self.model:
-            if self._calls.current is None and self._calls.has_strengths:
+            call = self._calls.current
+            if self._calls.has_strengths and (call is None or call.strengths is None):
                 raise RuntimeError(
                     "`use_strength` has no effect on the threads of `nn.DataParallel`. Call the model without it, or "
                     "use `set_strength`."
@@ -200,7 +201,7 @@ class ModelHooks:
             names = len(call.rows)
             batch = get_batch_size(inputs, self._main_input)
             if batch is not None and call.count_rows and batch != names * self._codebooks:
-                check_row_count(call, batch, replica=module is not self.model)
+                call.check_row_count(batch, replica=module is not self.model)
             # In an encoder-decoder the rows are those of the decoder: beams are added after the encoder.
             shape = get_sequences(inputs, "decoder_")[1] or get_sequences(inputs)[1]
             state.batch = self._count_rows(shape, names) if shape else batch

@@ -63,11 +63,22 @@ class AdapterCall:
         """Whether rows have adapters or strengths of their own."""
         return self.names is not None or isinstance(self.strengths, list)
 
-    def describe_rows(self) -> str:
-        """The number of rows for which the call sets something, for messages."""
-        if self.names is None:
-            return f"`use_strength` has {len(self.rows)} numbers"
-        return f"`adapter_names` has {len(self.rows)} names"
+    def check_row_count(self, batch: int, replica: bool) -> None:
+        """Compare the number of adapters or strengths that the call sets with the number of rows.
+
+        Args:
+            batch: The number of rows.
+            replica: Whether the model is a copy that `nn.DataParallel` has made for a part of the batch.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        if len(self.rows) != batch:
+            what, entries = ("use_strength", "numbers") if self.names is None else ("adapter_names", "names")
+            split = f" `nn.DataParallel` splits the batch but not the {entries}: call the model without it."
+            raise ValueError(
+                f"`{what}` has {len(self.rows)} {entries} for a batch of {batch}.{split if replica else ''}"
+            )
 
     def switch(self, adapters: list[tuple[str, ...]], rows: list[Row]) -> None:
         """Continue with other adapters."""

@@ -198,6 +198,38 @@ def masked_prefix(case: Case) -> None:
     differs(ours, base, "effect")
 
 
+def strength(case: Case) -> None:
+    """At the strength 0 outputs are the base model's bit for bit, near 0 almost; rows have strengths of their own."""
+    model = case.wrapped()
+    inputs = case.inputs(model)
+    with torch.no_grad():
+        full = outputs(model, inputs)
+        with model.disable_adapter():
+            base = outputs(model, inputs)
+        with prefix_adapter.use_strength(model, 0):
+            assert torch.equal(outputs(model, inputs), base), "strength 0 differs from the base"
+        try:
+            with prefix_adapter.use_strength(model, 1e-20):
+                close(outputs(model, inputs), base, "strength near 0")
+        except ValueError as error:
+            if "the `strength` of a prefix must be 0 or 1 there" in str(error):
+                raise Skip("no place for a strength: refused") from error
+            raise
+        with prefix_adapter.use_strength(model, 0.5):
+            half = outputs(model, inputs)
+        differs(half, base, "half the strength and the base")
+        differs(half, full, "half the strength and the whole")
+        try:
+            with prefix_adapter.use_strength(model, [1.0, 0.5]):
+                mixed = outputs(model, inputs)
+        except ValueError as error:
+            if "`use_strength` has 2 numbers for a batch of" in str(error):
+                raise Skip("its input has no rows (packed patches): refused") from error
+            raise
+    close(mixed[:1], full[:1], "row at full strength")
+    close(mixed[1:], half[1:], "row at half the strength")
+
+
 def mixed_shifts(case: Case) -> None:
     """Rows whose adapters shift positions by different lengths, or not at all, give the same outputs as alone."""
     try:
@@ -655,7 +687,7 @@ def far_window(case: Case) -> None:
 CHECKS: dict[str, Callable[[Case], None]] = {
     check.__name__: check
     for check in (
-        effect_and_gradients, disabling, masked_prefix, mixed_shifts, eager_and_sdpa, padding, reload, checkpointing,
+        effect_and_gradients, disabling, masked_prefix, strength, mixed_shifts, eager_and_sdpa, padding, reload, checkpointing,
         one_pass, generate_greedy, generate_left_padded, generate_beams, generate_sampling, generate_static,
         generate_prompt_lookup, generate_as_trained, mask_of_ones, two_turns, embeddings, compiled, causal_rule,
         far_window,

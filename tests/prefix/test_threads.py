@@ -9,7 +9,7 @@ from peft import get_peft_model
 from test_interrupted import gpt_neo, interrupt
 from test_mixed_batch import build
 
-from prefix_adapter import PrefixTuningV2Config
+from prefix_adapter import PrefixTuningV2Config, use_strength
 
 # Each adapter has its own head.
 HEADED = {name: {"num_virtual_tokens": n, "modules_to_save": ["classifier"]} for name, n in {"a": 3, "b": 5}.items()}
@@ -229,3 +229,5 @@ def test_data_parallel(kind):
                 each.copy_(value)
     with pytest.raises(ValueError, match=r"4 names for a batch of 2.*`nn.DataParallel` splits the batch but not the"):
         in_threads([lambda: task(replicas[0], ids[:2], adapter_names=["a", "b", "a", "b"])])
+    with use_strength(model, 0.5), pytest.raises(RuntimeError, match=r"no effect on the threads of `nn.DataParallel`"):
+        in_threads([lambda: task(replicas[0], ids[:2])])
