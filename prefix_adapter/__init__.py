@@ -46,6 +46,7 @@ __all__ = [
     "init_from_text",
     "push_to_hub",
     "set_strength",
+    "turn_off_dropout",
     "use_strength",
 ]
 

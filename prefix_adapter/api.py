@@ -30,6 +30,7 @@ from .adapters.ptuning_v2 import import_ptuning_v2
 from .adapters.saved import fold
 from .adapters.start import init_from, init_from_text
 from .adapters.strength import set_strength, use_strength
+from .backbone.dropout import turn_off_dropout
 from .backbone.dummy_inputs import example_inputs
 from .backbone.unsupported import UnsupportedBackboneError
 from .config import PrefixTuningV2Config, PrefixTuningV2Type

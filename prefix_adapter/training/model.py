@@ -13,7 +13,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..adapters.start import init_from, init_from_text, token_ids
-from ..api import PeftModel, get_peft_model  # not from peft: this import registers our method with PEFT
+from ..api import (
+    PeftModel,
+    get_peft_model,
+    turn_off_dropout,
+)  # not from peft: this import registers our method with PEFT
 from ..files.contents import PEFT_HEADS
 from .recipe import NO_ADAPTER, RecipeError, say
 
@@ -213,6 +217,8 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> n
         UnsupportedBackboneError: if the model does not support a prefix.
     """
     config = adapter_config(recipe, task)
+    if recipe.adapter["peft_type"] != "FULL" and not recipe.backbone_dropout:
+        turn_off_dropout(base)
     model: Any = base
     if config is not None:
         if hasattr(config, "modules_to_save"):

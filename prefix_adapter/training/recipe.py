@@ -113,6 +113,9 @@ class Recipe:
             `num_virtual_tokens` is their number and can be left out.
         model_kwargs: Arguments for `from_pretrained` of the base model (`dtype`, `attn_implementation`, `revision`,
             `hidden_dropout_prob` of a BERT, ...).
+        backbone_dropout: Whether the dropout of a frozen base model is active in training. It is off by default: the
+            base model does not learn, and its noise slows the prefix down. With FULL, and in the task head, dropout
+            is always as the base model's config sets it.
         task_kwargs: Settings of the task. `prefix-adapter train --help` lists them.
         max_length: Maximum number of tokens of an input. The default depends on the task.
         batch_size: Rows per optimizer step, summed over all processes and accumulation steps. So a recipe means the
@@ -167,6 +170,7 @@ class Recipe:
     init_from: Optional[str] = None
     init_text: Optional[str] = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    backbone_dropout: bool = False
     task_kwargs: dict[str, Any] = field(default_factory=dict)
     max_length: Optional[int] = None
     batch_size: int = 32
@@ -202,6 +206,7 @@ class Recipe:
             raise RecipeError(f"`adapter.peft_type` must be the name of a method, got {kind!r}.")
         self.adapter = {**self.adapter, "peft_type": kind.upper()}
         self._check_initial_prefix()
+        self._check_dropout()
         for name in ("learning_rate", "head_learning_rate", "num_train_epochs"):
             _check_range(name, getattr(self, name), above=0)
         counts = ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_length", "max_steps")
@@ -233,6 +238,17 @@ class Recipe:
             raise RecipeError(
                 "`adapter.prefix_projection`: an MLP cannot start from `init_text`. Leave it out to train a table."
             )
+
+    def _check_dropout(self) -> None:
+        """Check that a dropout probability of the base model is used."""
+        if self.adapter["peft_type"] == "FULL" or self.backbone_dropout:
+            return
+        for name, value in self.model_kwargs.items():
+            if "drop" in name and not name.startswith("classif") and value:
+                raise RecipeError(
+                    f"`model_kwargs.{name}`: the dropout of a frozen base model is off in training. Set "
+                    "`backbone_dropout: true` to use it."
+                )
 
     def _check_remote_code(self) -> None:
         """Reject settings that make transformers run code from a repository, unless the caller trusts it."""

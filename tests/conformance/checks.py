@@ -687,9 +687,9 @@ def far_window(case: Case) -> None:
 CHECKS: dict[str, Callable[[Case], None]] = {
     check.__name__: check
     for check in (
-        effect_and_gradients, disabling, masked_prefix, strength, mixed_shifts, eager_and_sdpa, padding, reload, checkpointing,
-        one_pass, generate_greedy, generate_left_padded, generate_beams, generate_sampling, generate_static,
-        generate_prompt_lookup, generate_as_trained, mask_of_ones, two_turns, embeddings, compiled, causal_rule,
+        effect_and_gradients, disabling, masked_prefix, strength, mixed_shifts, eager_and_sdpa, padding, reload,
+        checkpointing, one_pass, generate_greedy, generate_left_padded, generate_beams, generate_sampling,
+        generate_static, generate_prompt_lookup, generate_as_trained, mask_of_ones, two_turns, embeddings, compiled, causal_rule,
         far_window,
     )
 }  # fmt: skip

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from prefix_adapter import PeftModel
 from prefix_adapter.training import DataError, RecipeError, evaluate_adapter, predict, train
-from prefix_adapter.training.model import load_base, load_tokenizer
+from prefix_adapter.training.model import load_base, load_tokenizer, wrap
 from prefix_adapter.training.tasks import TASK_CLASSES
 
 
@@ -32,6 +32,30 @@ def test_a_folder_without_a_tokenizer_is_refused(kind, topics, tmp_path):
     with pytest.raises(RecipeError, match=r"`model`: .*(has no tokenizer|no tokenizer can be loaded)"):
         train(recipe(str(base), topics, tmp_path / "out", labels=["a", "b"]))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("settings", [{}, {"backbone_dropout": True}, {"adapter": {"peft_type": "FULL"}}])
+def test_dropout_of_the_backbone(settings, tiny_bert, topics, tmp_path):
+    """It is off in a frozen backbone, unless the recipe turns it on; the head keeps its own."""
+    folder = shutil.copytree(tiny_bert, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.1}))
+    made = recipe(str(folder), topics, tmp_path / "out", labels=["a", "b"], **settings)
+    task = task_of(made)
+    base, new = load_base(made, task)
+    wrap(made, task, base, new)
+    modules = dict(base.bert.named_modules())
+    probabilities = {module.p for name, module in modules.items() if name.endswith("output.dropout")}
+    assert probabilities == ({0.1} if settings else {0.0})
+    assert base.dropout.p == 0.1
+
+
+def test_an_unused_dropout_of_the_backbone_is_refused(tiny_bert, topics, tmp_path):
+    settings = {"model_kwargs": {"hidden_dropout_prob": 0.2}}
+    with pytest.raises(RecipeError, match=r"`model_kwargs.hidden_dropout_prob`: .*`backbone_dropout: true`"):
+        recipe(tiny_bert, topics, tmp_path / "out", **settings)
+    recipe(tiny_bert, topics, tmp_path / "out", **settings, backbone_dropout=True)
+    recipe(tiny_bert, topics, tmp_path / "out", **settings, adapter={"peft_type": "FULL"})
 
 
 def save_tokenizer(folder: str, words: list[str], **special) -> None:
