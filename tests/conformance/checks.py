@@ -689,7 +689,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     for check in (
         effect_and_gradients, disabling, masked_prefix, strength, mixed_shifts, eager_and_sdpa, padding, reload,
         checkpointing, one_pass, generate_greedy, generate_left_padded, generate_beams, generate_sampling,
-        generate_static, generate_prompt_lookup, generate_as_trained, mask_of_ones, two_turns, embeddings, compiled, causal_rule,
-        far_window,
+        generate_static, generate_prompt_lookup, generate_as_trained, mask_of_ones, two_turns, embeddings,
+        compiled, causal_rule, far_window,
     )
 }  # fmt: skip
