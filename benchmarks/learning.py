@@ -20,7 +20,6 @@ import os
 import platform
 import statistics
 import subprocess
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -32,19 +31,53 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 PREFIX = {"peft_type": "PREFIX_TUNING_V2", "num_virtual_tokens": 20}
-# The learning rates that are tried for each arm, on encoders and on decoders.
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train.
+
+    Attributes:
+        title: Its name in the tables.
+        adapter: The adapter of its recipes.
+        encoder_rates: The learning rates that are tried on encoders.
+        decoder_rates: The learning rates that are tried on decoders.
+        settings: Other settings of its recipes.
+        decoders: Whether only decoders have it.
+    """
+
+    title: str
+    adapter: dict[str, Any]
+    encoder_rates: list[float]
+    decoder_rates: list[float]
+    settings: dict[str, Any] = field(default_factory=dict)
+    decoders: bool = False
+
+
+TEXT = "Name the intent of each message to a bank.\nMessage: Where is my card?\nIntent: card arrival\n"
 ARMS = {
-    "head": ("frozen backbone, head alone", {"peft_type": "HEAD"}, [2e-2, 1e-1], [2e-3, 2e-2]),
-    "peft": ("PEFT PREFIX_TUNING", {**PREFIX, "peft_type": "PREFIX_TUNING"}, [3e-2, 1e-1], [3e-3, 1e-2]),
-    "lora": ("LoRA, r = 8", {"peft_type": "LORA", "r": 8, "lora_alpha": 16}, [2e-3, 5e-3], [1e-3, 3e-3]),
-    "table": ("P-Tuning v2, table", PREFIX, [3e-2, 1e-1], [3e-3, 1e-2]),
-    "mlp": (
+    "head": Arm("frozen backbone, head alone", {"peft_type": "HEAD"}, [2e-2, 1e-1], [2e-3, 2e-2]),
+    "peft": Arm("PEFT PREFIX_TUNING", {**PREFIX, "peft_type": "PREFIX_TUNING"}, [3e-2, 1e-1], [3e-3, 1e-2]),
+    "lora": Arm("LoRA, r = 8", {"peft_type": "LORA", "r": 8, "lora_alpha": 16}, [2e-3, 5e-3], [1e-3, 3e-3]),
+    "table": Arm("P-Tuning v2, table", PREFIX, [3e-2, 1e-1], [3e-3, 1e-2]),
+    "dropout": Arm(
+        "P-Tuning v2, table, with the backbone's dropout", PREFIX, [3e-2, 1e-1], [], {"backbone_dropout": True}
+    ),
+    "text": Arm(
+        "P-Tuning v2, table from a text",
+        {"peft_type": "PREFIX_TUNING_V2"},
+        [],
+        [3e-3, 1e-2],
+        {"init_text": TEXT},
+        decoders=True,
+    ),
+    "mlp": Arm(
         "P-Tuning v2, MLP of 512",
         {**PREFIX, "prefix_projection": True, "encoder_hidden_size": 512},
         [1e-3, 3e-3],
         [5e-4, 1e-3],
     ),
-    "full": ("full fine-tuning", {"peft_type": "FULL"}, [1e-4, 2e-4], [2e-5, 5e-5]),
+    "full": Arm("full fine-tuning", {"peft_type": "FULL"}, [1e-4, 2e-4], [2e-5, 5e-5], {"model_kwargs": {}}),
 }
 LOGISTIC = "logistic regression on mean-pooled features"
 SELECTION_SEED, SEEDS = 100, [0, 1, 2, 3, 4]
@@ -63,6 +96,7 @@ class Pair:
         rows: Training rows to draw.
         head_rate: Learning rate of the task head.
         decoder: Whether the model is a decoder.
+        validation_rows: Validation rows to draw.
         settings: Other settings of the recipe.
     """
 
@@ -74,9 +108,12 @@ class Pair:
     rows: int
     head_rate: float = 2e-2
     decoder: bool = False
+    validation_rows: int = 500
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+# The weights of a frozen model of this size are converted once instead of in each step.
+FROZEN_IN_BF16 = {"model_kwargs": {"dtype": "bfloat16"}}
 PAIRS = {
     "minilm-pos": Pair("minilm", "ud-ewt-pos", "token-classification", "accuracy", 6, 500),
     "minilm-banking77": Pair("minilm", "banking77", "sequence-classification", "accuracy", 6, 800),
@@ -85,7 +122,17 @@ PAIRS = {
     "e5-klue-nli": Pair(
         "e5-small", "klue-nli", "sequence-classification", "accuracy", 2, 4000, settings={"max_length": 96}
     ),
-    "smollm2-intents": Pair("smollm2-135m", "intents", "sequence-classification", "accuracy", 4, 400, 2e-3, True),
+    "smollm2-intents": Pair(
+        "smollm2-135m",
+        "intents",
+        "sequence-classification",
+        "accuracy",
+        4,
+        400,
+        head_rate=5e-3,
+        decoder=True,
+        settings=FROZEN_IN_BF16,
+    ),
     "smollm2-intents-text": Pair(
         "smollm2-135m",
         "intents-text",
@@ -94,7 +141,14 @@ PAIRS = {
         4,
         400,
         decoder=True,
-        settings={"task_kwargs": {"max_new_tokens": 16}, "max_length": 96},
+        # Generating takes longer than training, so the last step is evaluated alone.
+        validation_rows=128,
+        settings={
+            **FROZEN_IN_BF16,
+            "task_kwargs": {"generate": True, "max_new_tokens": 12},
+            "max_length": 96,
+            "eval_steps": 1000,
+        },
     ),
 }
 
@@ -118,18 +172,18 @@ def _write_intents(source, target, as_text):
         for split in ("train", "test")
     }
     labels = sorted({row["label"] for row in rows["train"]})[:20]
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        for split, each in rows.items():
-            kept = [row for row in each if row["label"] in labels]
-            if as_text:
-                kept = [
-                    {"prompt": f"Message: {row['text']}\nIntent:", "text": f" {row['label'].replace('_', ' ')}"}
-                    for row in kept
-                ]
-            with gzip.open(Path(scratch, f"{split}.jsonl.gz"), "wt", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in kept)
-        os.rename(scratch, target)
-        os.mkdir(scratch)
+    unfinished = target.with_name(f".{target.name}")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    for split, each in rows.items():
+        kept = [row for row in each if row["label"] in labels]
+        if as_text:
+            kept = [
+                {"prompt": f"Message: {row['text']}\nIntent:", "text": f" {row['label'].replace('_', ' ')}"}
+                for row in kept
+            ]
+        lines = "".join(json.dumps(row) + "\n" for row in kept)
+        (unfinished / f"{split}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    unfinished.rename(target)
 
 
 def model_folder(args, pair):
@@ -151,7 +205,7 @@ def recipe_of(args, name, arm, rate, seed):
     # KLUE-NLI has no test rows: its validation rows are the test, and the choices use held-out training rows.
     validation = files.get("validation") if "test" in files else None
     test = files.get("test", files.get("validation"))
-    head = ARMS[arm][1]["peft_type"] in ("HEAD", "FULL")
+    head = ARMS[arm].adapter["peft_type"] in ("HEAD", "FULL")
     return Recipe(
         task=pair.task,
         model=model_folder(args, pair),
@@ -161,10 +215,10 @@ def recipe_of(args, name, arm, rate, seed):
             validation=validation,
             test=None if seed == SELECTION_SEED else test,
             max_train_rows=rows,
-            max_validation_rows=500,
+            max_validation_rows=pair.validation_rows,
             max_test_rows=args.test_rows or None,
         ),
-        adapter=ARMS[arm][1],
+        adapter=ARMS[arm].adapter,
         learning_rate=rate,
         head_learning_rate=rate if head else pair.head_rate,
         num_train_epochs=args.epochs or pair.epochs,
@@ -174,7 +228,7 @@ def recipe_of(args, name, arm, rate, seed):
         mixed_precision=args.mixed_precision,
         metric_for_best_model=pair.metric,
         seed=seed,
-        **pair.settings,
+        **{**pair.settings, **ARMS[arm].settings},
     )
 
 
@@ -270,12 +324,14 @@ def logistic(args, name, arm, rate, seed):
 
 def rates_of(name, arm):
     """Return the learning rates to try for an arm."""
-    return ARMS[arm][3 if PAIRS[name].decoder else 2]
+    return ARMS[arm].decoder_rates if PAIRS[name].decoder else ARMS[arm].encoder_rates
 
 
 def arms_of(args, name):
-    """Return the arms that a pair can have: a language model has no head to train alone, and PEFT's LoRA no MLP."""
-    return [arm for arm in args.arms if arm != "head" or PAIRS[name].task != "causal-lm"]
+    """Return the arms that a pair can have: a language model has no new head, and only it can start from a text."""
+    language_model = PAIRS[name].task == "causal-lm"
+    fitting = [arm for arm in args.arms if not (arm == "head" if language_model else ARMS[arm].decoders)]
+    return [arm for arm in fitting if rates_of(name, arm)]
 
 
 def has_logistic(name):
@@ -358,7 +414,7 @@ def report(args):
         table, notes = [], []
         _, _, lora = finished(known, name, "lora")
         for arm in ["logistic", *ARMS]:
-            title = LOGISTIC if arm == "logistic" else ARMS[arm][0]
+            title = LOGISTIC if arm == "logistic" else ARMS[arm].title
             best, tried, results = finished(known, name, arm)
             if tried:
                 scores = (f"{rate:g}: {each['validation']:.4f}" for rate, each in tried.items())
