@@ -97,6 +97,7 @@ class Pair:
         head_rate: Learning rate of the task head.
         decoder: Whether the model is a decoder.
         validation_rows: Validation rows to draw.
+        columns: The names of the task's columns in the data.
         settings: Other settings of the recipe.
     """
 
@@ -109,18 +110,27 @@ class Pair:
     head_rate: float = 2e-2
     decoder: bool = False
     validation_rows: int = 500
+    columns: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
 
 # The weights of a frozen model of this size are converted once instead of in each step.
 FROZEN_IN_BF16 = {"model_kwargs": {"dtype": "bfloat16"}}
+KLUE = {"text": "premise", "text_pair": "hypothesis"}
 PAIRS = {
     "minilm-pos": Pair("minilm", "ud-ewt-pos", "token-classification", "accuracy", 6, 500),
     "minilm-banking77": Pair("minilm", "banking77", "sequence-classification", "accuracy", 6, 800),
     "minilm-wnut17": Pair("minilm", "wnut17-ner", "token-classification", "f1", 6, 500),
-    "e5-pos": Pair("e5-small", "ud-ewt-pos", "token-classification", "accuracy", 6, 500),
+    "e5-pos": Pair("e5-small", "ud-ewt-pos", "token-classification", "accuracy", 6, 500, settings=FROZEN_IN_BF16),
     "e5-klue-nli": Pair(
-        "e5-small", "klue-nli", "sequence-classification", "accuracy", 2, 4000, settings={"max_length": 96}
+        "e5-small",
+        "klue-nli",
+        "sequence-classification",
+        "accuracy",
+        2,
+        4000,
+        columns=KLUE,
+        settings={**FROZEN_IN_BF16, "max_length": 96},
     ),
     "smollm2-intents": Pair(
         "smollm2-135m",
@@ -205,7 +215,6 @@ def recipe_of(args, name, arm, rate, seed):
     # KLUE-NLI has no test rows: its validation rows are the test, and the choices use held-out training rows.
     validation = files.get("validation") if "test" in files else None
     test = files.get("test", files.get("validation"))
-    head = ARMS[arm].adapter["peft_type"] in ("HEAD", "FULL")
     return Recipe(
         task=pair.task,
         model=model_folder(args, pair),
@@ -214,13 +223,14 @@ def recipe_of(args, name, arm, rate, seed):
             train=files["train"],
             validation=validation,
             test=None if seed == SELECTION_SEED else test,
+            columns=pair.columns,
             max_train_rows=rows,
             max_validation_rows=pair.validation_rows,
             max_test_rows=args.test_rows or None,
         ),
         adapter=ARMS[arm].adapter,
         learning_rate=rate,
-        head_learning_rate=rate if head else pair.head_rate,
+        head_learning_rate=rate if arm == "head" else pair.head_rate,
         num_train_epochs=args.epochs or pair.epochs,
         batch_size=16,
         eval_batch_size=64,
