@@ -114,6 +114,11 @@ def _check_adapter(layer: PrefixTuningV2Layer, adapter_name: str) -> None:
             f"Adapter {adapter_name!r} has `entry_point={layer.entry_point!r}`. The keys and values of a text are "
             "taken from the cache: make the adapter with `entry_point='cache'`, the default."
         )
+    if adapter.strength != 1:
+        raise ValueError(
+            f"Adapter {adapter_name!r} has `strength={adapter.strength:g}`, and a text in front has the strength 1: "
+            "call `set_strength` afterwards."
+        )
     if getattr(layer.model.config, "is_encoder_decoder", False):
         raise ValueError(
             f"{name} is an encoder-decoder: a prefix in front of its cross-attention is not equal to a text in front "

@@ -829,6 +829,7 @@ def test_sliding_window_gives_a_warning(tmp_path):
         ("bart", "SEQ_2_SEQ_LM", {}, r"prefix in front of encoder 0,1,2: .*target_attention=\['decoder'\]"),
         ("bert", "MULTIPLE_CHOICE", {"modules_to_save": ["classifier"]}, "no task type .*BertForMultipleChoice"),
         ("bert", "SEQ_CLS", {"entry_point": "attention"}, "`entry_point='attention'`, and PEFT's .* the cache"),
+        ("bert", "SEQ_CLS", {"strength": 0.5}, "`strength=0.5`, and PEFT's prefix has no strength"),
     ],
 )
 def test_export_refuses(kind, task, settings, words, tmp_path):

@@ -186,6 +186,7 @@ REFUSED = {
     "an encoder": ("bert", "AutoModel", {}, TEXT, "is no decoder"),
     "an encoder-decoder": ("bart", "AutoModel", {}, TEXT, "is an encoder-decoder"),
     "an MLP": ("llama", CAUSAL, {"prefix_projection": True}, TEXT, "has an MLP"),
+    "another strength": ("llama", CAUSAL, {"strength": 0.5}, TEXT, "call `set_strength` afterwards"),
     "the other entry point": ("llama", CAUSAL, {"entry_point": "attention"}, TEXT, "taken from the cache"),
     "chosen layers": ("llama", CAUSAL, {"layers_to_transform": [0, 2]}, TEXT, r"layers \[1\].*layers_to_transform"),
     "positions in a table": ("gpt2", CAUSAL, {}, TEXT, "shift_positions=True"),
@@ -297,6 +298,7 @@ def test_the_head_stays(tmp_path):
         (MLP, {**MLP, "encoder_hidden_size": 9}, "encoder_hidden_size=8"),
         ({"shift_positions": True}, {}, "shift_positions=True"),
         ({}, {"entry_point": "attention"}, "entry_point='cache'"),
+        ({"strength": 0.5}, {}, "`strength=0.5`, and adapter 'default' 1: .*`set_strength`"),
         ({"layers_to_transform": [0, 1]}, {"layers_to_transform": [0, 2]}, "decoder 0,1.*decoder 0,2"),
     ],
 )
