@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import random
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +21,11 @@ from ..api import (
     turn_off_dropout,
 )  # not from peft: this import registers our method with PEFT
 from ..files.contents import PEFT_HEADS
+from ..prefix.layer import PrefixTuningV2Layer, find_prefix_layer
 from .recipe import NO_ADAPTER, RecipeError, say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 # (docs/learning.md). Without a new head the model already works, and a large prefix only disturbs it.
 _TABLE_STD = 0.5
 _RATES = {"PREFIX_TUNING_V2": 3e-2, "LORA": 2e-3, "FULL": 3e-5}
+_DECODER_RATE = 1e-2
 _HEAD_RATE = 2e-2
 _NEED_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 
@@ -243,23 +247,59 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> n
     return model
 
 
-def initialize_prefix(recipe: Recipe, task: Task, model: nn.Module) -> None:
-    """Initialize the prefix from `init_from` or `init_text`; without them the prefix is unchanged.
+def initialize_prefix(recipe: Recipe, task: Task, model: nn.Module, inputs: Sequence[list[int]]) -> None:
+    """Initialize the prefix from `init_from`, `init_text` or training rows; otherwise it stays random.
+
+    Args:
+        recipe: the recipe.
+        task: the recipe's task.
+        model: the model with the prefix.
+        inputs: the token ids of the training rows.
 
     Raises:
-        RecipeError: if the text or the adapter does not fit the prefix.
+        RecipeError: if the text, the rows or the adapter do not fit the prefix.
     """
     # With FSDP's `cpu_ram_efficient_loading` only the main process has weights; the others receive them later.
     if any(parameter.is_meta for parameter in model.parameters()):
         return
+    key = next((key for key in ("init_from", "init_text", "init_rows") if getattr(recipe, key)), None)
     try:
-        if recipe.init_from is not None:
-            init_from(model, recipe.init_from)
-        elif recipe.init_text is not None:
-            init_from_text(model, recipe.init_text, tokenizer=task.tokenizer)
+        if key == "init_from":
+            init_from(model, str(recipe.init_from))
+        elif key == "init_text":
+            init_from_text(model, str(recipe.init_text), tokenizer=task.tokenizer)
+        elif key == "init_rows" or (recipe.init_rows is None and _can_start_from_rows(model)):
+            length = find_prefix_layer(model).adapters["default"].length
+            init_from_text(model, _draw_tokens(inputs, length, recipe.seed))
     except (OSError, ValueError) as error:
-        key = "init_from" if recipe.init_from is not None else "init_text"
-        raise RecipeError(f"`{key}`: {error}") from error
+        if key is not None:
+            raise RecipeError(f"`{key}`: {error}") from error
+        say(f"The prefix starts from random numbers and not from training rows (`init_rows`): {error}")
+
+
+def _can_start_from_rows(model: nn.Module) -> bool:
+    """Whether a model has a prefix that may start from a text: a table in all layers of a decoder, at the cache."""
+    if not _has_decoder_prefix(model):
+        return False
+    layer = find_prefix_layer(model)
+    adapter, slots = layer.adapters["default"], {s for target in layer.targets for s in target.slots.values()}
+    is_table = layer.encoder_of("default").output is None
+    return is_table and layer.entry_point == "cache" and adapter.strength == 1 and slots == set(adapter.columns)
+
+
+def _has_decoder_prefix(model: nn.Module) -> bool:
+    """Whether a model is a decoder with a prefix."""
+    return any(isinstance(module, PrefixTuningV2Layer) and module.kinds == {"decoder"} for module in model.modules())
+
+
+def _draw_tokens(inputs: Sequence[list[int]], count: int, seed: int) -> list[int]:
+    """The last `count` tokens of training rows that are drawn at random."""
+    tokens: list[int] = []
+    for index in itertools.cycle(random.Random(seed).sample(range(len(inputs)), len(inputs))):
+        tokens = inputs[index] + tokens
+        if len(tokens) >= count:
+            return tokens[-count:]
+    raise AssertionError
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -267,12 +307,14 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def learning_rates(recipe: Recipe) -> tuple[float, float]:
+def learning_rates(recipe: Recipe, model: nn.Module) -> tuple[float, float]:
     """The learning rates of the adapter and of the head; defaults take the place of missing values."""
     kind = recipe.adapter["peft_type"]
     rate, head_rate = recipe.learning_rate, recipe.head_learning_rate
-    if rate is None:
-        rate = 1e-3 if recipe.adapter.get("prefix_projection") else _RATES.get(kind, 1e-2)
+    if rate is None and recipe.adapter.get("prefix_projection"):
+        rate = 1e-3
+    elif rate is None:
+        rate = _DECODER_RATE if _has_decoder_prefix(model) else _RATES.get(kind, 1e-2)
     if head_rate is None:
         head_rate = rate if kind == "FULL" else _HEAD_RATE
     return rate, head_rate
@@ -280,7 +322,7 @@ def learning_rates(recipe: Recipe) -> tuple[float, float]:
 
 def new_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019) with one learning rate for the adapter and one for the head."""
-    rate, head_rate = learning_rates(recipe)
+    rate, head_rate = learning_rates(recipe, model)
     groups: dict[str, list[nn.Parameter]] = {"adapter": [], "head": []}
     for name, parameter in trained_parameters(model).items():
         groups["head" if _in_head(model, name) else "adapter"].append(parameter)

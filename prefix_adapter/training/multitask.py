@@ -265,11 +265,11 @@ class JointObjective:
 
     def prepare(self, model: Any) -> tuple[Any, Any, torch.optim.Optimizer]:
         """See `TrainingObjective.prepare`."""
-        groups = [{"params": model.prefix, "lr": learning_rates(self.recipe.settings)[0], "name": "adapter"}]
+        groups = [{"params": model.prefix, "lr": learning_rates(self.recipe.settings, model)[0], "name": "adapter"}]
         for (name, recipe), own in zip(self.recipe.recipes.items(), model.models, strict=True):
             head = _head_parameters(own)
             if head:
-                groups.append({"params": head, "lr": learning_rates(recipe)[1], "name": f"head.{name}"})
+                groups.append({"params": head, "lr": learning_rates(recipe, model)[1], "name": f"head.{name}"})
         optimizer = torch.optim.AdamW(groups, weight_decay=self.recipe.settings.weight_decay)
         if self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.find_unused_parameters = True  # A step uses the head of one task.

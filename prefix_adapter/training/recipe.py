@@ -111,6 +111,8 @@ class Recipe:
             weights.
         init_text: A text, for causal-lm only. The prefix starts as the keys and values of its tokens, so
             `num_virtual_tokens` is their number and can be left out.
+        init_rows: Whether the prefix starts as the keys and values of the last tokens of some training rows. Default:
+            true for a table on a decoder that can start from a text, unless `init_from` or `init_text` is set.
         model_kwargs: Arguments for `from_pretrained` of the base model (`dtype`, `attn_implementation`, `revision`,
             `hidden_dropout_prob` of a BERT, ...).
         backbone_dropout: Whether the dropout of a frozen base model is active in training. It is off by default: the
@@ -125,8 +127,8 @@ class Recipe:
         num_train_epochs: Number of passes over the training rows.
         max_steps: Maximum number of optimizer steps; takes precedence over `num_train_epochs`.
         group_by_length: Batch rows of similar length, to save padding.
-        learning_rate: Learning rate of the adapter. Default: 3e-2 for a table, 1e-3 for an MLP, 2e-3 for LoRA, 3e-5
-            for FULL, 1e-2 for other PEFT methods.
+        learning_rate: Learning rate of the adapter. Default: 3e-2 for a table (1e-2 on a decoder), 1e-3 for an MLP,
+            2e-3 for LoRA, 3e-5 for FULL, 1e-2 for other PEFT methods.
         head_learning_rate: Learning rate of the task head. Default: 2e-2; with FULL, `learning_rate`.
         weight_decay: Weight decay of AdamW, for adapter and head.
         max_grad_norm: Maximum norm of the gradients, which are clipped to it; 0 for no clipping.
@@ -169,6 +171,7 @@ class Recipe:
     adapter: dict[str, Any] = field(default_factory=dict)
     init_from: Optional[str] = None
     init_text: Optional[str] = None
+    init_rows: Optional[bool] = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     backbone_dropout: bool = False
     task_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -221,15 +224,19 @@ class Recipe:
             raise RecipeError(f"`labels` must be all strings or all integers, got {self.labels}.")
 
     def _check_initial_prefix(self) -> None:
-        """Check `init_from` and `init_text`."""
+        """Check `init_from`, `init_text` and `init_rows`."""
         given = [name for name in ("init_from", "init_text") if getattr(self, name) is not None]
         for name in given:
             if not getattr(self, name).strip():
                 raise RecipeError(f"`{name}` is empty; leave it out for a random start.")
             if self.adapter["peft_type"] != "PREFIX_TUNING_V2":
                 raise RecipeError(f"`{name}` is for PREFIX_TUNING_V2, not for {self.adapter['peft_type']}.")
+        if self.init_rows:
+            given.append("init_rows")
+            if self.adapter["peft_type"] != "PREFIX_TUNING_V2":
+                raise RecipeError(f"`init_rows` is for PREFIX_TUNING_V2, not for {self.adapter['peft_type']}.")
         if len(given) > 1:
-            raise RecipeError("`init_from` and `init_text` are both set; set only one of them.")
+            raise RecipeError(f"`{given[0]}` and `{given[1]}` are both set; set only one of them.")
         if self.init_text is not None and self.task != "causal-lm":
             raise RecipeError(f"`init_text` is for causal-lm, not for {self.task}.")
         if self.init_text is not None and self.adapter.get("entry_point", "cache") != "cache":

@@ -189,7 +189,8 @@ class TrainingRun:
             model, objective = self.join(models, objectives, accelerator)
             if not (resume and checkpoint.saved_steps(self.checkpoints)):
                 first = next(iter(self.recipes))
-                initialize_prefix(self.settings, objectives[first].task, models[first])
+                inputs = objectives[first].features["input_ids"]
+                initialize_prefix(self.settings, objectives[first].task, models[first], inputs)
         # Counted now, before Accelerate shards the model.
         sizes = {name: trained_size(each) for name, each in models.items()}
         log = reports.MetricsLog(self.settings, accelerator, self.recipe.to_dict())
@@ -229,7 +230,7 @@ class TrainingRun:
                 "metric": own.metric,
                 "epochs": steps / own.batches.steps_per_epoch,
                 "trained_parameters": sizes[name],
-                "learning_rates": list(learning_rates(own.recipe)),
+                "learning_rates": list(learning_rates(own.recipe, models[name])),
                 "max_length": own.task.max_length,
                 "rows": {split: len(rows) for split, rows in own.rows.items()},
                 **shared,

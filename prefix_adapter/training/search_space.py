@@ -106,7 +106,9 @@ def default_space(recipe: Recipe, fixed: Sequence[str] = ()) -> dict[str, Any]:
             '{"learning_rate": {"low": 1e-5, "high": 1e-3, "log": true}}.'
         )
     is_mlp = bool(recipe.adapter.get("prefix_projection"))
-    if recipe.init_text or recipe.init_from:  # the initial prefix determines the length, and whether it is a table
+    if (
+        recipe.init_text or recipe.init_from or recipe.init_rows
+    ):  # the initial prefix determines the length, and whether it is a table
         fixed = [*fixed, _PROJECTION, "adapter.num_virtual_tokens"]
     space = {key: value for key, value in DEFAULT_SPACE.items() if key not in fixed}
     width = recipe.adapter.get("encoder_hidden_size")

@@ -202,3 +202,58 @@ def test_an_adapter_that_a_run_cannot_start_from(writing, tmp_path):
     with pytest.raises(RecipeError, match=r"`init_from`: .*is a table"):
         train(writing("second", adapter=MLP, init_from=str(tmp_path / "first")))
     assert not (tmp_path / "second").exists()
+
+
+# ---- From training rows
+
+
+def test_the_first_step_is_as_with_the_last_tokens_of_rows_in_front(writing, bases, tmp_path):
+    made = writing("out", adapter={"num_virtual_tokens": 8})
+    for split in ("train", "validation"):
+        write_rows(tmp_path / f"{split}.jsonl", [{"text": "w1 w2 w3 w4"}] * 3)
+    train(made)
+    row = [2, 7, 8, 9, 10, 5]  # [CLS] w1 w2 w3 w4 [SEP]
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(bases["llama"]).eval()
+        logits = base(input_ids=torch.tensor([[*row[-2:], *row, *row]])).logits[0, 8:-1]
+    assert first_loss(tmp_path / "out") == pytest.approx(
+        F.cross_entropy(logits, torch.tensor(row[1:])).item(), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "says"),
+    [
+        ("llama", {"init_rows": False}, False),
+        ("llama", {"adapter": MLP}, False),
+        ("llama", {"adapter": {"layers_to_transform": [0]}}, False),
+        ("gpt2", {}, True),
+    ],
+)
+def test_a_prefix_that_starts_from_random_numbers(writing, tmp_path, kind, changes, says, capsys):
+    """The rate is 0, so that the table that is saved is the one at the start."""
+    train(writing("out", kind, **changes, learning_rate=1e-30))
+    assert ("starts from random numbers" in capsys.readouterr().err) == says
+    table = (
+        PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(writing("unused", kind).model), tmp_path / "out"
+        )
+        .base_model.prefix_layer.encoder_of("default")
+        .embedding.weight
+    )
+    assert table.std().item() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "why"),
+    [
+        ("gpt2", {}, "`init_rows`: .*shift_positions=True"),
+        ("llama", {"adapter": MLP}, "`init_rows`: .*MLP"),
+        ("llama", {"init_text": TEXT}, "`init_text` and `init_rows` are both set"),
+        ("llama", {"adapter": {"peft_type": "LORA"}}, "`init_rows` is for PREFIX_TUNING_V2, not for LORA"),
+    ],
+)
+def test_rows_that_a_run_cannot_start_from(writing, tmp_path, kind, changes, why):
+    with pytest.raises(RecipeError, match=why):
+        train(writing("out", kind, **{"init_rows": True, **changes}))
+    assert not (tmp_path / "out").exists()
