@@ -33,3 +33,8 @@ def test_every_test_that_it_names_exists():
     for file, function in named:
         path = README.parent / file
         assert path.is_file() and f"def {function}" in path.read_text(encoding="utf-8"), (file, function)
+
+
+def test_every_example_that_it_names_exists():
+    named = set(re.findall(r"examples/[\w/]+\.py", README.read_text(encoding="utf-8")))
+    assert named and not [path for path in named if not (README.parent / path).is_file()]
