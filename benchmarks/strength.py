@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefix_adapter import PeftModel, use_strength
 
-STRENGTHS = [0.0, 0.01, 0.03, 0.1, 0.3, 0.5, 1.0, 2.0, 4.0]
+STRENGTHS = [0.0, 0.001, 0.01, 0.1, 0.3, 1.0, 3.0]
 
 
 @torch.no_grad()
@@ -57,12 +57,14 @@ def main():
     parser.add_argument("--test", type=Path, required=True, help="rows of its task, as .jsonl.gz")
     parser.add_argument("--other", type=Path, required=True, help="other texts, one to a line")
     parser.add_argument("--rows", type=int, default=200, help="number of rows and of texts at most")
+    parser.add_argument("--dtype", default="float32", help="dtype of the base model")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     base = PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), args.adapter).eval()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=args.dtype)
+    model = PeftModel.from_pretrained(model, args.adapter).eval()
     rows = [json.loads(line) for line in gzip.decompress(args.test.read_bytes()).splitlines()]
     rows = rows[:: max(len(rows) // args.rows, 1)][: args.rows]
     texts = args.other.read_text(encoding="utf-8").splitlines()[: args.rows]
