@@ -134,10 +134,12 @@ class RunningCalls:
             self._replace(call, call.outer)
 
     def _replace(self, old: AdapterCall | None, new: AdapterCall | None) -> None:
-        if old is not None:
-            (self._set if old.is_set else self._plain).remove(old)
-        if new is not None:
-            (self._set if new.is_set else self._plain).append(new)
+        """Replace the innermost call of a thread. A Ctrl-C may come between any two lines, so each looks first."""
+        for calls in (self._set, self._plain):
+            if new is not None and new not in calls and new.is_set == (calls is self._set):
+                calls.append(new)
+            if old is not None and old in calls:
+                calls.remove(old)
 
     @property
     def current(self) -> AdapterCall | None:
