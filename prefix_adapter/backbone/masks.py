@@ -300,7 +300,8 @@ def make_mask(size: MaskSize, implementation: str, columns: PrefixColumns, group
     mask = widen_mask(mask, columns, dtype=size.dtype)
     if implementation == "eager" and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=size.dtype).masked_fill(~mask, torch.finfo(size.dtype).min)
-    return mask
+    # Some modules compare the shape of a float mask with that of the scores (LED, MVP).
+    return mask if columns.bias is None else mask.expand(batch, -1, -1, -1)
 
 
 def _widen_bias(bias: Tensor, slopes: Tensor, length: int, mask: Any, true_means_hidden: bool) -> Tensor:

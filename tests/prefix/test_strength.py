@@ -9,6 +9,7 @@ from peft import get_peft_model
 from transformers import DynamicCache
 
 from prefix_adapter import PeftModel, PrefixTuningV2Config, set_strength, use_strength
+from prefix_adapter.backbone.masks import MaskSize, PrefixColumns, make_mask
 
 KINDS = {
     "bert": ("AutoModelForSequenceClassification", "SEQ_CLS"),
@@ -17,6 +18,7 @@ KINDS = {
     "t5": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
     "bart": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
 }
+
 
 # Some softmaxes are computed in float32.
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
@@ -205,3 +207,11 @@ def test_flash_attention_has_no_place_for_it():
         set_strength(model, 0.5)
     assert model.peft_config["default"].strength == 1
     set_strength(model, 0)
+
+
+def test_a_mask_has_a_row_for_each_row_of_the_batch():
+    """LED and MVP compare the shape of a mask with that of the scores."""
+    bias = torch.zeros(1, 1, 3)
+    for queries, past in ((1, None), (4, None), (4, 0)):
+        size = MaskSize(2, queries, 4, past, 0, bias.device, bias.dtype)
+        assert make_mask(size, "sdpa", PrefixColumns(3, bias=bias)).shape == (2, 1, queries, 7)
