@@ -15,11 +15,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..adapters.start import init_from, init_from_text, token_ids
-from ..api import (
-    PeftModel,
-    get_peft_model,
-    turn_off_dropout,
-)  # not from peft: this import registers our method with PEFT
+# Not from peft: this import registers our method with PEFT.
+from ..api import PeftModel, get_peft_model, turn_off_dropout
 from ..files.contents import PEFT_HEADS
 from ..prefix.layer import PrefixTuningV2Layer, find_prefix_layer
 from .recipe import NO_ADAPTER, RecipeError, say
