@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..adapters.start import init_from, init_from_text, token_ids
+
 # Not from peft: this import registers our method with PEFT.
 from ..api import PeftModel, get_peft_model, turn_off_dropout
 from ..files.contents import PEFT_HEADS
