@@ -72,6 +72,13 @@ ARMS = {
         {"init_text": TEXT},
         decoders=True,
     ),
+    # As many parameters as LoRA on an encoder's queries and values: 10 tokens, and rank 2 on queries, keys and values.
+    "companion": Arm(
+        "P-Tuning v2, 10 tokens with `lora_r: 2`",
+        {**PREFIX, "num_virtual_tokens": 10, "lora_r": 2},
+        [3e-2, 1e-1],
+        [3e-3, 1e-2],
+    ),
     "mlp": Arm(
         "P-Tuning v2, MLP of 512",
         {**PREFIX, "prefix_projection": True, "encoder_hidden_size": 512},
@@ -115,8 +122,8 @@ class Pair:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-# No pair has frozen weights in bfloat16: the sums of the residual connections would be in bfloat16 too, and a prefix is
-# more sensitive to that noise than LoRA.
+# No pair has frozen weights in bfloat16: the sums of the residual connections would be in bfloat16 too, and that noise
+# holds a prefix back more than LoRA.
 KLUE = {"text": "premise", "text_pair": "hypothesis"}
 PAIRS = {
     "minilm-pos": Pair("minilm", "ud-ewt-pos", "token-classification", "accuracy", 6, 500),

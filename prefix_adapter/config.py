@@ -97,6 +97,11 @@ class PrefixTuningV2Config(PeftConfig):
         prefix_dropout (`float`, defaults to 0.1):
             Probability in [0, 1) that an element of a prefix key or value is dropped in training. It is drawn for
             each row of the batch, as in the reference implementation.
+        lora_r (`int`, defaults to 0):
+            Rank of trained low-rank matrices beside the prefix, on the linear layers of each attention module with a
+            prefix; 0 for none (LoRA, Hu et al. 2022, https://arxiv.org/abs/2106.09685, with `lora_alpha` at twice the
+            rank). They are a part of the adapter: saved, mixed and scaled by `strength` with it. They are stored 16
+            times as large as they are used, so that the learning rate of a prefix suits them too.
         init_std (`float`, defaults to 0.02):
             Standard deviation of the normal distribution from which the table, or the MLP's embedding and weights, are
             drawn (the reference's `initializer_range`). Above 0, because an MLP of zeros never gets a gradient, and
@@ -117,7 +122,8 @@ class PrefixTuningV2Config(PeftConfig):
             tuning. The default keeps the backbone's own positions, so that its full input length stays usable.
         strength (`float`, defaults to 1.0):
             The factor of the prefix's weight in the softmax of attention, at least 0: `log(strength)` is added to the
-            scores of its columns. At 1 the prefix is as trained, at 0 the outputs are those of the base model.
+            scores of its columns, and the changes of `lora_r` are multiplied by it. At 1 the adapter is as trained, at
+            0 the outputs are those of the base model.
             `prefix_adapter.set_strength` changes it, and `prefix_adapter.use_strength` sets it for some calls.
         modules_to_save (`list[str]`, *optional*):
             Modules besides the prefix that are trained and saved, a task head for instance.
@@ -145,6 +151,9 @@ class PrefixTuningV2Config(PeftConfig):
         default=None, metadata={"help": "Width of the MLP's hidden layer, the backbone's hidden size by default."}
     )
     prefix_dropout: float = field(default=0.1, metadata={"help": "Dropout on the prefix keys and values."})
+    lora_r: int = field(
+        default=0, metadata={"help": "Rank of low-rank matrices (LoRA) beside the prefix, 0 for none."}
+    )
     init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the initial weights."})
     layers_to_transform: Optional[Union[list[int], int]] = field(
         default=None, metadata={"help": "Indices of the layers that get a prefix, all by default."}
@@ -187,6 +196,7 @@ class PrefixTuningV2Config(PeftConfig):
         super().__post_init__()
         self.peft_type = PrefixTuningV2Type.PREFIX_TUNING_V2
         _check_int("num_virtual_tokens", self.num_virtual_tokens, 1)
+        _check_int("lora_r", self.lora_r, 0)
         _check_bool("prefix_projection", self.prefix_projection)
         _check_bool("shift_positions", self.shift_positions)
         if self.encoder_hidden_size is not None:

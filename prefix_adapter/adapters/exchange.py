@@ -120,9 +120,9 @@ def export_peft(source: AnyPath, target: AnyPath, base_model: str | None = None)
 
     Raises:
         FileExistsError: If `target` exists.
-        ValueError: If PEFT cannot express the adapter: another `entry_point` than the cache, selected layers, a prefix
-            in an encoder-decoder's encoder or cross-attention, layers of different shapes, unshifted positions, a task
-            that PEFT does not have, or a base model that computes other outputs with PEFT.
+        ValueError: If PEFT cannot express the adapter: another `entry_point` than the cache, `lora_r`, selected
+            layers, a prefix in an encoder-decoder's encoder or cross-attention, layers of different shapes, unshifted
+            positions, a task that PEFT does not have, or a base model that computes other outputs with PEFT.
         OSError: If the base model cannot be loaded.
 
     Example:
@@ -137,6 +137,11 @@ def export_peft(source: AnyPath, target: AnyPath, base_model: str | None = None)
         raise ValueError(
             f"{source} has `entry_point={ours.entry_point!r}`, and PEFT's prefix enters through the cache: train with "
             "`entry_point='cache'`, on a backbone whose attention takes one, for an adapter to export."
+        )
+    if ours.lora_r:
+        raise ValueError(
+            f"{source} has `lora_r={ours.lora_r}`, and PEFT's prefix tuning has no low-rank matrices beside the "
+            "prefix: train with `lora_r=0` for an adapter to export."
         )
     _, weights = saved.read_weights()
     adapter = _Exchange.of(source, saved, {key.removeprefix(SAVED_ROOT): weights[key] for key in weights}, base_model)

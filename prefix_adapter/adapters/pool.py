@@ -377,6 +377,7 @@ def _min_bytes(model: nn.Module, shapes: dict[str, Shape]) -> int:
     """Return a lower bound for the bytes of an adapter in memory, where MLPs are folded."""
     item_bytes = min((p.element_size() for p in model.parameters() if p.is_floating_point()), default=4)
     embedding, bias = shapes.get(f"{PREFIX_ROOT}embedding.weight", (0,)), shapes.get(f"{PREFIX_ROOT}output.bias")
-    prefix = math.prod(embedding if bias is None else (*embedding[:1], *bias))
-    heads = sum(math.prod(shape) for key, shape in shapes.items() if not key.startswith(PREFIX_ROOT))
-    return item_bytes * (prefix + heads)
+    table = math.prod(embedding if bias is None else (*embedding[:1], *bias))
+    encoder = tuple(f"{PREFIX_ROOT}{name}." for name in ("embedding", "hidden", "output"))
+    others = sum(math.prod(shape) for key, shape in shapes.items() if not key.startswith(encoder))
+    return item_bytes * (table + others)

@@ -22,7 +22,7 @@ from ..files.contents import SAVED_ROOT, shapes_of
 from ..files.source import AdapterSource, open_weights, read_header, read_json
 from ..files.whole import check_free, new_folder
 from ..messages import shorten
-from ..prefix.encoder import PrefixEncoder
+from ..prefix.encoder import EncoderSizes, PrefixEncoder
 from ..prefix.names import LAYER_NAME, PREFIX
 
 AnyPath = str | os.PathLike[str]
@@ -135,7 +135,9 @@ def read_encoder(saved: SavedAdapter[PrefixTuningV2Config]) -> tuple[PrefixEncod
     length, hidden_size = config.num_virtual_tokens, last.get("embedding.weight", 0)
     columns = last.get("output.bias", 0) if config.prefix_projection else hidden_size
     width = last.get("hidden.bias", 0) if config.prefix_projection else None
-    misfits = find_misfits(shapes_of(parts), PrefixEncoder.shapes(length, columns, hidden_size, width), {})
+    inputs, outputs = [last.get("down.weight", 0)], [last.get("up.weight", 0)]
+    sizes = EncoderSizes(length, columns, hidden_size, width, config.lora_r, inputs, outputs)
+    misfits = find_misfits(shapes_of(parts), sizes.shapes, {})
     if len({tensor.dtype for tensor in parts.values()}) > 1:
         misfits.append("its parts have different dtypes")
     if misfits:
@@ -146,7 +148,7 @@ def read_encoder(saved: SavedAdapter[PrefixTuningV2Config]) -> tuple[PrefixEncod
             "allowed. Ask for another file."
         )
     with torch.device("meta"):
-        encoder = PrefixEncoder.new(length, columns, config.init_std, hidden_size, width)
+        encoder = PrefixEncoder.new(sizes, config.init_std)
     for field, module in zip(PrefixEncoder._fields, encoder, strict=True):
         if module is not None:
             module.load_state_dict({key: parts[f"{field}.{key}"] for key in module.state_dict()}, assign=True)
@@ -181,7 +183,9 @@ def fold(source: AnyPath, target: AnyPath) -> Path:
     if not config.prefix_projection:
         raise ValueError(f"{source} is a table already (`prefix_projection` is false).")
     encoder, weights = read_encoder(saved)
-    weights[f"{PREFIX_ROOT}embedding.weight"] = encoder.fold()
+    for field, module in encoder.folded()._asdict().items():
+        if module is not None:
+            weights[f"{PREFIX_ROOT}{field}.weight"] = module.weight.detach()
     config.prefix_projection, config.encoder_hidden_size = False, None
     with new_folder(target) as folder:
         contents = {key: tensor.contiguous() for key, tensor in weights.items()}

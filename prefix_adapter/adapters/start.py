@@ -327,15 +327,8 @@ def _from_saved(source: AnyPath) -> _StartPrefix:
 def _copy(source: AnyPath, start: PrefixEncoder, encoder: PrefixEncoder, adapter_name: str) -> None:
     """Copy the parameters of an encoder; into a table, the table that `start` computes."""
     if encoder.output is None:
-        table = start.fold()
-        if table.shape != encoder.embedding.weight.shape:
-            raise ValueError(
-                f"{source} has {table.shape[1]} numbers for each virtual token, and adapter {adapter_name!r} has "
-                f"{encoder.embedding.weight.shape[1]}: their base models or layers differ."
-            )
-        encoder.embedding.weight.copy_(table)
-        return
-    if start.output is None:
+        start = start.folded()
+    elif start.output is None:
         raise ValueError(
             f"{source} is a table, and adapter {adapter_name!r} has an MLP, which cannot be set to given keys and "
             "values. Use a table (`prefix_projection=False`), or the source as it was before it was folded."
@@ -343,8 +336,8 @@ def _copy(source: AnyPath, start: PrefixEncoder, encoder: PrefixEncoder, adapter
     shapes, wanted = ([tuple(module.weight.shape) for module in each if module] for each in (start, encoder))
     if shapes != wanted:
         raise ValueError(
-            f"{source} has an MLP with the shapes {shapes}, and adapter {adapter_name!r} one with {wanted}: make it "
-            f"with `encoder_hidden_size={shapes[1][0]}`, for the same base model."
+            f"{source} has weights of the shapes {shapes}, and adapter {adapter_name!r} of {wanted}: make it with the "
+            "same `encoder_hidden_size` and `lora_r`, for the same base model and layers."
         )
     for own, module in zip(encoder, start, strict=True):
         if own is not None and module is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class AdapterInfo:
         shifts: Whether it shifts the positions of the input by its length.
         columns: The columns of its table, by slot.
         strength: The factor of its weight in the softmax of attention, where a call sets no other.
+        linears: The columns of its low-rank matrices, of inputs and of outputs, by the name of the linear layer.
     """
 
     length: int
@@ -33,6 +34,7 @@ class AdapterInfo:
     shifts: bool
     columns: dict[PrefixSlot, slice]
     strength: float = 1.0
+    linears: dict[str, tuple[slice, slice]] = field(default_factory=dict)
 
     def get_shift(self, kind: str) -> int:
         """By how much it shifts positions in the encoder or decoder: its length, if it has a prefix there."""

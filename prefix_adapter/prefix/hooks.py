@@ -87,7 +87,7 @@ class ModelHooks:
         except BaseException:
             self.remove()
             raise
-        _forget_graphs(model)
+        forget_graphs(model)
 
     def _register(self) -> None:
         self._add_pre_hook(self.model, self._note_replica)
@@ -138,7 +138,11 @@ class ModelHooks:
                 else:
                     setattr(module, name, before)
         self._checkpointing.release()
-        _forget_graphs(self.model)
+        forget_graphs(self.model)
+
+    def get_current_rows(self) -> list[Row]:
+        """The adapters of each row in the forward that this thread is in, or, outside of one, for this thread."""
+        return self._current.get().rows or self._get_rows()
 
     # ---- A forward of the model
 
@@ -352,7 +356,7 @@ def get_text_config(model: nn.Module) -> Any:
         return config
 
 
-def _forget_graphs(model: nn.Module) -> None:
+def forget_graphs(model: nn.Module) -> None:
     """Have compiled parts of a model compiled again: graphs do not notice that hooks come or go."""
     if has_compiled_parts(model):
         torch.compiler.reset()

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Container, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..backbone.attention import AttentionTarget, EntryPoint, PrefixSlot, get_implementation
 from ..backbone.find import find_targets
 from ..backbone.find_attention import find_attention_targets
+from ..backbone.linears import LinearLayer, find_linear_layers
 from ..backbone.masks import check_bias
 from ..backbone.parallel import check_no_tensor_parallelism
 from ..backbone.positions import PositionTarget
@@ -24,10 +26,11 @@ from ..files.check import check_size
 from ..files.contents import TensorSpec
 from ..private import clear_peft_marks, get_device
 from .batch import AdapterInfo, BatchPlanner
-from .encoder import PrefixEncoder
+from .encoder import EncoderSizes, PrefixEncoder
 from .heads import remove_heads
-from .hooks import ModelHooks, get_text_config
+from .hooks import ModelHooks, forget_graphs, get_text_config
 from .loading import PendingLoad, check_adapter_file
+from .low_rank import LowRankHooks
 from .names import PREFIX
 from .plan import ActivePrefix, Row
 from .running import AdapterCall, RunningCalls
@@ -96,6 +99,8 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             self.get_rows,
             self._begin_forward,
         )
+        self._low_rank = LowRankHooks(self._adapters, self.encoder_of, self._hooks.get_current_rows, self._calls)
+        self._linears: list[LinearLayer] | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -183,24 +188,26 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             )
         slots = select_slots(self.model, self._found, config)
         config.check_layout(type(self.model).__name__, describe_slots(slots), self.unreached)
-        columns, end = {}, 0
-        for slot in slots:
-            columns[slot] = slice(end, end + slot.shape.columns)
-            end += slot.shape.columns
+        columns = dict(zip(slots, _slices([slot.shape.columns for slot in slots]), strict=True))
+        end = columns[slots[-1]].stop
         self.check_strengths([config.strength], columns)
         home = next(target for target in self.targets if slots[0] in target.slots.values())
         hidden_size = getattr(get_text_config(self.model), "hidden_size", None) or slots[0].shape.key_columns
         width = (config.encoder_hidden_size or hidden_size) if config.prefix_projection else None
-        shapes = PrefixEncoder.shapes(config.num_virtual_tokens, end, hidden_size, width)
+        linears = self._select_linears(columns) if config.lora_r else []
+        inputs, outputs = [linear.inputs for linear in linears], [linear.outputs for linear in linears]
+        slices = zip(_slices(inputs), _slices(outputs), strict=True)
+        low_rank = {linear.name: pair for linear, pair in zip(linears, slices, strict=True)}
+        sizes = EncoderSizes(config.num_virtual_tokens, end, hidden_size, width, config.lora_r, inputs, outputs)
         # The table counts too: a small MLP may compute a huge table.
         table = [(config.num_virtual_tokens, end)] if width else []
-        check_size(self.model, [*shapes.values(), *table])
-        specs = {name: TensorSpec(shape, home.dtype) for name, shape in shapes.items()}
+        check_size(self.model, [*sizes.shapes.values(), *table])
+        specs = {name: TensorSpec(shape, home.dtype) for name, shape in sizes.shapes.items()}
         embeddings = check_adapter_file(
             self, self.model, self.targets, adapter_name, config, specs, has_other_adapters=bool(self.adapters)
         )
         with torch.device("meta") if on_meta else nullcontext():
-            encoder = PrefixEncoder.new(config.num_virtual_tokens, end, config.init_std, hidden_size, width)
+            encoder = PrefixEncoder.new(sizes, config.init_std)
         device = get_device(home.module)
         # As PEFT's other methods: a new adapter is in training mode, and so is one that is loaded to be trained.
         training = self.training or (config.source is not None and not config.inference_mode)
@@ -210,7 +217,12 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
                 place = None if module.weight.is_meta else device
                 getattr(self, container)[adapter_name] = module.to(place, home.dtype).train(training)
         self._adapters[adapter_name] = AdapterInfo(
-            config.num_virtual_tokens, config.prefix_dropout, config.shift_positions, columns, config.strength
+            config.num_virtual_tokens,
+            config.prefix_dropout,
+            config.shift_positions,
+            columns,
+            config.strength,
+            low_rank,
         )
         if config.source is not None:
             self._pending[adapter_name] = PendingLoad.begin(
@@ -221,17 +233,33 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self._planner.clear()
         config.source = None
 
+    def _select_linears(self, slots: Container[PrefixSlot]) -> list[LinearLayer]:
+        """The linear layers in the attention modules of some slots. The first call finds those of the model.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if self._linears is None:
+            # At the strength 0 the model is the base model.
+            with self.run(self.new_call(strengths=0.0)):
+                self._linears = find_linear_layers(self.model, self.targets)
+            self._low_rank.register(self._linears)
+            forget_graphs(self.model)
+        selected = [linear for linear in self._linears if any(slot in slots for slot in linear.target.slots.values())]
+        if not selected:
+            raise ValueError(
+                f"`lora_r`: the attention modules of {type(self.model).__name__} call no linear layer. Use `lora_r=0`."
+            )
+        return selected
+
     def fold(self, adapter_name: str) -> None:
         """Replace an adapter's MLP by the table that the MLP computes."""
-        encoder = self.encoder_of(adapter_name)
-        trainable = encoder.embedding.weight.requires_grad
-        folded = PrefixEncoder(nn.Embedding.from_pretrained(encoder.fold(), freeze=not trainable))
-        folded.embedding.train(encoder.embedding.training)
+        folded = self.encoder_of(adapter_name).folded()
         for container, module in zip(self.adapter_layer_names, folded, strict=True):
-            if module is None:
-                del getattr(self, container)[adapter_name]
-            else:
+            if module is not None:
                 getattr(self, container)[adapter_name] = module
+            elif adapter_name in getattr(self, container):
+                del getattr(self, container)[adapter_name]
 
     def check_strengths(self, strengths: Iterable[float], slots: Container[PrefixSlot]) -> None:
         """Check that attention can have prefixes of some strengths.
@@ -289,6 +317,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     def remove_hooks(self) -> None:
         """Remove all hooks from the model."""
+        self._low_rank.remove()
         self._hooks.remove()
 
     # ---- Loading
@@ -467,6 +496,12 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     def bias(self) -> Tensor:
         """As `weight`."""
         raise AttributeError("A prefix has no base layer, and so no bias of one.")
+
+
+def _slices(sizes: list[int]) -> list[slice]:
+    """Consecutive slices of these sizes."""
+    ends = list(accumulate(sizes))
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
 def find_prefix_layer(model: nn.Module, adapter_name: str | None = None) -> PrefixTuningV2Layer:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..backbone.key_values import KeyValues
 from .plan import BatchPlan, Row
@@ -41,6 +41,7 @@ class AdapterCall:
         plans: Cached plans of a mixed batch, by target and batch.
         prefixes: Cached prefixes of a mixed batch, by slot and batch.
         expected: Cached indices of the targets that must use a prefix.
+        low_rank: Cached low-rank matrices of a mixed batch, by linear layer and batch.
     """
 
     names: list[str] | None
@@ -52,6 +53,7 @@ class AdapterCall:
     plans: dict[Hashable, BatchPlan | None] = field(default_factory=dict)
     prefixes: dict[Hashable, KeyValues] = field(default_factory=dict)
     expected: dict[Hashable, list[int]] = field(default_factory=dict)
+    low_rank: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def is_set(self) -> bool:
@@ -83,7 +85,7 @@ class AdapterCall:
     def switch(self, adapters: list[tuple[str, ...]], rows: list[Row]) -> None:
         """Continue with other adapters."""
         self.adapters, self.rows = adapters, rows
-        self.plans, self.prefixes, self.expected = {}, {}, {}
+        self.plans, self.prefixes, self.expected, self.low_rank = {}, {}, {}, {}
 
 
 class _Thread(PerThread):

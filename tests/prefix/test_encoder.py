@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prefix_adapter import PrefixTuningV2Config, get_peft_model
 from prefix_adapter.backbone.key_values import KeyValueShape, prepend, split_layers
-from prefix_adapter.prefix.encoder import PrefixEncoder
+from prefix_adapter.prefix.encoder import EncoderSizes, PrefixEncoder
 
 SHAPE = KeyValueShape(key_heads=2, key_size=3, value_heads=1, value_size=4)
 
@@ -66,7 +66,7 @@ def test_join_puts_the_prefix_in_front_in_the_type_of_what_is_there():
 
 @pytest.mark.parametrize("width", [None, 6])
 def test_some_columns_equal_those_of_the_whole_table(width):
-    encoder = PrefixEncoder.new(length=5, columns=24, std=0.3, hidden_size=8, width=width)
+    encoder = PrefixEncoder.new(EncoderSizes(length=5, columns=24, hidden_size=8, width=width), std=0.3)
     table = encoder.fold()
     assert table.shape == (5, 24)
     for start, stop in ((0, 10), (10, 24)):

@@ -1,0 +1,116 @@
+"""Low-rank matrices beside a prefix: LoRA on the linear layers of attention, as a part of the same adapter.
+
+A prefix cannot change how much attention one token of the input pays to another; a change of queries and keys can
+(docs/learning.md). As in LoRA (Hu et al. 2022, https://arxiv.org/abs/2106.09685) the output of a linear layer becomes
+`Wx + scale * B(Ax)`. Hooks add the second part, so that no module is replaced, and each row of a batch can have its
+own adapter and strength.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.hooks import RemovableHandle
+
+from ..backbone.linears import LinearLayer
+from .batch import AdapterInfo, pick_rows
+from .encoder import LOW_RANK_SCALE, PrefixEncoder
+from .plan import Row
+from .running import RunningCalls
+
+
+class LowRankHooks:
+    """The hooks on the linear layers of one model.
+
+    Args:
+        adapters: The model's adapters, by name.
+        get_encoder: Returns the modules of an adapter.
+        get_rows: Returns the adapters of each row in the forward that this thread is in.
+        calls: The model's running calls.
+    """
+
+    def __init__(
+        self,
+        adapters: Mapping[str, AdapterInfo],
+        get_encoder: Callable[[str], PrefixEncoder],
+        get_rows: Callable[[], list[Row]],
+        calls: RunningCalls,
+    ):
+        self._adapters, self._get_encoder, self._get_rows, self._calls = adapters, get_encoder, get_rows, calls
+        self._handles: list[RemovableHandle] = []
+
+    def register(self, layers: Iterable[LinearLayer]) -> None:
+        """Add the hooks."""
+        for layer in layers:
+            self._handles.append(layer.module.register_forward_hook(partial(self._add_change, layer)))
+
+    def remove(self) -> None:
+        """Remove all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _add_change(self, layer: LinearLayer, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Add the changes of the active adapters to the output `[batch, ..., outputs]` of a linear layer."""
+        rows, states = self._get_rows(), args[0]
+        distinct = list(dict.fromkeys(rows))
+        if not any(self._changes(active.adapter, layer) for row in distinct for active in row):
+            return output
+        if len(distinct) == 1:
+            down, up = self._join(layer, distinct[0], states)
+            return output + F.linear(F.linear(_cast(states, down), down), up.t()).to(output.dtype)
+        if states.dim() < 3:
+            # Rows of tokens would count as rows of the batch.
+            raise ValueError(
+                f"{layer.name} receives the tokens of all rows in one row, so the rows cannot have different adapters "
+                "with `lora_r`. Call the model for each adapter."
+            )
+        down, up = self._get_matrices_of_rows(layer, rows, distinct, states)
+        change = _cast(states.flatten(1, -2), down) @ down @ up
+        return output + change.view(output.shape).to(output.dtype)
+
+    def _changes(self, adapter: str, layer: LinearLayer) -> bool:
+        return layer.name in self._adapters[adapter].linears
+
+    def _join(self, layer: LinearLayer, row: Row, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The matrices of a row's adapters side by side, `[rank, inputs]` and, with the scale, `[rank, outputs]`."""
+        downs, ups = [], []
+        for adapter, strength in row:
+            if self._changes(adapter, layer):
+                encoder, (inputs, outputs) = self._get_encoder(adapter), self._adapters[adapter].linears[layer.name]
+                assert encoder.down is not None and encoder.up is not None
+                downs.append(encoder.down.weight[:, inputs].to(states.device))
+                ups.append(encoder.up.weight[:, outputs].to(states.device) * (strength * LOW_RANK_SCALE))
+        if not downs:
+            return states.new_zeros(0, layer.inputs), states.new_zeros(0, layer.outputs)
+        return torch.cat(downs), torch.cat(ups)
+
+    def _get_matrices_of_rows(
+        self, layer: LinearLayer, rows: list[Row], distinct: list[Row], states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The matrices of each row of a batch, `[batch, inputs, rank]` and, with the scale, `[batch, rank, outputs]`.
+
+        Rows of a lower rank have zeros.
+        """
+        call = self._calls.current
+        # With gradients the matrices are trained, and may change while a call lasts.
+        cached = {} if call is None or torch.is_grad_enabled() else call.low_rank
+        key = (layer.name, states.device, states.shape[0])
+        if key not in cached:
+            pairs = [self._join(layer, row, states) for row in distinct]
+            picked = pick_rows([distinct.index(row) for row in rows], states)
+            assert picked is not None
+            down, up = (pad_sequence([pair[side] for pair in pairs], batch_first=True)[picked] for side in (0, 1))
+            cached[key] = down.transpose(1, 2), up
+        return cached[key]
+
+
+def _cast(states: Tensor, like: Tensor) -> Tensor:
+    """Hidden states in the dtype of the matrices, as in PEFT's LoRA, if autocast does not choose the dtype."""
+    return states if torch.is_autocast_enabled(states.device.type) else states.to(like.dtype)
