@@ -197,8 +197,11 @@ class ModelHooks:
     ) -> None:
         call = self._calls.current
         mixed = call is not None and call.mixed
-        if not mixed and not torch.compiler.is_compiling():
-            self._values.encode_row(state.rows[0], state)
+        if not torch.compiler.is_compiling():
+            if call is not None and mixed:
+                self._values.drop_outdated(call)
+            else:
+                self._values.encode_row(state.rows[0], state)
         inputs = ModuleCall(self._names, args, kwargs)
         self.positions.prepare(state, inputs)
         if call is not None and mixed:

@@ -99,7 +99,7 @@ class LowRankHooks:
         Rows of a lower rank have zeros.
         """
         call = self._calls.current
-        # With gradients the matrices are trained, and may change while a call lasts.
+        # With gradients the matrices are trained, and belong to the graph of one forward.
         cached = {} if call is None or torch.is_grad_enabled() else call.low_rank
         key = (layer.name, states.device, states.shape[0])
         if key not in cached:

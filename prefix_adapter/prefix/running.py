@@ -42,6 +42,7 @@ class AdapterCall:
         prefixes: Cached prefixes of a mixed batch, by slot and batch.
         expected: Cached indices of the targets that must use a prefix.
         low_rank: Cached low-rank matrices of a mixed batch, by linear layer and batch.
+        written: The state of the parameters that `prefixes` and `low_rank` were computed from, by adapter.
     """
 
     names: list[str] | None
@@ -54,6 +55,7 @@ class AdapterCall:
     prefixes: dict[Hashable, KeyValues] = field(default_factory=dict)
     expected: dict[Hashable, list[int]] = field(default_factory=dict)
     low_rank: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    written: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     @property
     def is_set(self) -> bool:

@@ -69,6 +69,13 @@ class PrefixValues:
             else:
                 state.prefixes[name] = self._encode_layers(name)
 
+    def drop_outdated(self, call: AdapterCall) -> None:
+        """Drop what a call has cached if a parameter of its adapters was written to since the last forward."""
+        names = {active.adapter for row in call.rows for active in row}
+        written = {name: _get_writes(self.get_encoder(name)) for name in names}
+        if call.written != written:
+            call.prefixes, call.low_rank, call.written = {}, {}, written
+
     def get(
         self, slot: PrefixSlot, plan: BatchPlan, keys: Tensor, state: ForwardState, call: AdapterCall | None
     ) -> KeyValues:
@@ -90,7 +97,8 @@ class PrefixValues:
             if len(row) == 1:
                 return self._get_part(row[0], slot, keys, state)
             return self._join_parts(row, slot, keys, state)
-        cached = {} if call is None else call.prefixes
+        # With gradients the prefixes are trained, and belong to the graph of one forward.
+        cached = {} if call is None or torch.is_grad_enabled() else call.prefixes
         key = (slot, keys.device, keys.dtype, keys.shape[0])
         if key not in cached:
             rows = [self._join_parts(row, slot, keys, state) for row in plan.rows]
@@ -167,11 +175,16 @@ class PrefixValues:
         For a table the cached keys and values are views of the embedding weight. A frozen MLP is run once.
         """
         encoder = self.get_encoder(adapter_name)
-        parameters = encoder.parameters()
-        trained = (encoder.output is not None or torch.is_grad_enabled()) and any(p.requires_grad for p in parameters)
+        is_trained = any(parameter.requires_grad for parameter in encoder.parameters())
+        trained = is_trained and (encoder.output is not None or torch.is_grad_enabled())
         if trained or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
-        return [(parameter.data_ptr(), get_write_count(parameter)) for parameter in parameters]
+        return _get_writes(encoder)
+
+
+def _get_writes(encoder: PrefixEncoder) -> list[tuple[int, int]]:
+    """A value that changes whenever a parameter is written to or replaced."""
+    return [(parameter.data_ptr(), get_write_count(parameter)) for parameter in encoder.parameters()]
 
 
 def _identity(tensor: Tensor) -> Tensor:

@@ -215,3 +215,20 @@ def test_a_mask_has_a_row_for_each_row_of_the_batch():
     for queries, past in ((1, None), (4, None), (4, 0)):
         size = MaskSize(2, queries, 4, past, 0, bias.device, bias.dtype)
         assert make_mask(size, "sdpa", PrefixColumns(3, bias=bias)).shape == (2, 1, queries, 7)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_context_around_many_forwards_sees_what_the_optimizer_writes(grad):
+    """The base model is called itself, so that the context is the only call around the forwards."""
+    model = build("bert", prefix_dropout=0.0, lora_r=2)
+    base, inputs = model.base_model.model, inputs_of("bert")
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.3)
+    with use_strength(model, [0.0, 0.5, 1.0]):
+        for _ in range(3):
+            with torch.set_grad_enabled(grad):
+                inside = base(**inputs).logits
+            with torch.no_grad(), use_strength(model, [0.0, 0.5, 1.0]):
+                torch.testing.assert_close(inside, base(**inputs).logits)
+            base(**inputs).logits.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
