@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import unittest.mock
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import zoo
 import zoo_modalities
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from zoo import NotBuilt
 
@@ -228,6 +230,42 @@ def strength(case: Case) -> None:
             raise
     close(mixed[:1], full[:1], "row at full strength")
     close(mixed[1:], half[1:], "row at half the strength")
+
+
+def low_rank(case: Case) -> None:
+    """With `lora_r`, outputs are those of a prefix beside PEFT's LoRA; each row has matrices of its own."""
+    try:
+        model = case.wrapped(lora_r=2)
+    except ValueError as error:
+        if isinstance(error, UnsupportedBackboneError) or "call no linear layer" not in str(error):
+            raise
+        raise Skip("no linear layers in attention: refused") from error
+    reference, inputs = case.wrapped(), case.inputs(model)
+    encoder = layer_of(model).encoder_of("default")
+    linears = layer_of(model).adapters["default"].linears
+    with torch.no_grad():
+        layer_of(reference).encoder_of("default").embedding.weight.copy_(encoder.embedding.weight)
+        alone = outputs(reference, inputs)
+        names = "|".join(re.escape(name) for name in linears)
+        inject_adapter_in_model(LoraConfig(r=2, lora_alpha=4, target_modules=names), base_of(reference), "lora")
+        for name, (rows, columns) in linears.items():
+            layer = base_of(reference).get_submodule(name)
+            # Our matrices are stored 16 times as large as they are used.
+            layer.lora_A["lora"].weight.copy_(encoder.down.weight[:, rows] / 16)
+            layer.lora_B["lora"].weight.copy_(encoder.up.weight[:, columns].T / 16)
+        ours = outputs(model, inputs)
+        close(ours, outputs(reference.eval(), inputs), "beside PEFT's LoRA")
+        differs(ours, alone, "effect")
+        with model.disable_adapter():
+            base = outputs(model, inputs)
+        try:
+            mixed = outputs(model, {**inputs, "adapter_names": ["default", "__base__"]})
+        except ValueError as error:
+            if "has 2 names for a batch of" in str(error) or "tokens of all rows in one row" in str(error):
+                raise Skip("rows of a batch cannot have their own matrices: refused; the rest passes") from error
+            raise
+    close(mixed[:1], ours[:1], "row with the matrices")
+    close(mixed[1:], base[1:], "row without")
 
 
 def mixed_shifts(case: Case) -> None:
@@ -687,8 +725,8 @@ def far_window(case: Case) -> None:
 CHECKS: dict[str, Callable[[Case], None]] = {
     check.__name__: check
     for check in (
-        effect_and_gradients, disabling, masked_prefix, strength, mixed_shifts, eager_and_sdpa, padding, reload,
-        checkpointing, one_pass, generate_greedy, generate_left_padded, generate_beams, generate_sampling,
+        effect_and_gradients, disabling, masked_prefix, strength, low_rank, mixed_shifts, eager_and_sdpa, padding,
+        reload, checkpointing, one_pass, generate_greedy, generate_left_padded, generate_beams, generate_sampling,
         generate_static, generate_prompt_lookup, generate_as_trained, mask_of_ones, two_turns, embeddings,
         compiled, causal_rule, far_window,
     )
