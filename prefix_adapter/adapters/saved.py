@@ -183,7 +183,7 @@ def fold(source: AnyPath, target: AnyPath) -> Path:
     if not config.prefix_projection:
         raise ValueError(f"{source} is a table already (`prefix_projection` is false).")
     encoder, weights = read_encoder(saved)
-    for field, module in encoder.folded()._asdict().items():
+    for field, module in zip(PrefixEncoder._fields, encoder.folded(), strict=True):
         if module is not None:
             weights[f"{PREFIX_ROOT}{field}.weight"] = module.weight.detach()
     config.prefix_projection, config.encoder_hidden_size = False, None

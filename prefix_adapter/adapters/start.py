@@ -335,9 +335,11 @@ def _copy(source: AnyPath, start: PrefixEncoder, encoder: PrefixEncoder, adapter
         )
     shapes, wanted = ([tuple(module.weight.shape) for module in each if module] for each in (start, encoder))
     if shapes != wanted:
+        width = "" if start.hidden is None else f"`encoder_hidden_size={start.hidden.out_features}`, "
+        rank = 0 if start.down is None else start.down.num_embeddings
         raise ValueError(
-            f"{source} has weights of the shapes {shapes}, and adapter {adapter_name!r} of {wanted}: make it with the "
-            "same `encoder_hidden_size` and `lora_r`, for the same base model and layers."
+            f"{source} has weights of the shapes {shapes}, and adapter {adapter_name!r} of {wanted}: make it with "
+            f"{width}`lora_r={rank}`, for the same base model and layers."
         )
     for own, module in zip(encoder, start, strict=True):
         if own is not None and module is not None:

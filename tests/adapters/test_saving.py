@@ -386,6 +386,7 @@ EVERY_FIELD = {
     "layers_to_transform": [0, 2],
     "target_attention": ["encoder", "cross"],
     "entry_point": "attention",
+    "lora_r": 2,
     "strength": 0.5,
     "shift_positions": True,
     "modules_to_save": ["lm_head"],

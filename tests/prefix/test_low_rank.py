@@ -229,7 +229,7 @@ def test_it_is_saved_folded_and_loaded_with_the_prefix(tmp_path):
     started = with_low_rank("bert", seed=9)
     init_from(started, tmp_path / "mlp")
     torch.testing.assert_close(output_of(started, inputs), expected)
-    with pytest.raises(ValueError, match="`lora_r`"):
+    with pytest.raises(ValueError, match="make it with `lora_r=3`"):
         init_from(new("bert"), tmp_path / "table")
 
     pool = AdapterPool(tiny.model("bert"))

@@ -1,6 +1,7 @@
 """Recipes: those of the package, and the errors for bad ones."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from prefix_adapter.training.model import adapter_config, load_base, new_schedul
 from prefix_adapter.training.recipe import TASKS, add_recipe_arguments, recipe_from, recipe_path
 from prefix_adapter.training.tasks import TASK_CLASSES
 
+WITH_LORA = "sequence-classification-lora"
 # Transcribed from the run scripts of https://github.com/THUDM/P-tuning-v2: length, rate, epochs, batch, dropout.
 PUBLISHED = {
     "bert-large-boolq": (40, 5e-3, 100, 32, 0.1),
@@ -81,7 +83,7 @@ def bases(tmp_path_factory) -> dict[str, str]:
 
 
 def test_names_of_the_recipes():
-    assert set(recipe_names()) == {*PUBLISHED, *KLUE_NLI, *TASKS}
+    assert set(recipe_names()) == {*PUBLISHED, *KLUE_NLI, *TASKS, WITH_LORA}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -99,7 +101,7 @@ def test_each_recipe_can_be_used(name, bases):
         assert isinstance(config, PrefixTuningV2Config)
         assert config.to_dict().items() >= recipe.adapter.items()
         # The published recipes start like the authors' code. A table beside a new head starts where it learned more.
-        assert config.init_std == (0.5 if name in TASKS and task.has_head else 0.02)
+        assert config.init_std == (0.5 if name in [*TASKS, WITH_LORA] and task.has_head else 0.02)
     if name in TASKS:
         recipe.adapter["prefix_projection"] = True
         assert adapter_config(recipe, task).init_std == 0.02
@@ -161,6 +163,12 @@ def test_default_settings(name):
     assert recipe.task == name
     assert "shift_positions" not in recipe.adapter
     assert recipe.data == Data(train="train.jsonl")
+
+
+def test_the_recipe_with_low_rank_matrices_differs_in_the_adapter_alone():
+    plain, ours = load_recipe(WITH_LORA.removesuffix("-lora")), load_recipe(WITH_LORA)
+    assert ours.adapter == {**plain.adapter, "num_virtual_tokens": 10, "lora_r": 2}
+    assert replace(ours, adapter=plain.adapter, output_dir=plain.output_dir) == plain
 
 
 def test_each_recipe_is_in_the_documentation():
