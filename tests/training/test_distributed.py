@@ -90,7 +90,7 @@ def recipes(tmp_path_factory) -> dict[str, dict]:
             **topic,
             "task": "token-classification",
             "data": tags,
-            "adapter": {**adapter, "prefix_projection": True, "encoder_hidden_size": 8},
+            "adapter": {**adapter, "prefix_projection": True, "encoder_hidden_size": 8, "lora_r": 2},
             "num_train_epochs": 2,
             "gradient_accumulation_steps": 2,
         },
