@@ -89,6 +89,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
         text=True,
     )
     assert built.returncode == 0, built.stderr
-    shown = (tmp_path / "site" / "reference" / "recipe" / "index.html").read_text(encoding="utf-8")
-    assert all(f"<code>{field.name}</code>" in shown for field in dataclasses.fields(Recipe))
-    assert "backbones" in (tmp_path / "site" / "search" / "search_index.json").read_text(encoding="utf-8")
+    site = tmp_path / "site"
+    keys = (site / "reference" / "recipe" / "index.html").read_text(encoding="utf-8")
+    assert all(f"<code>{field.name}</code>" in keys for field in dataclasses.fields(Recipe))
+    settings = (site / "reference" / "adapter" / "index.html").read_text(encoding="utf-8")
+    assert "int</span> | None</code>" in settings and "optional*" not in settings  # docs/docstrings.py
+    assert "backbones" in (site / "search" / "search_index.json").read_text(encoding="utf-8")
