@@ -40,7 +40,9 @@ class PrefixTuningV2Model(BaseTuner):
         model (`PreTrainedModel`): The frozen backbone, with or without a task head.
         peft_config (`PrefixTuningV2Config`): The adapter's configuration.
         adapter_name (`str`): The adapter's name.
-        low_cpu_mem_usage (`bool`, *optional*): Create the parameters on the meta device, to be loaded later.
+        *args: Further arguments of PEFT's `BaseTuner`.
+        **kwargs: The same; with `low_cpu_mem_usage=True` the parameters are created on the meta device and loaded
+            later.
 
     Raises:
         UnsupportedBackboneError: If the backbone's attention cannot receive `past_key_values`.

@@ -1,28 +1,22 @@
 """The README's examples run as they stand, on models that are at hand."""
 
 import re
-from pathlib import Path
 
-README = Path(__file__).resolve().parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+from pages import ROOT, blocks, run
 
-
-def run(block: str, name: str, place: str) -> dict:
-    assert f'"{name}"' in block
-    scope: dict = {}
-    exec(block.replace(name, place), scope)
-    return scope
+README = ROOT / "README.md"
+BLOCKS = blocks("README.md")
 
 
 def test_bert_classifier(minilm, capsys):
-    model = run(BLOCKS[0], "bert-base-multilingual-cased", minilm)["model"]
+    model = run(BLOCKS[0], {"bert-base-multilingual-cased": minilm})["model"]
     assert "trainable params: 93,315" in capsys.readouterr().out  # 20 x 6 x 2 x 384, and a head of 3 x 385
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert {name.split(".")[-3] for name in trained} == {"prefix_tuning_v2_embedding", "modules_to_save"}
 
 
 def test_causal_language_model(shared, capsys):
-    model = run(BLOCKS[1], "Qwen/Qwen3-0.6B", str(shared.parent / "shared/models/stories260k"))["model"]
+    model = run(BLOCKS[1], {"Qwen/Qwen3-0.6B": str(shared / "models" / "stories260k")})["model"]
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert "Once upon a time" in capsys.readouterr().out
 

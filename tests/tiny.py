@@ -1,8 +1,12 @@
 """Tiny random models for tests: real architectures, no weights to download."""
 
+from pathlib import Path
+
 import torch
 import transformers as tr
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>"]
 VOCAB, LENGTH, LAYERS, HEADS, HIDDEN = 99, 64, 3, 4, 32
 
 CONFIGS = {
@@ -53,6 +57,40 @@ def model(kind: str, auto_class: str = "AutoModel", seed: int = 0, attn: str | N
     torch.manual_seed(seed)
     kwargs = {} if attn is None else {"attn_implementation": attn}
     return getattr(tr, auto_class).from_config(config(kind, **changes), **kwargs).eval()
+
+
+def save(folder: Path, kind: str, words: list[str], auto_class: str = "AutoModel", **changes) -> str:
+    """Save a tiny random model of `CONFIGS` without dropout, with a tokenizer of words between spaces."""
+    vocabulary = {word: i for i, word in enumerate(_SPECIAL + words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "</s>"}
+    if kind in ("bert", "roberta"):
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+        names |= {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+        if kind == "roberta":  # positions start after the padding token's id
+            changes = {"pad_token_id": 0, **changes}
+    elif kind in ("t5", "bart"):
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 5)]
+        )
+        changes = {"eos_token_id": 5, "pad_token_id": 0, "decoder_start_token_id": 0, **changes}
+    else:
+        changes = {"eos_token_id": 5, "pad_token_id": 0, **changes}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"] if kind == "bert" else ["input_ids", "attention_mask"]
+    tr.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **names).save_pretrained(folder)
+    no_dropout = {
+        "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        "roberta": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        "t5": {"dropout_rate": 0.0},
+        "bart": {"dropout": 0.0},
+        "llama": {},
+    }
+    model(kind, auto_class, **{**no_dropout[kind], **changes}).save_pretrained(folder)
+    return str(folder)
 
 
 def ids(batch: int = 2, length: int = 7, seed: int = 1) -> torch.Tensor:

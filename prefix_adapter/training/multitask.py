@@ -320,8 +320,8 @@ def train_together(
             validation rows; an exception that it raises ends the run.
 
     Returns:
-        The contents of `results.json`: the mean score of the best step, and under `tasks` the results of each task,
-        as `train` returns them.
+        The contents of `results.json`, with the mean score of the best step, and under `tasks` the results of each
+        task, as `train` returns them.
 
     Raises:
         RecipeError: if the recipe cannot be run, or under FSDP or DeepSpeed.

@@ -65,8 +65,8 @@ def train(
             validation rows; an exception that it raises ends the run.
 
     Returns:
-        The contents of `results.json`: the metrics of the validation rows at the best step, the metrics of the test
-        rows, and more.
+        The contents of `results.json`, with the metrics of the validation rows at the best step, the metrics of the
+        test rows, and more.
 
     Raises:
         RecipeError: if the recipe cannot be run, or another run uses `recipe.output_dir`.

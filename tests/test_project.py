@@ -1,0 +1,72 @@
+"""What the project says about itself is there: files, commands, versions, names in the pages for contributors."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from pages import ROOT
+
+from prefix_adapter.version import __version__
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+FORGE = sorted(path for kind in ("yml", "md") for path in (ROOT / ".github").rglob(f"*.{kind}"))
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *FORGE])
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def test_versions_agree():
+    assert yaml.safe_load(read(ROOT / "CITATION.cff"))["version"] == __version__
+    assert __version__ in re.findall(r"^## (.*)$", read(ROOT / "CHANGELOG.md"), re.MULTILINE)[0]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_what_a_workflow_runs_exists(path):
+    jobs = yaml.safe_load(read(path))["jobs"].values()
+    commands = [step["run"] for job in jobs for step in job.get("steps", ()) if "run" in step]
+    rows = [row for job in jobs for row in job.get("strategy", {}).get("matrix", {}).get("include", ())]
+    for job in jobs:
+        commands += job.get("strategy", {}).get("matrix", {}).get("command", ())
+    commands += [row["constraints"] for row in rows]
+    assert commands
+    text = "\n".join(commands)
+    for word in re.findall(r"(?<![\w/.])[\w.-]*/?[\w./-]+(?:\.txt|\.sh|\.py|\.md|\.cff|/run)\b", text):
+        assert (ROOT / word).is_file(), word
+    assert set(re.findall(r"\.\[(\w+)\]", text)) <= set(PROJECT["project"]["optional-dependencies"])
+    markers = {marker.partition(":")[0] for marker in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
+    assert set(re.findall(r"pytest.* -m (\w+)", text)) <= markers
+    oldest = PROJECT["project"]["requires-python"].removeprefix(">=")
+    assert not rows or rows[0]["python"] == oldest
+
+
+@pytest.mark.parametrize("path", [path for path in FORGE if path.suffix == ".yml"], ids=lambda path: path.stem)
+def test_the_files_of_the_forge_are_yaml(path):
+    assert isinstance(yaml.safe_load(read(path)), dict)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page):
+    named = re.findall(
+        r"(?<![\w/.-])((?:tests|examples|benchmarks|docs|\.ci)/[\w/.-]+\.(?:py|sh|yaml|md|txt))", read(page)
+    )
+    assert not [path for path in named if not (ROOT / path).is_file()]
+
+
+def test_what_contributors_are_told_to_change_exists():
+    code = [name for name in re.findall(r"`([^`\n]+)`", read(ROOT / "CONTRIBUTING.md")) if " " not in name]
+    roots = [ROOT, ROOT / "prefix_adapter", ROOT / "prefix_adapter" / "training"]
+    paths = [name for name in code if "/" in name]
+    assert len(paths) > 20 and not [path for path in paths if not any((root / path).exists() for root in roots)]
+    files = [
+        ROOT / "pyproject.toml",
+        *(path for name in ("prefix_adapter", "tests") for path in (ROOT / name).rglob("*.py")),
+    ]
+    sources = "\n".join(map(read, files))
+    names = [name for name in code if re.fullmatch(r"[A-Z_]{5,}|_\w+|[A-Z]\w+(\.[a-z]\w{4,})?", name)]
+    parts = {part for name in names if not (ROOT / name).exists() for part in name.split(".")}
+    assert len(parts) > 10 and not [part for part in parts if not re.search(rf"\b{part}\b", sources)]
