@@ -1,4 +1,4 @@
-"""Train slot filling with P-Tuning v2, and compare it with four other uses of the same encoder.
+"""Train slot filling with P-Tuning v2, and compare it with five other uses of the same encoder.
 
     pip install "prefix-adapter[demo]"
     python examples/slots/train.py
@@ -7,11 +7,12 @@ The rows are short commands to an assistant. Each word has a tag, which says whe
 (I-) there: in "book a table for five at Luna Blu at five" the first five is B-people, the second B-time. There are 20
 slots. The test rows are worded more freely than the training rows, and their names, places and texts are new.
 
-Five methods use the same encoder (all-MiniLM-L6-v2, 22.7 million parameters) and the same rows:
+Six methods use the same encoder (all-MiniLM-L6-v2, 22.7 million parameters) and the same rows:
 
 - logistic regression on the outputs of the frozen encoder, the mean over the pieces of a word;
 - the head alone: a linear layer on the outputs of the frozen encoder;
 - P-Tuning v2: the same head, and 20 trained keys and values in front of each of the six attention layers;
+- P-Tuning v2 with low-rank matrices beside the prefix: 10 tokens and `lora_r: 2`, as many parameters as LoRA;
 - LoRA of rank 8 on the query and value layers, and the same head;
 - full fine-tuning.
 
@@ -70,15 +71,17 @@ from prefix_adapter.training import Data, Recipe, RecipeError, answer_rows, eval
 
 DATA = Path(__file__).parent / "data"
 SPLITS = ("train", "validation", "test")
-LOGISTIC, PREFIX = "logistic regression", "P-Tuning v2"
+LOGISTIC, PREFIX, BOTH = "logistic regression", "P-Tuning v2", "P-Tuning v2, lora_r=2"
 # For each method the settings of the adapter, its learning rate and the head's.
 METHODS = {
     "head alone": ({"peft_type": "HEAD"}, None, 2e-2),
     PREFIX: ({"num_virtual_tokens": 20}, 1e-1, 2e-2),
+    BOTH: ({"num_virtual_tokens": 10, "lora_r": 2}, 1e-1, 2e-2),
     "LoRA, r=8": ({"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}, 5e-3, 2e-2),
     "full fine-tuning": ({"peft_type": "FULL"}, 2e-4, 2e-2),
 }
-COLORS = dict(zip([LOGISTIC, *METHODS], ["tab:brown", "tab:gray", "tab:blue", "tab:orange", "tab:green"], strict=True))
+TABLEAU = ["tab:brown", "tab:gray", "tab:blue", "tab:purple", "tab:orange", "tab:green"]
+COLORS = dict(zip([LOGISTIC, *METHODS], TABLEAU, strict=True))
 SENTENCES = [
     "book a table for five at Luna Blu at five",
     "give Sydney five euros for the taxi",
@@ -170,10 +173,10 @@ def fit_logistic_regression(args):
 
 def table_of(results):
     """Return the results as a table in Markdown."""
-    lines = ["| method              | test F1 | trained parameters | seconds |", "|---|---|---|---|"]
+    lines = ["| method                | test F1 | trained parameters | seconds |", "|---|---|---|---|"]
     for method, result in results.items():
         f1, parameters, seconds = result["test"]["f1"], result["trained_parameters"], result["seconds"]
-        lines.append(f"| {method:19} | {f1:7.1%} | {parameters:18,} | {seconds:7.0f} |")
+        lines.append(f"| {method:21} | {f1:7.1%} | {parameters:18,} | {seconds:7.0f} |")
     return "\n".join(lines)
 
 

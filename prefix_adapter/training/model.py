@@ -318,8 +318,14 @@ def learning_rates(recipe: Recipe, model: nn.Module) -> tuple[float, float]:
     return rate, head_rate
 
 
-def new_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) with one learning rate for the adapter and one for the head."""
+def new_optimizer(recipe: Recipe, model: nn.Module, fused: bool = False) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) with one learning rate for the adapter and one for the head.
+
+    Args:
+        recipe: the recipe.
+        model: the model.
+        fused: whether to use PyTorch's fused kernel.
+    """
     rate, head_rate = learning_rates(recipe, model)
     groups: dict[str, list[nn.Parameter]] = {"adapter": [], "head": []}
     for name, parameter in trained_parameters(model).items():
@@ -329,7 +335,7 @@ def new_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         for part, parameters in groups.items()
         if parameters
     ]
-    return torch.optim.AdamW(settings, weight_decay=recipe.weight_decay)
+    return torch.optim.AdamW(settings, weight_decay=recipe.weight_decay, fused=fused or None)
 
 
 def _in_head(model: nn.Module, name: str) -> bool:
