@@ -189,9 +189,10 @@ def prefix_card(config: Any, *, mapped: bool = False) -> OwnCard:
         if config.prefix_projection
         else "The prefix is a plain table: there is no MLP to fold, and a prefix cannot be merged into weights."
     )
+    rank = f" with low-rank matrices of rank {config.lora_r}" if config.lora_r else ""
     return adapter_card(
         config.base_model_name_or_path,
-        f"A P-Tuning v2 prefix of {count} virtual token{'' if count == 1 else 's'}",
+        f"A P-Tuning v2 prefix of {count} virtual token{'' if count == 1 else 's'}{rank}",
         f"{note}{peft_code(config, labels, imports='import prefix_adapter', mapped=mapped)}\n\n{fold}",
         labels=None if labels is None or has_default_names(labels) else labels,
         settings={"num_virtual_tokens": count, **settings},

@@ -110,11 +110,12 @@ def test_a_damaged_card_is_an_error_that_names_it_and_stays(tmp_path):
 @pytest.mark.parametrize("kind, auto_class", [("bert", "AutoModelForSequenceClassification"), ("llama", "AutoModel")])
 def test_no_path_and_no_empty_section(kind, auto_class, tmp_path):
     task_type = "SEQ_CLS" if kind == "bert" else None
-    settings = {"task_type": task_type, "layers_to_transform": [0], "strength": 0.5}
+    settings = {"task_type": task_type, "layers_to_transform": [0], "strength": 0.5, "lora_r": 2}
     model = get_peft_model(saved_base(tmp_path, kind, auto_class), PrefixTuningV2Config(**settings))
     model.save_pretrained(tmp_path / "adapter")
     text = (tmp_path / "adapter" / "README.md").read_text()
     assert str(tmp_path) not in text and "`base`" in text
+    assert "A P-Tuning v2 prefix of 20 virtual tokens with low-rank matrices of rank 2 for `base`." in text
     assert "| `layers_to_transform` | `[0]` |" in text and "| `strength` | `0.5` |" in text
     assert "More Information Needed" not in text
     tokens = tokens_of(ModelCard(text).text)
