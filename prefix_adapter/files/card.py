@@ -170,6 +170,24 @@ def find_license(base_model: str | os.PathLike[str]) -> dict[str, str]:
     return licence
 
 
+def config_card(config: PeftConfig, labels: Sequence[str] | None = None) -> OwnCard:
+    """The card of an adapter of another method of PEFT.
+
+    Args:
+        config: Its config.
+        labels: The names of the head's labels, if they are known.
+    """
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    return adapter_card(
+        config.base_model_name_or_path,
+        f"{'An' if kind[0] in 'AEIO' else 'A'} {kind} adapter",
+        peft_code(config, labels),
+        labels=labels,
+        settings=changed_settings(config),
+        task_type=task_type_of(config),
+    )
+
+
 def prefix_card(config: Any, *, mapped: bool = False) -> OwnCard:
     """The card of a prefix adapter.
 

@@ -17,12 +17,10 @@ from ..files.card import (
     PLACE,
     OwnCard,
     adapter_card,
-    changed_settings,
+    config_card,
     new_card,
-    peft_code,
     prefix_card,
     read_card,
-    task_type_of,
     write_card,
 )
 from ..files.markdown import code, file_name, hub_name, link, table, without_paths
@@ -288,8 +286,4 @@ def _card_without_training(folder: Path, recipe: Recipe) -> OwnCard:
         method = "A model that was fine-tuned in full" if kind == "FULL" else "A trained task head"
         return adapter_card(recipe.model, method, _LOAD_WITHOUT_PEFT, labels=labels, of_peft=False)
     config = PeftConfig.from_pretrained(str(folder))
-    if kind == "PREFIX_TUNING_V2":
-        return prefix_card(config)
-    load = peft_code(config, labels)
-    settings, task = changed_settings(config), task_type_of(config)
-    return adapter_card(recipe.model, f"A {kind} adapter", load, labels=labels, settings=settings, task_type=task)
+    return prefix_card(config) if kind == "PREFIX_TUNING_V2" else config_card(config, labels)
