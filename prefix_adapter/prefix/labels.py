@@ -22,6 +22,7 @@ class LabelNames:
         self._config: Any = getattr(model, "config", None)
         self._own: dict[int, str] | None = None
         self._shown: dict[int, str] | None = None
+        self._kept = False
 
     @property
     def own(self) -> list[str]:
@@ -37,7 +38,7 @@ class LabelNames:
         Nothing is written if the number of the names is not that of the model's labels.
         """
         now = getattr(self._config, "id2label", None)
-        if self._shown is not None and now != self._shown:
+        if self._kept or (self._shown is not None and now != self._shown):
             return
         if names is not None and isinstance(now, dict) and len(names) == len(now):
             self._own = self._own or now
@@ -46,6 +47,11 @@ class LabelNames:
         elif self._own is not None:
             self._write(self._own)
             self._own = self._shown = None
+
+    def keep_own(self) -> None:
+        """Keep the base model's own names from now on: where each row has another adapter, no names fit all rows."""
+        self.show(None)
+        self._kept = True
 
     def _write(self, names: dict[int, str]) -> None:
         self._config.id2label = names

@@ -473,6 +473,10 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             adapters = self._get_adapters_of(call.names)
             call.switch(adapters, self._get_rows_of(adapters, call.strengths))
 
+    def keep_base_labels(self) -> None:
+        """Leave the base model's own label names in its config, whichever adapter is active."""
+        self._labels.keep_own()
+
     def _show_labels(self) -> None:
         """Show the label names of the active adapters, if they have the same ones."""
         active = [] if self.disable_adapters else self.active_adapters
