@@ -35,6 +35,7 @@ _PLACEHOLDER = "[More Information Needed]"
 _TRANSFORMERS = "This model card has been automatically generated."
 _VERSIONS = "### Framework versions"
 _HEADING = re.compile("(#{1,6}) |<!-- prefix-adapter: ")
+_LICENSE = ("license", "license_name", "license_link")
 _HIDDEN = ("peft_type", "base_model_name_or_path", "task_type", "inference_mode", "auto_mapping", "peft_version")
 # The longest list of labels in a card, and the largest card of a base model that is read.
 _MAX_LABELS, _MAX_BYTES = 100, 2**20
@@ -88,7 +89,8 @@ def adapter_card(
     if labels:
         shown = ", ".join(code(label, 80) for label in labels[:_MAX_LABELS])
         more = f" and {len(labels) - _MAX_LABELS:,} more" if len(labels) > _MAX_LABELS else ""
-        paragraphs += ["## Labels", f"The head has {len(labels):,} labels, in this order: {shown}{more}."]
+        count = "one label" if len(labels) == 1 else f"{len(labels):,} labels, in this order"
+        paragraphs += ["## Labels", f"The head has {count}: {shown}{more}."]
     if settings:
         rows = [(code(name), code(without_paths(value))) for name, value in settings.items()]
         paragraphs += ["## Settings", table(["setting", "value"], rows)]
@@ -308,20 +310,21 @@ def write_card(path: Path, ours: OwnCard, into: ModelCard | None = None) -> Mode
 
 def merge(card: ModelCard, ours: OwnCard) -> None:
     """Write our parts and metadata into a card. The user's text stays."""
-    rest, known = card.text, set()
+    rest = card.text
     for name in ours.parts:
-        start, end = re.escape(_start(name)), re.escape(_end(name))
-        rest, count = re.subn(rf"(?ms)^({start})\r?$.*?^{end}\r?$", r"\1", rest, count=1)
-        known |= {name} if count else set()
+        start, end = (rf"^{re.escape(mark)}\r?$" for mark in (_start(name), _end(name)))
+        # A mark that has lost its end is the user's text, and so is what follows it up to the next one.
+        rest = re.sub(rf"(?ms){start}(?:(?!{start}).)*?{end}", _place(name), rest, count=1)
     rest = without_template(rest)
     # A title of the user's own stays the only one.
     title = "" if re.search("(?m)^# ", rest) else f"# {ours.title}\n\n"
     for name, part in ours.parts.items():
-        text = f"{_start(name)}\n\n{title}{part}\n\n{_end(name)}"
-        rest = rest.replace(_start(name), text, 1) if name in known else f"{rest.rstrip()}\n\n{text}\n"
+        if _place(name) not in rest:
+            rest = f"{rest.rstrip()}\n\n{_place(name)}"
+        rest = rest.replace(_place(name), f"{_start(name)}\n\n{title}{part}\n\n{_end(name)}", 1)
         title = ""
     # PEFT drops the final line break whenever it rewrites a card.
-    card.text = f"\n{rest.strip()}\n"
+    card.text = "\n" + rest.lstrip("\r\n").rstrip() + "\n"
     _merge_data(card.data, ours.data)
 
 
@@ -374,6 +377,10 @@ def _start(name: str) -> str:
     return f"<!-- prefix-adapter: {name} (generated; text outside of this part is kept) -->"
 
 
+def _place(name: str) -> str:
+    return f"<!-- prefix-adapter: place of {name} -->"
+
+
 def _end(name: str) -> str:
     return f"<!-- prefix-adapter: end of {name} -->"
 
@@ -385,8 +392,10 @@ def _merge_data(data: Any, ours: Mapping[str, Any]) -> None:
         data["base_model"] = None
     # PEFT names the base model in a tag, be it a path or not.
     tags = [tag for tag in tags if not tag.startswith("base_model:adapter:") or hub_name(tag.split(":", 2)[2])]
-    has_license = data.get("license") is not None
+    kept = [name for name in (*_LICENSE, "pipeline_tag") if data.get("license" if name in _LICENSE else name)]
     for name, value in ours.items():
-        if value is not None and name != "tags" and not (has_license and name.startswith("license")):
-            data[name] = value
+        if value is None or name in (*kept, "tags"):
+            continue
+        earlier = data.get(name)
+        data[name] = sorted({*earlier, *value}) if isinstance(value, list) and isinstance(earlier, list) else value
     data["tags"] = sorted({*tags, *ours["tags"]})

@@ -90,9 +90,19 @@ def test_parts_are_replaced_in_their_places_and_the_rest_stays():
     assert card.data.tags == ["a", "b"] and card.data.license == "mit"
     # A part without its end is the user's text from now on: nothing of it is lost.
     card.text = card.text.replace("<!-- prefix-adapter: end of one -->", "")
-    merge(card, OwnCard("Other", {"tags": []}, {"one": "fourth"}))
-    assert "third" in card.text and "Between.\n" in card.text and "fourth" in card.text
-    assert card.text.count("\n# ") == 1
+    for number in ("fourth", "fifth", "sixth"):
+        merge(card, OwnCard("Other", {"tags": []}, {"one": number}))
+        assert "third" in card.text and "Between.\n" in card.text and card.text.count("\n# ") == 1
+        assert [word for word in ("fourth", "fifth", "sixth") if word in card.text] == [number]
+
+
+def test_metadata_of_a_user_stays():
+    card = ModelCard("---\npipeline_tag: text-ranking\ndatasets: [a]\nlanguage: de\n---\n\n    code\n\nWords.\n")
+    merge(card, OwnCard("T", {"tags": ["x"], "pipeline_tag": "text-generation", "datasets": ["b"]}, {"one": "1"}))
+    assert card.data.to_dict() == {
+        "pipeline_tag": "text-ranking", "datasets": ["a", "b"], "language": "de", "tags": ["x"],
+    }  # fmt: skip
+    assert card.text.startswith("\n    code\n\nWords.\n\n<!--")
 
 
 def test_a_damaged_card_is_an_error_that_names_it_and_stays(tmp_path):
