@@ -210,6 +210,7 @@ def training_part(recipe: Recipe, results: dict[str, Any], curve: bool) -> str:
     """
     data = recipe.data
     source = link(data.path, "datasets/") if data.path else "files"
+    parts = [data.name, data.train] if data.path and data.name else [file_name(data.train)]
     settings = {
         "task": recipe.task,
         "adapter": yaml.safe_dump(without_paths(recipe.adapter), default_flow_style=True, width=2**31).strip(),
@@ -230,7 +231,7 @@ def training_part(recipe: Recipe, results: dict[str, Any], curve: bool) -> str:
         for split, values in tables.items()
     ]
     return _TRAINING.format(
-        description=f"Trained on {rows['train']:,} rows of {source} ({code(file_name(data.train))}), "
+        description=f"Trained on {rows['train']:,} rows of {source} ({', '.join(map(code, parts))}), "
         f"validated on {rows['validation']:,}" + (f" and tested on {rows['test']:,}." if "test" in rows else "."),
         settings=table(["setting", "value"], [(name, code(value, 1000)) for name, value in settings.items()]),
         steps=results["steps"],

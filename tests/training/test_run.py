@@ -13,8 +13,8 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from prefix_adapter import PeftModel
-from prefix_adapter.training import Data, Recipe, RecipeError, evaluate_adapter, train
+from prefix_adapter import PeftModel, PrefixTuningV2Config
+from prefix_adapter.training import Data, Recipe, RecipeError, evaluate_adapter, reports, train
 
 
 def recipe(base, topics, output, **changes) -> Recipe:
@@ -71,6 +71,42 @@ def _check_card(path, results, folders):
     for split, count in (("validation", 19), ("test", 11)):
         (values,) = [row[2:] for row in rows if row[:2] == [split, str(count)]]
         assert list(map(float, values)) == pytest.approx([results[split][name] for name in names], abs=1e-4)
+
+
+@pytest.mark.parametrize("path", ["user/data", "{folder}/a `b` | <c>", "no\x1b[2J name"])
+def test_the_card_names_the_data_set(tmp_path, path):
+    """A data set of the Hub is linked, and other names neither show a path nor break the card."""
+    path = path.format(folder=tmp_path)
+    made = Recipe(
+        task="sequence-classification",
+        model="user/base",
+        output_dir=tmp_path / "out",
+        data=Data(path=path, name="part", train="train[:9]", validation="dev", columns={"text": "a|b"}),
+        adapter={"num_virtual_tokens": 4, "modules_to_save": ["x|`y`"]},
+        labels=["a|b", "`", "<b>"],
+    )
+    results = {
+        "validation": {"loss": 0.5, "accuracy": 0.75}, "metric": "accuracy", "epochs": 2.0, "trained_parameters": 1234,
+        "learning_rates": [0.03, 0.02], "max_length": 16, "rows": {"train": 1200, "validation": 7}, "best_step": 3,
+        "steps": 4, "mixed_precision": "no", "versions": {"torch": "2"},
+    }  # fmt: skip
+    named = {"label_names": made.labels, "base_model_name_or_path": "user/base"}
+    PrefixTuningV2Config(task_type="SEQ_CLS", **named).save_pretrained(tmp_path)
+    reports.write_run_card(tmp_path, made, results)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.datasets == (["user/data"] if path == "user/data" else None)
+    assert card.data.base_model == "user/base" and str(tmp_path) not in card.content and "\x1b" not in card.content
+    tokens = MarkdownIt("commonmark").enable("table").parse(card.text)
+    assert len([token for token in tokens if token.type == "html_block"]) == 4  # the comments around our parts
+    inline = [child for token in tokens for child in token.children or ()]
+    links = [child.attrs["href"] for child in inline if child.type == "link_open"]
+    assert ("https://huggingface.co/datasets/user/data" in links) == (path == "user/data")
+    assert not [child for child in inline if child.type == "html_inline"]
+    assert {"a|b", "`", "<b>", "part", "train[:9]"} <= {
+        child.content for child in inline if child.type == "code_inline"
+    }
+    assert ["validation", "7", "0.5000", "0.7500"] in table_rows(card.text)
+    assert "Trained on 1,200 rows" in card.text and "curve.png" not in card.text
 
 
 def table_rows(text):
