@@ -131,10 +131,14 @@ def _evaluate(options: Any) -> None:
 
 
 def _predict(options: Any) -> None:
-    """Predict the rows of a JSONL file of any size.
+    """Predict the rows of a file of any size.
 
-    Each row is written with its prediction added. The recipe in the adapter's folder is untrusted: only harmless
-    settings are read from it. Use --config to name a recipe that you trust.
+    Files are CSV (.csv, .tsv), Parquet (.parquet), or JSON lines. Each row is written with its prediction added.
+
+      prefix-adapter predict runs/topics reviews.csv answered.csv --bad_rows skip
+
+    The recipe in the adapter's folder is untrusted: only harmless settings are read from it. Use --config to name a
+    recipe that you trust.
     """
     from .training.inference import predict
 
@@ -144,6 +148,8 @@ def _predict(options: Any) -> None:
         options.target,
         chunk_size=options.chunk_size,
         device=options.device,
+        bad_rows=options.bad_rows,
+        progress=True,
         **_inference_options(options),
     )
     print(f"{count} rows answered.", file=sys.stderr)
@@ -289,14 +295,16 @@ def _evaluate_arguments(parser: Any) -> None:
         "test if the run has test rows, else validation.",
     )
     parser.add_argument(
-        "--predictions", metavar="FILE", help="Write the rows with their predictions to this JSONL file."
+        "--predictions",
+        metavar="FILE",
+        help="Write the rows with their predictions to this file (.csv, .tsv, .parquet, or JSON lines).",
     )
     _overwrite_argument(parser, "the file of predictions")
 
 
 def _predict_arguments(parser: Any) -> None:
     _inference_arguments(parser)
-    parser.add_argument("source", help="File with one JSON object per line; - for standard input.")
+    parser.add_argument("source", help="File of rows; - for JSON lines from standard input.")
     parser.add_argument("target", help="File for the rows with `prediction` added; - for standard output.")
     parser.add_argument(
         "--chunk_size",
@@ -307,6 +315,12 @@ def _predict_arguments(parser: Any) -> None:
     )
     parser.add_argument(
         "--device", help="Device to compute on, such as cuda:1 or cpu (default: a GPU if there is one)."
+    )
+    parser.add_argument(
+        "--bad_rows",
+        choices=["stop", "skip"],
+        default="stop",
+        help="What to do at a row that cannot be read or answered: stop, or leave it out (default: %(default)s).",
     )
     _overwrite_argument(parser, "the target")
 

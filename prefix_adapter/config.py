@@ -17,7 +17,8 @@ from peft.utils import CONFIG_NAME
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from .backbone.attention import ENTRY_POINTS, KINDS, EntryPoint
-from .files.card import replace_pickle, write_model_card
+from .files.card import has_default_names, save_prefix_card
+from .files.pickled import replace_pickle
 from .files.source import AdapterSource, read_json
 from .messages import shorten
 from .private import running_config_read
@@ -68,11 +69,15 @@ def _check_bool(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be True or False, got {shorten(value)}.")
 
 
+def _has_control_characters(text: str) -> bool:
+    return any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
+
+
 def _check_text(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, (str, os.PathLike)):
         raise ValueError(f"`{name}` must be a string, got {shorten(value)}.")
     # PEFT and transformers print these texts, and a terminal executes control characters.
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in str(value)):
+    if _has_control_characters(str(value)):
         raise ValueError(f"`{name}` must not have control characters, got {shorten(str(value))}.")
 
 
@@ -127,6 +132,9 @@ class PrefixTuningV2Config(PeftConfig):
             `prefix_adapter.set_strength` changes it, and `prefix_adapter.use_strength` sets it for some calls.
         modules_to_save (`list[str]`, *optional*):
             Modules besides the prefix that are trained and saved, a task head for instance.
+        label_names (`list[str]`, *optional*):
+            The names of the labels of the adapter's task head, in their order. By default those of the base model
+            when the adapter is made. While the adapter is active, they are the `id2label` of the model's config.
         prefix_layout (`str`, *optional*):
             Layers, heads and head sizes that the prefix was made for. It is written when an adapter is saved, and
             compared with the model when the adapter is loaded: 6 layers of 768 have as many columns as 12 of 384.
@@ -175,12 +183,16 @@ class PrefixTuningV2Config(PeftConfig):
     modules_to_save: Optional[list[str]] = field(
         default=None, metadata={"help": "Modules besides the prefix that are trained and saved."}
     )
+    label_names: Optional[list[str]] = field(
+        default=None, metadata={"help": "The names of the task head's labels; the base model's by default."}
+    )
     prefix_layout: Optional[str] = field(
         default=None, metadata={"help": "The layers that the prefix was made for; written when an adapter is saved."}
     )
 
     def __post_init__(self) -> None:
         self._layouts: set[str] = set()
+        self._base_labels: set[tuple[str, ...]] = set()
         reading = running_config_read()
         self.source = reading and AdapterSource.of(*reading)
         try:
@@ -218,6 +230,7 @@ class PrefixTuningV2Config(PeftConfig):
         self._check_layers()
         self._check_names("target_attention", KINDS)
         self._check_names("modules_to_save", None)
+        self._check_names("label_names", None)
         _check_bool("inference_mode", self.inference_mode)
         for name in ("prefix_layout", "base_model_name_or_path", "revision", "peft_version"):
             _check_text(name, getattr(self, name))
@@ -280,10 +293,27 @@ class PrefixTuningV2Config(PeftConfig):
             )
         self._layouts.add(layout)
 
+    def note_base_labels(self, names: Sequence[str]) -> None:
+        """Remember the names of the labels of a model with the adapter, for saving, if a config can have them."""
+        if all(name and not _has_control_characters(name) for name in names):
+            self._base_labels.add(tuple(names))
+
     def to_dict(self) -> dict[str, Any]:
-        """The fields, with the layout of the model with the adapter (`None` if several models share the config)."""
+        """The fields, with layout and labels of the model with the adapter (`None` if several share the config)."""
         layout = next(iter(self._layouts)) if len(self._layouts) == 1 else None
-        return {**super().to_dict(), "prefix_layout": self.prefix_layout or layout}
+        labels = next(iter(self._base_labels)) if len(self._base_labels) == 1 else None
+        classifies = self.task_type in ("SEQ_CLS", "TOKEN_CLS") or (self.task_type is None and self.modules_to_save)
+        # Every model of transformers has two labels if nobody sets their number.
+        if labels and (not classifies or (self.task_type is None and has_default_names(labels))):
+            labels = None
+        modules = self.modules_to_save
+        return {
+            **super().to_dict(),
+            # PEFT adds the task heads whenever an adapter is loaded.
+            "modules_to_save": modules and list(dict.fromkeys(modules)),
+            "prefix_layout": self.prefix_layout or layout,
+            "label_names": self.label_names or (labels and list(labels)),
+        }
 
     @classmethod
     def from_pretrained(
@@ -340,14 +370,16 @@ class PrefixTuningV2Config(PeftConfig):
         return DUMMY_TARGET_MODULES
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and explain in the model card beside it how to load the adapter.
+        """Write `adapter_config.json`, and describe the adapter in the model card beside it.
+
+        The card's text outside of our part stays.
 
         Args:
             save_directory: The folder; created if it does not exist.
             **kwargs: Arguments of `PeftConfig.save_pretrained`.
 
         Raises:
-            ValueError: If `save_directory` is a file.
+            ValueError: If `save_directory` is a file, or the card there is damaged.
             OSError: If a file cannot be written; existing files are then unchanged.
         """
         if os.path.isfile(save_directory):
@@ -360,4 +392,4 @@ class PrefixTuningV2Config(PeftConfig):
         with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as scratch:
             super().save_pretrained(scratch, **kwargs)
             os.replace(Path(scratch, CONFIG_NAME), folder / CONFIG_NAME)
-        write_model_card(folder, self.num_virtual_tokens, self.task_type, self.base_model_name_or_path)
+        save_prefix_card(folder, self, by_peft="auto_mapping_dict" in kwargs)

@@ -16,6 +16,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from ..config import PrefixTuningV2Config
+from ..files.card import CARD, config_card, write_card
 from ..files.check import find_misfits
 from ..files.contents import shapes_of
 from .saved import AnyPath
@@ -176,3 +178,6 @@ def write_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
     # PEFT has added its own names of heads to the given ones.
     config.modules_to_save = sorted(set(config.modules_to_save or ())) or None
     model.save_pretrained(str(folder), save_embedding_layers=False)
+    if not isinstance(config, PrefixTuningV2Config):
+        # PEFT's own card is a template that names the base model's folder.
+        write_card(folder / CARD, config_card(config))

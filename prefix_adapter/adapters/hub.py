@@ -7,10 +7,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from ..files.card import CARD, read_card
 from ..messages import shorten
 
 # Files of a training run that are not uploaded.
@@ -25,9 +27,10 @@ def push_to_hub(
     token: str | bool | None = None,
     **kwargs: Any,
 ) -> CommitInfo:
-    """Upload the adapters of a model, or the folder of a saved adapter, with the model card on how to load them.
+    """Upload the adapters of a model, or the folder of a saved adapter, with their model card.
 
-    `model.push_to_hub` uploads the same weights, but replaces this model card by one of transformers.
+    `model.push_to_hub` uploads the same files. The adapters of a model keep the text that the repository's card has
+    besides ours. The card of a folder replaces that of the repository.
 
     Args:
         adapter: A model wrapped by PEFT, or the folder of a saved adapter. The checkpoints and logs of a training run
@@ -41,7 +44,8 @@ def push_to_hub(
         The commit.
 
     Raises:
-        ValueError: If the folder has no adapter, or has a link to a file outside of it, which would be uploaded.
+        ValueError: If the folder has no adapter, or has a link to a file outside of it, which would be uploaded; or if
+            the card in the repository is damaged.
         huggingface_hub.errors.HfHubHTTPError: If the Hub rejects the upload.
 
     Example:
@@ -55,11 +59,34 @@ def push_to_hub(
         if isinstance(adapter, (str, os.PathLike)):
             folder = Path(adapter)
             _check_folder(folder)
-        else:
-            adapter.save_pretrained(scratch)
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if not isinstance(adapter, (str, os.PathLike)):
+            published = _published_card(api, repo_id, options.get("revision"))
+            if published is not None:
+                published.save(folder / CARD)
+            adapter.save_pretrained(scratch)
+            if published is not None:
+                _restore_tags(folder / CARD, published)
         return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
+
+
+def _published_card(api: HfApi, repo_id: str, revision: str | None) -> ModelCard | None:
+    """The card of a repository; `None` if it has none."""
+    try:
+        path = api.hf_hub_download(repo_id, CARD, revision=revision)
+    except (EntryNotFoundError, RevisionNotFoundError):
+        return None
+    return read_card(Path(path).resolve())
+
+
+def _restore_tags(path: Path, published: ModelCard) -> None:
+    """Add the tags that a card had before PEFT replaced them."""
+    card = read_card(path)
+    if card is not None:
+        own = [tag for tag in published.data.get("tags") or () if not str(tag).startswith("base_model:")]
+        card.data["tags"] = sorted({*own, *(card.data.get("tags") or ())})
+        card.save(path)
 
 
 def _check_folder(folder: Path) -> None:

@@ -37,6 +37,7 @@ class LoadedAdapter:
         num_bytes: The bytes of its prefix and task head in memory.
         num_labels: The number of outputs of its task head; `None` without one.
         task_type: PEFT's task type in its config.
+        label_names: The names of the labels of its task head, in their order; `None` if its config has none.
 
     Example:
         ```python
@@ -48,6 +49,7 @@ class LoadedAdapter:
     num_bytes: int
     num_labels: int | None
     task_type: str | None
+    label_names: tuple[str, ...] | None = None
 
 
 class AdapterPool:
@@ -215,6 +217,7 @@ class AdapterPool:
         try:
             if self._peft_model is None:
                 self._peft_model = PeftModel.from_pretrained(self.model, str(folder), name, torch_device=device)
+                self._tuner.prefix_layer.keep_base_labels()
             else:
                 self._peft_model.load_adapter(str(folder), name, torch_device=device)
         except ValueError as error:
@@ -226,7 +229,8 @@ class AdapterPool:
             self._tuner.fold_adapter(name)
         self._peft_model.eval()
         sizes = [p.numel() * p.element_size() for key, p in self.model.named_parameters() if f".{name}." in key]
-        return LoadedAdapter(name, sum(sizes), num_labels, task)
+        names = None if config.label_names is None else tuple(config.label_names)
+        return LoadedAdapter(name, sum(sizes), num_labels, task, names)
 
     def _check_bound(self, adapter: AnyPath, unit: str, number: int, bound: str) -> None:
         limit = getattr(self, bound)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import PrefixTuningV2Config
+from ..files.card import changed_settings, task_type_of
 from ..files.check import find_misfits, read_weights
 from ..files.contents import SAVED_ROOT, shapes_of
 from ..files.source import AdapterSource, open_weights, read_header, read_json
@@ -50,8 +51,7 @@ class SavedAdapter(Generic[ConfigT]):
     @property
     def task_type(self) -> str | None:
         """PEFT's task type as plain text."""
-        task = self.config.task_type
-        return task and str(getattr(task, "value", task))
+        return task_type_of(self.config)
 
     @cached_property
     def weights_path(self) -> Path:
@@ -215,13 +215,7 @@ def describe_adapter(adapter: AnyPath, revision: str | None = None) -> dict[str,
     parameters = {"prefix": 0, "other": 0}
     for name, (shape, _) in header.items():
         parameters["prefix" if name.startswith(PREFIX_ROOT) else "other"] += math.prod(shape)
-    defaults = type(config)().to_dict()
-    hidden = ("peft_type", "base_model_name_or_path", "task_type", "inference_mode", "auto_mapping", "peft_version")
-    settings = {
-        name: sorted(value, key=str) if isinstance(value, set) else value
-        for name, value in config.to_dict().items()
-        if name not in hidden and value != defaults.get(name)
-    }
+    settings = changed_settings(config)
     if isinstance(config, PrefixTuningV2Config):
         settings = {"num_virtual_tokens": config.num_virtual_tokens, **settings}
     return {

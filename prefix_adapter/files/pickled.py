@@ -3,7 +3,7 @@
 `torch.load(weights_only=True)` runs no code, but it allocates any memory that a file requests: a file of 2 KB can
 request 12 GB, with tensors that repeat one number, compressed records, or functions that make a tensor of any size.
 This module first reads the pickle without calling the functions that it names, so that each tensor is only described.
-torch reads the file after the descriptions have been checked.
+torch reads the file after the descriptions have been checked. Weights that PEFT has just pickled are rewritten.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import io
 import math
 import pickle
 import pickletools
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..messages import shorten
@@ -138,6 +141,28 @@ def _read(path: Path, read: Callable[[Path], Any]) -> Any:
             f"{path} cannot be read: damaged, older than PyTorch 1.6, or with objects other than tensors, which could "
             f"run any code. {shorten(str(error))}"
         ) from error
+
+
+def replace_pickle(folder: Path) -> None:
+    """Rewrite weights that `save_pretrained(safe_serialization=False)` has just pickled as safetensors.
+
+    This package reads no pickled adapters, because a pickle can run code.
+
+    Raises:
+        OSError: If the safetensors file cannot be written; the pickle is then still there.
+    """
+    pickled, safe = folder / WEIGHTS_NAME, folder / SAFETENSORS_WEIGHTS_NAME
+    if not pickled.is_file() or (safe.exists() and safe.stat().st_mtime_ns > pickled.stat().st_mtime_ns):
+        return
+    tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+    # Tied embeddings share their memory, which safetensors rejects.
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, safe, metadata={"format": "pt"})
+    pickled.unlink()
+    warnings.warn(
+        f"`safe_serialization=False`: the adapter was written to {SAFETENSORS_WEIGHTS_NAME} nevertheless. "
+        f"{WEIGHTS_NAME} is a pickle, which can run code when it is read, and this package does not read it.",
+        stacklevel=4,
+    )
 
 
 def _describe(path: Path) -> Any:

@@ -29,6 +29,7 @@ from .batch import AdapterInfo, BatchPlanner
 from .encoder import EncoderSizes, PrefixEncoder
 from .heads import remove_heads
 from .hooks import ModelHooks, forget_graphs, get_text_config
+from .labels import LabelNames
 from .loading import PendingLoad, check_adapter_file
 from .low_rank import LowRankHooks
 from .names import PREFIX
@@ -86,6 +87,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self.configs: dict[str, Any] = {}
         # PEFT's `disable_input_dtype_casting` sets this in every tuner layer. A prefix has no input.
         self.cast_input_dtype_enabled = True
+        self._labels = LabelNames(model)
         self._calls = RunningCalls()
         self._values = PrefixValues(containers, self._adapters)
         self._planner = BatchPlanner(self.targets, self._adapters)
@@ -188,6 +190,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             )
         slots = select_slots(self.model, self._found, config)
         config.check_layout(type(self.model).__name__, describe_slots(slots), self.unreached)
+        config.note_base_labels(self._labels.own)
         columns = dict(zip(slots, _slices([slot.shape.columns for slot in slots]), strict=True))
         end = columns[slots[-1]].stop
         self.check_strengths([config.strength], columns)
@@ -316,9 +319,10 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
                 delattr(model, name)
 
     def remove_hooks(self) -> None:
-        """Remove all hooks from the model."""
+        """Remove all hooks from the model, and give its config the base model's own label names."""
         self._low_rank.remove()
         self._hooks.remove()
+        self._labels.show(None)
 
     # ---- Loading
 
@@ -428,11 +432,13 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         """Set the active adapters, as PEFT does. Running calls of other threads keep theirs."""
         super().set_adapter(adapter_names, inference_mode)
         self._switch_calls()
+        self._show_labels()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off, as PEFT does. Running calls of other threads keep theirs."""
         super().enable_adapters(enabled)
         self._switch_calls()
+        self._show_labels()
 
     def check_unused(self, adapter_name: str) -> None:
         """Check that no running call, of any thread, uses an adapter that is about to be deleted.
@@ -466,6 +472,17 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         for call in self._calls.list_of_thread():
             adapters = self._get_adapters_of(call.names)
             call.switch(adapters, self._get_rows_of(adapters, call.strengths))
+
+    def keep_base_labels(self) -> None:
+        """Leave the base model's own label names in its config, whichever adapter is active."""
+        self._labels.keep_own()
+
+    def _show_labels(self) -> None:
+        """Show the label names of the active adapters, if they have the same ones."""
+        active = [] if self.disable_adapters else self.active_adapters
+        names = [getattr(self.configs.get(name), "label_names", None) for name in active]
+        found = [each for each in names if each is not None]
+        self._labels.show(found[0] if found and all(each == found[0] for each in found) else None)
 
     def _begin_forward(self) -> list[Row]:
         """Prepare the layer for a forward, and return the adapters of each row.

@@ -16,6 +16,8 @@ import pyarrow
 from pyarrow import csv
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .recipe import Data
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": None, ".tsv": None, ".parquet": "parquet"}
@@ -117,28 +119,57 @@ def _read_csv(path: str, delimiter: str) -> datasets.Dataset:
             same name.
     """
 
-    def options(names: list[str]) -> dict[str, Any]:
-        return {
-            # Errors name the row only without threads. A row must fit into a block.
-            "read_options": csv.ReadOptions(use_threads=False, block_size=2**26),
-            "parse_options": csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            "convert_options": csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pyarrow.string()),
-                null_values=[""],
-                strings_can_be_null=True,
-                quoted_strings_can_be_null=True,
-            ),
-        }
-
-    with csv.open_csv(path, **options([])) as reader:
-        names = reader.schema.names
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"there are two columns {name!r}")
-    table = csv.read_csv(path, **options(names))
+    names = csv_columns(path, delimiter)
+    table = csv.read_csv(path, **csv_options(delimiter, names))
     if not table.num_rows:
         raise ValueError("corresponds to no data")
     return datasets.Dataset(table)
+
+
+def csv_columns(path: str, delimiter: str, on_bad_row: Callable[[Any], str] | None = None) -> list[str]:
+    """The names of the columns of a CSV file.
+
+    Args:
+        path: The file.
+        delimiter: The character between two cells.
+        on_bad_row: See `csv_options`.
+
+    Raises:
+        ValueError: If two columns have the same name.
+    """
+    with csv.open_csv(path, **csv_options(delimiter, [], on_bad_row=on_bad_row)) as reader:
+        names: list[str] = reader.schema.names
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"there are two columns {name!r}")
+    return names
+
+
+def csv_options(
+    delimiter: str, names: list[str], kind: Any = None, on_bad_row: Callable[[Any], str] | None = None
+) -> dict[str, Any]:
+    """The options with which pyarrow reads each cell of a CSV file as text, and an empty cell as `None`.
+
+    Args:
+        delimiter: The character between two cells.
+        names: The names of the columns.
+        kind: The type of the columns; text by default.
+        on_bad_row: Called with each row that has more or fewer cells than the header (`pyarrow.csv.InvalidRow`). It
+            returns `"skip"` or `"error"`; by default such a row is an error.
+    """
+    return {
+        # Errors name the row only without threads. A row must fit into a block.
+        "read_options": csv.ReadOptions(use_threads=False, block_size=2**26),
+        "parse_options": csv.ParseOptions(
+            delimiter=delimiter, newlines_in_values=True, invalid_row_handler=on_bad_row
+        ),
+        "convert_options": csv.ConvertOptions(
+            column_types=dict.fromkeys(names, kind or pyarrow.string()),
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=True,
+        ),
+    }
 
 
 def _csv_options(builder: Any, split: str) -> dict[str, Any]:

@@ -11,20 +11,22 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel
+from tqdm.auto import tqdm
 
 from ..files.source import AdapterSource
 from . import checkpoint, outputs
 from .adapter_recipe import load_adapter_recipe
+from .answer_files import AnswerLines, FoundRow, RowSource, file_type, open_answers, open_rows
 from .data import DataError, divide, load_rows
 from .evaluation import answer_rows, evaluate
 from .files import atomic_write, check_new, fsync_path
 from .loop import training_accelerator
 from .model import load_base, load_tokenizer, wrap
-from .recipe import NO_ADAPTER, Recipe, RecipeError, load_recipe
+from .recipe import NO_ADAPTER, Recipe, RecipeError, load_recipe, say
 from .tasks import TASK_CLASSES
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from .tasks import Task
 
 _SPLITS = ("test", "validation", "train")
+_SHOWN_ROWS = 10  # the bad rows that are named
 PARTIAL = ".partial"
 """The suffix of an output file of `predict` until all rows are answered."""
 
@@ -137,7 +140,7 @@ def evaluate_adapter(
         model: The base model, a folder or a name on the Hub; by default that of the recipe.
         revision: The revision of the adapter on the Hub.
         batch_size: Features per forward pass; by default the recipe's `eval_batch_size`.
-        predictions: A JSONL file to write the rows with their predictions to.
+        predictions: A file to write the rows with their predictions to: .csv, .tsv, .parquet, or JSON lines.
         overwrite: Whether an existing file `predictions` is replaced.
         config: A recipe that you trust. It replaces the recipe in the adapter's folder, and all of it is used.
         trust_remote_code: Whether to run Python code from the base model's repository.
@@ -158,6 +161,7 @@ def evaluate_adapter(
     if predictions is not None:
         if data is not None and data not in _SPLITS:
             _check_not_source(data, Path(predictions))
+        _check_target(predictions)
         check_new(Path(predictions), overwrite)
     recipe, task, trained = load_trained(adapter, model, revision, config=config, trust_remote_code=trust_remote_code)
     if (data is None or data in _SPLITS) and config is None and not os.path.isdir(adapter):
@@ -183,9 +187,13 @@ def evaluate_adapter(
         if predictions is not None and accelerator.is_main_process:
             target = Path(os.path.realpath(predictions))
             target.parent.mkdir(parents=True, exist_ok=True)
+            kind = file_type(predictions)
             with atomic_write(target) as scratch, scratch.open("wb") as out:
-                for row, answer in zip(rows, answers, strict=True):
-                    out.write(_json_line({**row, **answer}))
+                written = open_answers(out, kind, rows.features.arrow_schema, task.answer_types)
+                for start in range(0, len(rows), 1000):
+                    chunk = [rows[index] for index in range(start, min(start + 1000, len(rows)))]
+                    written.write(chunk, answers[start : start + len(chunk)])
+                written.close()
     metrics = Metrics(found)
     metrics.split, metrics.source, metrics.rows = split, source, len(rows)
     return metrics
@@ -215,35 +223,44 @@ def predict(
     batch_size: int | None = None,
     chunk_size: int = 1000,
     device: str | None = None,
+    bad_rows: Literal["stop", "skip"] = "stop",
+    progress: bool = False,
     overwrite: bool = False,
     config: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
 ) -> int:
-    """Predict the rows of a JSONL file of any size, `chunk_size` rows at a time.
+    """Predict the rows of a file of any size, `chunk_size` rows at a time.
+
+    Files are CSV (.csv, .tsv), Parquet (.parquet), or JSON lines. CSV is read as in training: each cell is a text, an
+    empty cell is missing. In CSV, values that are no texts are written as JSON.
 
     The rows with their predictions are written to `<target>.partial`, which is renamed to `target` when all rows are
     done. After an error the `.partial` file has the predictions for all rows before the row that the error names.
 
     Args:
         adapter: The folder that `train` wrote, or the name of the adapter on the Hub.
-        source: A file with one JSON object per line, or `-` for standard input.
-        target: A file for the same rows with `prediction` (and, for some tasks, more) added, or `-` for standard
-            output.
+        source: A file of rows; CSV and JSON lines may be compressed (.gz). `-` for JSON lines from standard input.
+        target: A file for the same rows with `prediction` (and, for some tasks, more) added, or `-` for JSON lines to
+            standard output.
         model: The base model, a folder or a name on the Hub; by default that of the recipe.
         revision: The revision of the adapter on the Hub.
         batch_size: Features per forward pass; by default the recipe's `eval_batch_size`.
         chunk_size: Number of rows that are read and predicted together. Those of similar length share a batch.
         device: The device to compute on; by default a GPU if there is one.
+        bad_rows: Whether a row that cannot be read or answered is an error, or is left out. The first ten rows that
+            are left out are named on standard error, and all are counted.
+        progress: Whether to show a progress bar, if standard error is a terminal.
         overwrite: Whether existing files `target` and `<target>.partial` are replaced.
         config: A recipe that you trust. It replaces the recipe in the adapter's folder, and all of it is used.
         trust_remote_code: Whether to run Python code from the base model's repository.
 
     Returns:
-        The number of rows.
+        The number of answered rows.
 
     Raises:
         RecipeError: If there is no such adapter or no such device.
-        DataError: For the first invalid row, after all rows before it are written; or if `target` is `source`.
+        DataError: For the first invalid row, after all rows before it are written; if the file is damaged or a column
+            is missing; if `target` cannot have the rows; or if it is `source`.
         FileExistsError: If `target` or `<target>.partial` exists and `overwrite` is false.
         OSError: If a file cannot be read or written.
         KeyboardInterrupt: On Ctrl-C. Like the other errors, it says how many rows are written.
@@ -252,9 +269,8 @@ def predict(
         >>> predict("runs/ner", "sentences.jsonl", "tagged.jsonl")
         1000
     """
-    if str(source) != "-" and (not os.path.exists(source) or os.path.isdir(source)):
-        raise DataError(f"There is no file {str(source)!r}.")
-    answers = _AnswerWriter(None if str(target) == "-" else Path(target))
+    rows_in, answers = open_rows(source), _AnswerWriter(None if str(target) == "-" else Path(target))
+    _check_target(target)
     answers.check(source, overwrite)
     recipe, task, trained = load_trained(adapter, model, revision, config=config, trust_remote_code=trust_remote_code)
     try:
@@ -262,8 +278,13 @@ def predict(
         trained.to(place)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without this device
         raise RecipeError(f"`device`: {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    with answers.writing(overwrite), _open_source(source) as lines:
-        rows = _parse_rows(lines, str(source), task, recipe.data.columns)
+    with (
+        rows_in.opened() as found_rows,
+        answers.writing(overwrite, rows_in.schema, task),
+        _bar(rows_in, progress) as bar,
+    ):
+        rows = _CheckedRows(found_rows, str(source), task, recipe.data.columns, skip=bad_rows == "skip")
+        rows.check_columns(rows_in.schema)
         problem: DataError | None = None
         while problem is None:
             chunk: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -277,10 +298,25 @@ def predict(
             names = [name for name in (*task.columns, *task.optional_columns) if name in chunk[0][1]]
             columns: dict[str, list[Any]] = {name: [own[name] for _, own in chunk] for name in names}
             found = answer_rows(task, trained, columns, batch_size or recipe.eval_batch_size, place)
-            answers.write([{**row, **answer} for (row, _), answer in zip(chunk, found, strict=True)])
+            answers.write([row for row, _ in chunk], found)
+            bar.update((rows_in.position if rows_in.total else answers.count) - bar.n)
         if problem is not None:
             raise problem
+    if rows.skipped:
+        say(f"{rows.skipped} bad rows of {source} were left out.")
     return answers.count
+
+
+def _bar(rows: RowSource, progress: bool) -> Any:
+    """A progress bar; without one if standard error is no terminal."""
+    unit = rows.unit if rows.total else "row"
+    disable = None if progress else True
+    return tqdm(total=rows.total, desc="Predicting", unit=unit, unit_scale=True, leave=False, disable=disable)
+
+
+def _check_target(target: str | os.PathLike[str]) -> None:
+    if str(target).endswith(".gz"):
+        raise DataError(f"{target}: answers are not compressed. Leave out .gz, or write to standard output (-).")
 
 
 @dataclass
@@ -294,8 +330,7 @@ class _AnswerWriter:
 
     target: Path | None
     count: int = 0
-    _size: int = 0
-    _file: BinaryIO | None = None
+    _answers: AnswerLines | None = None
 
     @property
     def partial(self) -> Path | None:
@@ -320,16 +355,22 @@ class _AnswerWriter:
                 check_new(path, overwrite)
 
     @contextmanager
-    def writing(self, overwrite: bool) -> Iterator[None]:
+    def writing(self, overwrite: bool, schema: Any, task: Task) -> Iterator[None]:
         """Open the file, and rename it at the end. Errors get a note of how many rows were answered."""
         partial = self.partial
+        file: Any = nullcontext(_StandardOutput())
         if self.target is not None:
             place = partial or self.target
             place.parent.mkdir(parents=True, exist_ok=True)
-            self._file = place.open("wb" if overwrite or partial is None else "xb")
+            file = place.open("wb" if overwrite or partial is None else "xb")
+        answer_type = file_type(self.target or "-")
         try:
-            with self._file or nullcontext():
-                yield
+            with file as opened:
+                self._answers = open_answers(opened, answer_type, schema, task.answer_types)
+                try:
+                    yield
+                finally:
+                    self._answers.close()
             if partial is not None:
                 fsync_path(partial)
                 partial.replace(partial.with_name(partial.name.removesuffix(PARTIAL)))
@@ -342,24 +383,35 @@ class _AnswerWriter:
             raise
         finally:
             if partial is not None and partial.exists():  # not renamed: drop a line that is half written
-                os.truncate(partial, self._size) if self.count else partial.unlink()
+                os.truncate(partial, self._size) if self._size else partial.unlink()
+
+    @property
+    def _size(self) -> int:
+        """The size of the file with all rows that were answered; 0 if there are none, or if they are lost."""
+        return self._answers.size if self._answers is not None and self.count else 0
 
     def _progress(self, partial: Path | None) -> str:
-        where = f": the answers are in {partial}" if partial is not None and self.count else ""
+        where = f": the answers are in {partial}" if partial is not None and self._size else ""
         return f"{self.count} rows were answered before{where}."
 
-    def write(self, rows: list[dict[str, Any]]) -> None:
+    def write(self, rows: list[dict[str, Any]], answers: list[dict[str, Any]]) -> None:
         """Write answered rows."""
-        lines = b"".join(map(_json_line, rows))
-        if self._file is not None:
-            self._file.write(lines)
-            self._file.flush()
-        elif hasattr(sys.stdout, "buffer"):  # UTF-8, whatever the encoding of the terminal
-            sys.stdout.buffer.write(lines)
-            sys.stdout.buffer.flush()
+        assert self._answers is not None
+        self._answers.write(rows, answers)
+        self.count += len(rows)
+
+
+class _StandardOutput:
+    """Standard output as a file of bytes: UTF-8, whatever the encoding of the terminal."""
+
+    def write(self, content: bytes) -> None:
+        if hasattr(sys.stdout, "buffer"):
+            sys.stdout.buffer.write(content)
         else:
-            sys.stdout.write(lines.decode())
-        self.count, self._size = self.count + len(rows), self._size + len(lines)
+            sys.stdout.write(content.decode())
+
+    def flush(self) -> None:
+        sys.stdout.flush()
 
 
 def _check_not_source(source: str | os.PathLike[str], target: Path) -> None:
@@ -368,46 +420,65 @@ def _check_not_source(source: str | os.PathLike[str], target: Path) -> None:
         raise DataError(f"{target} is the file of the rows, which would be lost. Choose another name.")
 
 
-def _json_line(row: dict[str, Any]) -> bytes:
-    """A line of JSON in UTF-8. Half a surrogate pair has no UTF-8 form and is written as an escape."""
-    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+class _CheckedRows(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
+    """The rows of a file that can be answered, each as it is in the file, and with the task's column names.
 
+    Args:
+        rows: the rows of the file.
+        source: the name of the file.
+        task: the task.
+        columns: the names of columns in the file, by the task's names.
+        skip: whether a bad row is left out; otherwise it raises `DataError`.
 
-def _parse_rows(
-    lines: Iterable[str | bytes], source: str, task: Task, columns: dict[str, str]
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Yield each row as it is in the file, and with the task's column names.
-
-    Raises:
-        DataError: For the first line that is not a valid row.
+    Attributes:
+        skipped: the number of rows that were left out.
     """
-    optional: set[str] | None = None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{source}, line {number}: invalid JSON: {error}.") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{source}, line {number}: expected a JSON object, got {row!r:.80}.")
-        own = {**row, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
-        for name, meaning in task.columns.items():
+
+    def __init__(self, rows: Iterator[FoundRow], source: str, task: Task, columns: dict[str, str], skip: bool) -> None:
+        self.rows, self.source, self.task, self.columns, self.skip = rows, source, task, columns, skip
+        self.skipped = 0
+        self._optional: set[str] | None = None
+
+    def check_columns(self, schema: Any) -> None:
+        """Check that a file whose columns are known has those of the task.
+
+        Raises:
+            DataError: If one is missing.
+        """
+        for name, meaning in self.task.columns.items() if schema is not None else ():
+            known = set(schema.names)
+            if not {name, self.columns.get(name, name)} & known:
+                expected = self.columns.get(name, name)
+                raise DataError(f"{self.source} has no column {expected!r} ({meaning}); it has {sorted(known)}.")
+
+    def __next__(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        for found in self.rows:
+            row = found.row
+            own = {**row, **{ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row}}
+            problem = found.problem or self._problem(row, own)
+            if not problem:
+                return row, own
+            text = f"{self.source}, {found.place}: {problem}"
+            if not self.skip:
+                raise DataError(text)
+            self.skipped += 1
+            if self.skipped <= _SHOWN_ROWS:
+                tqdm.write(f"Left out: {text}", file=sys.stderr)
+        raise StopIteration
+
+    def _problem(self, row: dict[str, Any], own: dict[str, Any]) -> str | None:
+        """What is wrong with a row; `None` if it can be answered."""
+        for name, meaning in self.task.columns.items():
             if name not in own:
-                expected = columns.get(name, name)
-                raise DataError(f"{source}, line {number}: {expected!r} is missing ({meaning}); it has {sorted(row)}.")
-        given = {name for name in task.optional_columns if name in own}
-        if optional is None:
-            optional = given
+                return f"{self.columns.get(name, name)!r} is missing ({meaning}); it has {sorted(row)}."
+        given = {name for name in self.task.optional_columns if name in own}
+        optional = given if self._optional is None else self._optional
         if given != optional:
-            raise DataError(
-                f"{source}, line {number}: it has the optional columns {sorted(given)}, but the first row has "
-                f"{sorted(optional)}."
-            )
-        problem = task.problem(own, False) or _surrogate_problem(own, [*task.columns, *given])
-        if problem:
-            raise DataError(f"{source}, line {number}: {problem}")
-        yield row, own
+            return f"it has the optional columns {sorted(given)}, but the first row has {sorted(optional)}."
+        problem = self.task.problem(own, False) or _surrogate_problem(own, [*self.task.columns, *given])
+        if problem is None:
+            self._optional = optional
+        return problem
 
 
 def _surrogate_problem(row: dict[str, Any], names: Iterable[str]) -> str | None:
@@ -418,12 +489,3 @@ def _surrogate_problem(row: dict[str, Any], names: Iterable[str]) -> str | None:
         except UnicodeEncodeError as error:
             return f"{name!r} has {error.object[error.start]!a}, half of a surrogate pair."
     return None
-
-
-@contextmanager
-def _open_source(path: str | os.PathLike[str]) -> Iterator[Iterable[str | bytes]]:
-    if str(path) == "-":
-        yield getattr(sys.stdin, "buffer", sys.stdin)
-    else:
-        with open(path, "rb") as file:
-            yield file

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from ..files.card import CARD
 from ..files.whole import UNFINISHED
 from .distributed import propagate_errors
 from .files import LOCK_FILES, atomic_write, lock_folder
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
 
-RECIPE, METRICS, RESULTS, CURVE, CARD = "recipe.yaml", "metrics.jsonl", "results.json", "curve.png", "README.md"
+RECIPE, METRICS, RESULTS, CURVE = "recipe.yaml", "metrics.jsonl", "results.json", "curve.png"
 CHECKPOINTS, LOGS = "checkpoints", "logs"
 _WEIGHTS = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "trained.safetensors"}
 RUN_FILES = {RECIPE, METRICS, RESULTS, CURVE, CARD, CHECKPOINTS, LOGS, *_WEIGHTS}

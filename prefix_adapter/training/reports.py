@@ -10,16 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig
 
-from ..files.card import write_model_card
+from ..files.card import (
+    CARD,
+    PLACE,
+    OwnCard,
+    adapter_card,
+    config_card,
+    new_card,
+    prefix_card,
+    read_card,
+    write_card,
+)
+from ..files.markdown import code, file_name, hub_name, link, table, without_paths
 from .files import atomic_write, path_in_errors, write_text
-from .outputs import CARD, METRICS
-from .recipe import Recipe, RecipeError
+from .outputs import CURVE, METRICS
+from .recipe import NO_ADAPTER, Recipe, RecipeError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from huggingface_hub import ModelCard
 
 _PIPELINES = {
     "sequence-classification": "text-classification",
@@ -156,90 +167,124 @@ def draw_curve(lines: list[dict[str, Any]], metric: str, best_step: int | None, 
     pyplot.close(figure)
 
 
-_CARD = """
-## Training
+_TRAINING = """## Training
 
 {description}
 
-| setting | value |
-|---|---|
 {settings}
 
 ### Results
 
 Step {best_step} of {steps} has the best {metric} on the validation rows.
 
-| rows | {names} |
-|---|{rules}|
 {results}
-
-![Curves](curve.png)
-
+{curve}
 {origin}
-To predict new rows, run `prefix-adapter predict <this repository or folder> rows.jsonl answers.jsonl`.
+To predict new rows, run `prefix-adapter predict "{place}" rows.jsonl answers.jsonl`.
 
-Versions: {versions}.
-"""
+Versions: {versions}."""
 _SINGLE_RUN = (
     "`recipe.yaml` in this repository repeats the run: `prefix-adapter train --config recipe.yaml --output_dir ...`."
 )
+_LOAD_WITHOUT_PEFT = f"""There is no PEFT adapter in this folder. The package `prefix-adapter` loads its weights:
+
+```bash
+pip install "prefix-adapter[train]"
+```
+
+```python
+from prefix_adapter.training import load_trained
+
+recipe, task, model = load_trained("{PLACE}")
+```"""
 _JOINT_RUN = "The prefix was trained together with other tasks, each of which has its own adapter: {names}."
 
 
-def training_section(recipe: Recipe, results: dict[str, Any]) -> str:
-    """The section of a model card on training: data, settings, metrics and versions."""
+def training_part(recipe: Recipe, results: dict[str, Any], curve: bool) -> str:
+    """The part of a model card on training: data, settings, metrics and versions.
+
+    Args:
+        recipe: the recipe.
+        results: the contents of `results.json`.
+        curve: whether the run has drawn its curve.
+    """
     data = recipe.data
-    source = data.path or "files"
+    source = link(data.path, "datasets/") if data.path else "files"
+    parts = [data.name, data.train] if data.path and data.name else [file_name(data.train)]
     settings = {
         "task": recipe.task,
-        "base model": recipe.model,
-        "adapter": yaml.safe_dump(recipe.adapter, default_flow_style=True, width=2**31).strip(),
+        "adapter": yaml.safe_dump(without_paths(recipe.adapter), default_flow_style=True, width=2**31).strip(),
         "trained parameters": f"{results['trained_parameters']:,}",
         "learning rate (adapter, head)": f"{results['learning_rates'][0]:g}, {results['learning_rates'][1]:g}",
         "schedule": f"{recipe.lr_scheduler_type}, warm-up {recipe.warmup_ratio:g}",
-        "batch size": recipe.batch_size,
+        "batch size": str(recipe.batch_size),
         "epochs": f"{results['epochs']:g}",
-        "maximum length": results["max_length"],
-        "seed": recipe.seed,
+        "maximum length": str(results["max_length"]),
+        "seed": str(recipe.seed),
         "mixed precision": results["mixed_precision"],
     }
-    tables = {"validation": results["validation"], **({"test": results["test"]} if "test" in results else {})}
-    names = list(results["validation"])
     rows, others = results["rows"], results.get("together")
-    return _CARD.format(
-        description=f"Trained on {rows['train']:,} rows of {source} ({os.path.basename(data.train)}), "
+    tables = {split: results[split] for split in ("validation", "test") if split in results}
+    names = list(results["validation"])
+    cells = [
+        [split, f"{rows[split]:,}", *(f"{values.get(name, float('nan')):.4f}" for name in names)]
+        for split, values in tables.items()
+    ]
+    return _TRAINING.format(
+        description=f"Trained on {rows['train']:,} rows of {source} ({', '.join(map(code, parts))}), "
         f"validated on {rows['validation']:,}" + (f" and tested on {rows['test']:,}." if "test" in rows else "."),
-        settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
+        settings=table(["setting", "value"], [(name, code(value, 1000)) for name, value in settings.items()]),
         steps=results["steps"],
         metric="mean score of all tasks" if others else results["metric"],
-        origin=_JOINT_RUN.format(names=", ".join(others)) if others else _SINGLE_RUN,
+        origin=_JOINT_RUN.format(names=", ".join(map(code, others))) if others else _SINGLE_RUN,
         best_step=results["best_step"],
-        names=" | ".join(names),
-        rules="---|" * (len(names) - 1) + "---",
-        results="\n".join(
-            f"| {split} | " + " | ".join(f"{values.get(name, float('nan')):.4f}" for name in names) + " |"
-            for split, values in tables.items()
-        ),
+        results=table(["split", "rows", *names], cells),
+        curve="\n![Loss and metric of each evaluation](curve.png)\n" if curve else "",
+        place=PLACE,
         versions=", ".join(f"{name} {number}" for name, number in results["versions"].items()),
     )
 
 
-def write_card(folder: Path, recipe: Recipe, results: dict[str, Any]) -> None:
-    """Write the model card of an adapter's folder; a prefix adapter gets a section on loading."""
+def write_run_card(folder: Path, recipe: Recipe, results: dict[str, Any]) -> None:
+    """Write the model card of a finished run.
+
+    Args:
+        folder: the folder with the adapter.
+        recipe: the recipe. The user's own text in the card of its output folder, if there is one, stays.
+        results: the contents of `results.json`.
+
+    Raises:
+        RecipeError: if the card in the output folder is damaged (see `read_run_card`).
+        OSError: if the card cannot be written.
+    """
+    ours = _card_without_training(folder, recipe)
     data: dict[str, Any] = {
-        "library_name": "peft",
-        "base_model": None if os.path.isdir(recipe.model) else recipe.model,
+        **ours.data,
         "pipeline_tag": _PIPELINES.get(recipe.task),
-        "datasets": recipe.data.path if recipe.data.path and not os.path.exists(recipe.data.path) else None,
+        "datasets": [dataset] if (dataset := recipe.data.path and hub_name(recipe.data.path)) else None,
         "metrics": sorted(set(results["validation"]) - {"loss"}),
-        "tags": ["prefix-adapter"],
     }
-    name = Path(recipe.output_dir).resolve().name
-    card = ModelCard.from_template(
-        ModelCardData(**data),
-        template_str="---\n{{ card_data }}\n---\n\n# " + name + "\n" + training_section(recipe, results),
-    )
-    card.save(folder / CARD)
-    if recipe.adapter["peft_type"] == "PREFIX_TUNING_V2":
-        config = PeftConfig.from_pretrained(str(folder))
-        write_model_card(folder, config.num_virtual_tokens, config.task_type, config.base_model_name_or_path)
+    parts = {**ours.parts, "training": training_part(recipe, results, (folder / CURVE).is_file())}
+    write_card(folder / CARD, OwnCard(ours.title, data, parts), read_run_card(recipe) or new_card())
+
+
+def read_run_card(recipe: Recipe) -> ModelCard | None:
+    """Read the model card in the output folder of a run; `None` if there is none.
+
+    Raises:
+        RecipeError: if it is damaged.
+    """
+    try:
+        return read_card(Path(recipe.output_dir) / CARD)
+    except ValueError as error:
+        raise RecipeError(f"`output_dir`: {error}") from error
+
+
+def _card_without_training(folder: Path, recipe: Recipe) -> OwnCard:
+    labels = None if recipe.labels is None else [str(label) for label in recipe.labels]
+    kind = recipe.adapter["peft_type"]
+    if kind in NO_ADAPTER:
+        method = "A model that was fine-tuned in full" if kind == "FULL" else "A trained task head"
+        return adapter_card(recipe.model, method, _LOAD_WITHOUT_PEFT, labels=labels, of_peft=False)
+    config = PeftConfig.from_pretrained(str(folder))
+    return prefix_card(config) if kind == "PREFIX_TUNING_V2" else config_card(config, labels)

@@ -249,6 +249,8 @@ class TrainingRun:
         if resume:
             self.check_recipe(*outputs.INFERRED_KEYS)
             reports.read_metrics(self.folder / outputs.METRICS)
+            for recipe in self.recipes.values():
+                reports.read_run_card(recipe)  # The user's text in it stays.
         else:
             earlier = self.earlier_task_folders() if overwrite else ()
             outputs.check_new_output_dir(self.folder, overwrite, earlier)
@@ -365,7 +367,7 @@ def write_adapter(recipe: Recipe, best: Path, lines: list[dict[str, Any]], resul
         recipe.save(export / outputs.RECIPE)
         reports.draw_curve(lines, results["metric"], results["best_step"], export / outputs.CURVE)
         (export / outputs.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        reports.write_card(export, recipe, results)
+        reports.write_run_card(export, recipe, results)
         paths = sorted(export.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name))
         for path in paths:
             path.chmod(0o644)  # safetensors creates files that only their owner can read.

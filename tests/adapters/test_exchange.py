@@ -743,6 +743,9 @@ def test_ours_and_back(kind, task, projection, tmp_path):
     save_ours(tmp_path / "ours", base, task, prefix_projection=projection, **settings)
     export_peft(tmp_path / "ours", tmp_path / "peft")
     assert config_of(tmp_path / "peft")["peft_type"] == "PREFIX_TUNING"
+    for folder in ("ours", "peft"):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert "More Information Needed" not in card and str(tmp_path) not in card and "`num_virtual_tokens`" in card
     check_same(base, kind, task, tmp_path / "ours", tmp_path / "peft")
     import_peft(tmp_path / "peft", tmp_path / "back")
     table = tmp_path / "ours"

@@ -44,6 +44,9 @@ def logits(model):
 """
 PUBLISH = """
 tiny.model("bert", "AutoModelForSequenceClassification").push_to_hub("user/base")
+card = b"---\\nlicense: apache-2.0\\n---\\n"
+HfApi().upload_file(repo_id="user/base", path_in_repo="README.md", path_or_fileobj=card)
+HfApi().hf_hub_download("user/base", "README.md")  # a licence is read from the cache alone
 config = prefix_adapter.PrefixTuningV2Config(num_virtual_tokens=5, prefix_projection=True, task_type="SEQ_CLS")
 model = get_peft_model(load(), config)
 tiny.randomize(model)
@@ -54,6 +57,12 @@ HfApi().create_repo("user/uploaded")
 HfApi().upload_folder(repo_id="user/uploaded", folder_path="saved")
 # Once more, over a card that has our section by now.
 model.push_to_hub("user/uploaded")
+card = "---\\nlicense: mit\\ntags: [mine]\\n---\\n\\n# My adapter\\n\\nWords of mine.\\n"
+for name in ("user/edited", "user/kept"):
+    HfApi().create_repo(name)
+    HfApi().upload_file(repo_id=name, path_in_repo="README.md", path_or_fileobj=card.encode())
+model.push_to_hub("user/edited")
+prefix_adapter.push_to_hub(model, "user/kept")
 torch.save({"base": logits(load()), "adapter": logits(model)}, "published.pt")
 """
 LOAD = """
@@ -118,26 +127,21 @@ def test_loading_from_the_hub_is_exact(published, way):
     assert torch.equal(published.loaded[way], published.published["adapter"])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            "user/pushed",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="transformers' push_to_hub writes a card of its own over the one that save_pretrained wrote, "
-                "whatever the PEFT method, unless the repository has a card",
-            ),
-        ),
-        "user/ours",
-        "user/uploaded",
-    ],
-)
+@pytest.mark.parametrize("name", ["user/pushed", "user/ours", "user/uploaded", "user/edited", "user/kept"])
 def test_card_on_the_hub(published, name):
     card = card_of(published.repos[name])
     assert card.text.count(HEADING) == 1 and "import prefix_adapter\n" in card.text
     assert card.data.library_name == "peft" and card.data.base_model == "user/base"
-    assert "prefix-adapter" in card.data.tags
+    assert {"prefix-adapter", "base_model:adapter:user/base"} <= set(card.data.tags)
+    assert "More Information Needed" not in card.text and "automatically generated" not in card.text
+    edited = name in ("user/edited", "user/kept")
+    assert card.data.license == ("mit" if edited else "apache-2.0") and ("mine" in card.data.tags) == edited
+    # The rest is the same, whoever uploads it.
+    expected = card_of(published.repos["user/ours"]).text
+    if edited:
+        words, title = "\n# My adapter\n\nWords of mine.\n", expected[expected.index("# P-") : expected.index("A P-")]
+        expected = words + expected.replace(title, "")
+    assert card.text == expected
 
 
 @pytest.mark.parametrize("name", ["README.md", "notes/more.txt"])

@@ -97,6 +97,22 @@ def test_generate(folders):
         assert torch.equal(tokens[row], model.generate(input_ids=ids[row : row + 1], **arguments)[0])
 
 
+def test_label_names(tmp_path):
+    """The adapters have their own, and the model keeps those of its own head: each row has another adapter."""
+    names = {"first": ["a", "b", "c"], "second": ["x", "y", "z"]}
+    folders = {key: save(tmp_path / key, "bert", "short", label_names=each) for key, each in names.items()}
+    pool = pool_of("bert")
+    own = dict(pool.model.config.id2label)
+    assert len(own) == 3
+    for _ in range(2):
+        for key, folder in folders.items():
+            assert pool.load(folder).label_names == tuple(names[key])
+            assert pool.model.config.id2label == own
+        for folder in folders.values():
+            pool.remove(folder)
+            assert pool.model.config.id2label == own
+
+
 def test_num_labels_and_bytes(folders):
     pool = pool_of("bert")
     loaded = pool.load(folders / "bert" / "some")

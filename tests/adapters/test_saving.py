@@ -390,6 +390,7 @@ EVERY_FIELD = {
     "strength": 0.5,
     "shift_positions": True,
     "modules_to_save": ["lm_head"],
+    "label_names": ["no", "yes"],
     "prefix_layout": "encoder 0,2: 4x8+4x8; cross 0,2: 4x8+4x8",
     "task_type": "SEQ_2_SEQ_LM",
     "revision": "main",

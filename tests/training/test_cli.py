@@ -47,7 +47,7 @@ def test_from_rows_to_a_folded_adapter(tiny_bert, topics, tmp_path, capsys):
     }
 
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": row["text"]} for row in topic_rows(5)])
-    call(capsys, "predict", out, rows, tmp_path / "answers.jsonl", "--chunk_size", "2")
+    call(capsys, "predict", out, rows, tmp_path / "answers.jsonl", "--chunk_size", "2", "--bad_rows", "skip")
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert {answer["prediction"] for answer in answers} <= {"a", "b"}
     assert len(answers) == 5

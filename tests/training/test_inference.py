@@ -1,5 +1,7 @@
 """Evaluation and prediction with a trained adapter."""
 
+import datetime
+import gzip
 import io
 import json
 import os
@@ -7,6 +9,8 @@ import resource
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import datasets
+import pandas
 import pytest
 import torch
 from conftest import topic_rows, write_rows
@@ -207,6 +211,179 @@ def test_other_columns_may_have_any_text(trained, tmp_path):
     predict(trained, source, tmp_path / "answers.jsonl")
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_bytes().split(b"\n")[:-1]]
     assert [answer["note"] for answer in answers] == [row["note"] for row in rows]
+
+
+# ---- CSV and Parquet, read by `datasets`
+
+READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".jsonl": "json"}
+NOTES = ['a "quoted", note', "two\nlines", "NA", "007", "\U0001f600\ttab", None]
+
+
+def read_answers(path, cache):
+    options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+    if path.suffix in (".csv", ".tsv"):
+        options |= {"keep_default_na": False, "na_values": [""]}
+    return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", cache_dir=cache, **options)
+
+
+def write_source(path, rows):
+    """Write rows with libraries other than those of the package."""
+    table = pandas.DataFrame(rows)
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    elif path.suffix in (".csv", ".tsv"):
+        table.to_csv(path, sep="\t" if path.suffix == ".tsv" else ",", index=False)
+    else:
+        write_rows(path, rows)
+    return path
+
+
+@pytest.mark.parametrize("target", READERS)
+@pytest.mark.parametrize("source", READERS)
+def test_files_of_all_types(trained, tmp_path, source, target):
+    rows = [{"sentence": row["text"], "note": note} for row, note in zip(topic_rows(6, 300), NOTES, strict=True)]
+    given = write_source(tmp_path / f"rows{source}", rows)
+    assert predict(trained, write_rows(tmp_path / "r.jsonl", rows), tmp_path / "expected.jsonl", batch_size=6) == 6
+    expected = [json.loads(line) for line in (tmp_path / "expected.jsonl").read_text().splitlines()]
+    assert predict(trained, given, tmp_path / f"answers{target}", chunk_size=4, batch_size=6) == 6
+    found = read_answers(tmp_path / f"answers{target}", tmp_path / "cache")
+    assert found.column_names == list(expected[0])
+    for column in ("sentence", "note", "prediction"):
+        assert found[column] == [row[column] for row in expected]
+    assert found["probability"] == pytest.approx([row["probability"] for row in expected], abs=1e-5)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_parquet_keeps_the_types_of_its_columns(trained, tmp_path):
+    features = datasets.Features(
+        {
+            "sentence": datasets.Value("string"),
+            "day": datasets.Value("date32"),
+            "kind": datasets.ClassLabel(names=["x", "y"]),
+            "small": datasets.Value("int8"),
+            "words": datasets.List(datasets.Value("string")),
+            "prediction": datasets.Value("int32"),  # of an earlier run
+        }
+    )
+    day = datetime.date(2024, 2, 29)
+    rows = [{"sentence": "w1", "day": day, "kind": 1, "small": 7, "words": ["a"], "prediction": 3}] * 3
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    predict(trained, tmp_path / "rows.parquet", tmp_path / "answers.parquet", chunk_size=2)
+    found = read_answers(tmp_path / "answers.parquet", tmp_path / "cache")
+    for name in ("sentence", "day", "kind", "small", "words"):
+        assert found.features[name] == features[name]
+    assert found[0]["day"] == day and found[0]["prediction"] in ("a", "b") and len(found) == 3
+    predict(trained, tmp_path / "rows.parquet", tmp_path / "answers.jsonl")
+    assert json.loads((tmp_path / "answers.jsonl").read_text().splitlines()[0])["day"] == "2024-02-29"
+
+
+def test_a_compressed_source(trained, tmp_path):
+    for name, content in (("rows.csv.gz", "sentence\nw1\nw42\n"), ("rows.jsonl.gz", '{"sentence": "w1"}\n' * 2)):
+        (tmp_path / name).write_bytes(gzip.compress(content.encode()))
+        assert predict(trained, tmp_path / name, tmp_path / f"{name}.jsonl") == 2
+    with pytest.raises(DataError, match="answers are not compressed"):
+        predict(trained, tmp_path / "rows.csv.gz", tmp_path / "answers.csv.gz")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"sentence": "w1"}\n' * 99)[:-20])
+    with pytest.raises(DataError, match=r"cut\.jsonl\.gz cannot be read as jsonl"):
+        predict(trained, tmp_path / "cut.jsonl.gz", tmp_path / "answers.jsonl")
+
+
+BAD = b'sentence,id\nw1,1\nw42,2\nw1,3,4\n"",5\n"w1 \xff",6\nw41,7\nw1\n'
+
+
+@pytest.mark.parametrize("target", ["answers.csv", "answers.jsonl", "answers.parquet"])
+def test_bad_rows_of_a_csv_file(trained, tmp_path, capsys, target):
+    (tmp_path / "rows.csv").write_bytes(BAD)
+    with pytest.raises(DataError, match=r"rows\.csv, row 3: expected 2 cells, got 3\. 2 rows were answered") as error:
+        predict(trained, tmp_path / "rows.csv", tmp_path / target, chunk_size=1)
+    partial = tmp_path / f"{target}.partial"
+    assert str(partial) in str(error.value)
+    partial.rename(tmp_path / f"partial-{target}")  # the answers so far are a whole file
+    assert read_answers(tmp_path / f"partial-{target}", tmp_path / "cache")["sentence"] == ["w1", "w42"]
+    assert predict(trained, tmp_path / "rows.csv", tmp_path / target, bad_rows="skip", chunk_size=2) == 3
+    assert read_answers(tmp_path / target, tmp_path / "cache")["sentence"] == ["w1", "w42", "w41"]
+    said = [line for line in capsys.readouterr().err.splitlines() if "rows.csv" in line]
+    assert [line.split(": ")[1].split(", ")[1] for line in said[:-1]] == ["row 3", "row 4", "row 5", "row 7"]
+    assert "cells" in said[0] and "missing" in said[1] + "missing" and "UTF-8" in said[2] and "cells" in said[3]
+    assert said[-1] == f"4 bad rows of {tmp_path / 'rows.csv'} were left out."
+
+
+def test_bad_lines_are_left_out(trained, tmp_path):
+    lines = [b'{"sentence": "w1"}', b"{", b"5", b'{"id": 1}', b'{"sentence": " "}', b'{"sentence": "w42"}']
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+    assert predict(trained, tmp_path / "rows.jsonl", tmp_path / "answers.jsonl", bad_rows="skip") == 2
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [row["sentence"] for row in answers] == ["w1", "w42"]
+
+
+@pytest.mark.parametrize("bad_rows", ["stop", "skip"])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", b"text_,id\nw1,1\n", r"rows\.csv has no column 'sentence' \(.*it has \['id', 'text_'\]"),
+        ("rows.csv", b"a,a\nw1,1\n", "there are two columns 'a'"),
+        ("rows.csv", b"", "cannot be read as csv"),
+        ("rows.parquet", b"PAR1 no", "cannot be read as parquet"),
+    ],
+)
+def test_a_damaged_file_is_an_error_whatever_the_flag(trained, tmp_path, name, content, message, bad_rows):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        predict(trained, tmp_path / name, tmp_path / "answers.csv", bad_rows=bad_rows)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_rows_that_do_not_fit_a_table(trained, tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", [{"sentence": "w1", "n": 1}, {"sentence": "w2", "n": 2.5, "more": 1}])
+    for target in ("answers.csv", "answers.parquet"):
+        with pytest.raises(DataError, match=r"more.*Write JSON lines") as error:
+            predict(trained, source, tmp_path / target, chunk_size=1)
+        assert "1 rows were answered before" in str(error.value)
+    source = write_rows(tmp_path / "rows.jsonl", [{"sentence": "w1", "n": 1}, {"sentence": "w2", "n": "x"}])
+    for chunk_size in (1, 2):
+        with pytest.raises(DataError, match="Write JSON lines"):
+            predict(trained, source, tmp_path / "answers.parquet", chunk_size=chunk_size, overwrite=True)
+
+
+def test_no_rows(trained, tmp_path):
+    (tmp_path / "rows.csv").write_text("sentence,id\n")
+    for target in ("answers.csv", "answers.jsonl", "answers.parquet"):
+        assert predict(trained, tmp_path / "rows.csv", tmp_path / target) == 0
+    assert pandas.read_parquet(tmp_path / "answers.parquet").columns.tolist() == ["sentence", "id"]
+
+
+def test_a_progress_bar_on_terminals_only(trained, tmp_path, capsys, monkeypatch):
+    source = write_rows(tmp_path / "rows.jsonl", [{"sentence": "w1"}] * 3)
+    predict(trained, source, tmp_path / "first.jsonl", progress=True)
+    assert "Predicting" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    predict(trained, source, tmp_path / "second.jsonl")
+    assert "Predicting" not in capsys.readouterr().err
+    ends = []
+
+    class Bar(inference.tqdm):
+        def close(self):
+            ends.append((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr(inference, "tqdm", Bar)
+    for kind in READERS:
+        given = write_source(tmp_path / f"rows{kind}", [{"sentence": "w1"}] * 3)
+        predict(trained, given, tmp_path / f"third{kind}", progress=True, chunk_size=1)
+        assert "Predicting" in capsys.readouterr().err
+        size = 3 if kind == ".parquet" else given.stat().st_size
+        assert set(ends) == {(size, size)}
+        ends.clear()
+
+
+def test_evaluate_writes_tables_too(trained, tmp_path):
+    rows = [{"sentence": row["text"], "label": row["label"]} for row in topic_rows(5)]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    for name in ("a.csv", "a.parquet"):
+        metrics = evaluate_adapter(trained, source, predictions=tmp_path / name)
+        found = read_answers(tmp_path / name, tmp_path / "cache")
+        right = [row["label"] == row["prediction"] for row in found]
+        assert sum(right) / 5 == pytest.approx(metrics["accuracy"])
 
 
 def test_evaluate_is_the_share_of_right_answers(tiny_bert, trained, tmp_path):

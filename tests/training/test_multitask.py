@@ -127,7 +127,7 @@ def test_outputs_are_an_adapter_for_each_task_with_one_prefix(values, base, tmp_
     train(Recipe.from_dict(alone))
     prefix = load_file(tmp_path / "alone" / "adapter_model.safetensors")[PREFIX]
     torch.testing.assert_close(prefix, prefixes["tags"], atol=1e-6, rtol=0)
-    assert "trained together with other tasks, each of which has its own adapter: tags." in (
+    assert "trained together with other tasks, each of which has its own adapter: `tags`." in (
         out / "topics" / "README.md"
     ).read_text().replace("\n", " ")
     best = max(

@@ -46,6 +46,7 @@ class QuestionAnswering(Task):
     modules_to_save = ["qa_outputs"]
     columns = {"question": "the question", "context": "the text that contains the answer"}
     target = "answers"
+    answer_types = {"start": "int64"}
     settings = TASK_SETTINGS["question-answering"]
     default_max_length = 384
     default_metric = "f1"

@@ -67,6 +67,8 @@ class Task:
     settings: ClassVar[dict[str, tuple[Any, str]]] = {}
     """The keys of `task_kwargs`, `{name: (default, help)}`."""
     default_max_length: ClassVar[int] = 128
+    answer_types: ClassVar[dict[str, str]] = {}
+    """Arrow types of the parts of an answer that may be missing in many rows, `{name: type}`."""
     labels_per_token: ClassVar[bool] = False
     """Whether a feature has one label per token, -100 for tokens that are not in the loss."""
     answers_with_labels: bool = True
