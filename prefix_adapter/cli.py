@@ -41,8 +41,8 @@ def _train(options: Any) -> None:
     recipe = recipe_from(options)  # before the import of torch, so that errors in the recipe appear at once
     from .training.run import train
 
-    results = train(recipe, resume=options.resume is not None, overwrite=options.overwrite)
-    if _is_first_process():
+    results = train(recipe, **_run_options(options))
+    if results and _is_first_process():
         _print_json({split: results[split] for split in ("validation", "test") if split in results})
         print(f"The adapter is in {recipe.output_dir}.")
 
@@ -73,8 +73,8 @@ def _train_together(options: Any) -> None:
         config, output_dir = _recipe_of_run(options.resume), options.resume
     given = {} if output_dir is None else {"output_dir": output_dir}
     recipe = load_joint_recipe(config, trust_remote_code=options.trust_remote_code, **given)
-    results = train_together(recipe, resume=options.resume is not None, overwrite=options.overwrite)
-    if _is_first_process():
+    results = train_together(recipe, **_run_options(options))
+    if results and _is_first_process():
         splits = ("validation", "test")
         _print_json({name: {key: own[key] for key in splits if key in own} for name, own in results["tasks"].items()})
         print(f"The adapters are in {recipe.output_dir}.")
@@ -261,12 +261,32 @@ def _printable(value: Any) -> str:
 # ---- The arguments of the commands
 
 
+def _run_arguments(parser: Any) -> None:
+    parser.add_argument("--resume", metavar="FOLDER", help="Resume the run in this folder, with the recipe in it.")
+    _overwrite_argument(parser, "the run in the output folder")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Load and check everything, print the complete recipe and the first encoded rows, and write nothing.",
+    )
+    parser.add_argument("--quiet", action="store_true", help="Show no summary and no progress.")
+
+
+def _run_options(options: Any) -> dict[str, Any]:
+    """The arguments of `train` and `train_together` that are no part of a recipe."""
+    return {
+        "resume": options.resume is not None,
+        "overwrite": options.overwrite,
+        "dry_run": options.dry_run,
+        "quiet": options.quiet,
+    }
+
+
 def _train_arguments(parser: Any) -> None:
     from .training.recipe import add_recipe_arguments
 
     add_recipe_arguments(parser)
-    parser.add_argument("--resume", metavar="FOLDER", help="Resume the run in this folder, with the recipe in it.")
-    _overwrite_argument(parser, "the run in the output folder")
+    _run_arguments(parser)
 
 
 def _search_arguments(parser: Any) -> None:
@@ -281,8 +301,7 @@ def _search_arguments(parser: Any) -> None:
 def _train_together_arguments(parser: Any) -> None:
     parser.add_argument("--config", metavar="FILE", help="A recipe (YAML).")
     parser.add_argument("--output_dir", metavar="FOLDER", help="Output folder; overrides the recipe.")
-    parser.add_argument("--resume", metavar="FOLDER", help="Resume the run in this folder, with the recipe in it.")
-    _overwrite_argument(parser, "the run in the output folder")
+    _run_arguments(parser)
     _trust_argument(parser)
 
 

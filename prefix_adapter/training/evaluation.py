@@ -98,7 +98,9 @@ def _predict(
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     records: list[Any] = [None] * len(features)
     loss, items = 0.0, 0
-    for number in tqdm(range(rounds or len(batches)), desc="Evaluating", disable=not progress, leave=False):
+    for number in tqdm(
+        range(rounds or len(batches)), desc="Evaluating", disable=None if progress else True, leave=False
+    ):
         # A sharded model needs all processes in every forward pass: a process that is done repeats its last batch.
         indices = batches[min(number, len(batches) - 1)]
         chosen = [features[i] for i in indices]

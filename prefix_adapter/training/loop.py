@@ -16,13 +16,13 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
-from tqdm.auto import tqdm
 
 from . import checkpoint
 from .batches import split_batch
 from .distributed import check_launch, disable_sharded_loading
 from .model import new_scheduler, trained_parameters
 from .outputs import how_to_resume
+from .progress import Progress
 from .recipe import RecipeError
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ class Loop:
         checkpoints: the folder for checkpoints.
         log: the record of losses and metrics.
         command: the subcommand of `prefix-adapter` that resumes the run, for messages.
+        quiet: whether to show no progress.
         on_evaluation: called by the main process after every evaluation, with the step and the metrics of the
             validation rows; an exception that it raises ends the run.
 
@@ -130,6 +131,7 @@ class Loop:
         checkpoints: Path,
         log: MetricsLog,
         command: str,
+        quiet: bool = False,
         on_evaluation: EvaluationCallback | None = None,
     ) -> None:
         self.recipe, self.objective, self.accelerator, self.log = recipe, objective, accelerator, log
@@ -146,6 +148,8 @@ class Loop:
         self._pending: Tensor | None = None
         self._pending_step, self._pending_rates = 0, self._rates()
         self._signal: int | None = None
+        self._shown = accelerator.is_main_process and not quiet
+        self._progress: Progress | None = None
 
     def unwrapped_model(self) -> Any:
         """The model without Accelerate's wrapper."""
@@ -209,7 +213,7 @@ class Loop:
             set_seed(recipe.seed + self.accelerator.process_index)  # Each process has its own dropout.
         self.model.train()
         previous = self._catch_signals()
-        bar = tqdm(total=self.steps, initial=self.step, desc="Training", disable=not self.accelerator.is_main_process)
+        self._progress = progress = Progress(self.steps, self.step, self._shown)
         try:
             while self.step < self.steps and not self._patience_is_over():
                 rates = self._rates()
@@ -225,7 +229,7 @@ class Loop:
                 save_now = evaluate_now or bool(recipe.save_steps and self.step % recipe.save_steps == 0)
                 if save_now or stop:
                     stop = self._read_pending() or stop
-                bar.update()
+                progress.show_step()
                 if evaluate_now:
                     stop = self._evaluate() or stop
                 if save_now or stop:
@@ -237,7 +241,7 @@ class Loop:
                         self._signal,
                     )
         finally:
-            bar.close()
+            progress.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -275,6 +279,8 @@ class Loop:
         if self._loss_count >= self.recipe.logging_steps:
             mean = self._loss_sum / self._loss_count
             self.write("train", {"loss": mean, **self._pending_rates}, self._pending_step)
+            if self._progress is not None:
+                self._progress.show_loss(mean, self._pending_rates)
             self._loss_sum, self._loss_count = 0.0, 0
         return stop > 0
 
@@ -302,7 +308,10 @@ class Loop:
         if not math.isfinite(metrics["loss"]):
             raise self._diverged(f"the loss of the validation rows became {metrics['loss']}")
         self.write("validation", metrics)
-        if self._is_better(metrics, self.state["best_metrics"]):
+        is_best = self._is_better(metrics, self.state["best_metrics"])
+        if self._progress is not None:
+            self._progress.show_evaluation(self.step, metrics, self.objective.metric, is_best)
+        if is_best:
             self.state |= {"best_step": self.step, "best_metrics": metrics, "evaluations_since_best": 0}
         else:
             self.state["evaluations_since_best"] += 1

@@ -30,7 +30,7 @@ from .distributed import initialize_optimizer_state
 from .files import write_text
 from .model import learning_rates, trained_parameters
 from .recipe import Recipe, RecipeError, read_values, write_values
-from .run import TrainingRun, select_metrics, trained_size, write_adapter
+from .run import RunOptions, TrainingRun, select_metrics, trained_size, write_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -306,6 +306,8 @@ def train_together(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    dry_run: bool = False,
+    quiet: bool = False,
     on_evaluation: EvaluationCallback | None = None,
 ) -> dict[str, Any]:
     """Train one prefix for several tasks, and write an adapter for each task to `recipe.output_dir`.
@@ -316,6 +318,8 @@ def train_together(
         recipe: the recipe; it is not changed.
         resume: resume the run in `recipe.output_dir` from its last checkpoint.
         overwrite: replace the run in `recipe.output_dir`.
+        dry_run: load and check everything, print the complete recipe and the first encoded rows, and write nothing.
+        quiet: show no summary and no progress.
         on_evaluation: called by the main process after every evaluation, with the step and the metrics of the
             validation rows; an exception that it raises ends the run.
 
@@ -336,7 +340,7 @@ def train_together(
         >>> results = train_together(load_joint_recipe("shared.yaml"))
         >>> results["tasks"]["ner"]["validation"]["f1"]
     """
-    return JointRun(copy.deepcopy(recipe)).execute(resume, overwrite, on_evaluation)
+    return JointRun(copy.deepcopy(recipe)).execute(RunOptions(resume, overwrite, dry_run, quiet, on_evaluation))
 
 
 class JointRun(TrainingRun):

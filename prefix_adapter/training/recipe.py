@@ -301,9 +301,13 @@ class Recipe:
 
 
 def write_values(values: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write the values of a recipe as YAML. `trust_remote_code` is written as false, since no file can set it."""
-    text = yaml.dump({**values, "trust_remote_code": False}, Dumper=_YamlDumper, sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")
+    """Write the values of a recipe as YAML."""
+    Path(path).write_text(values_as_yaml(values), encoding="utf-8")
+
+
+def values_as_yaml(values: dict[str, Any]) -> str:
+    """The values of a recipe as YAML. `trust_remote_code` is written as false, since no file can set it."""
+    return yaml.dump({**values, "trust_remote_code": False}, Dumper=_YamlDumper, sort_keys=False, allow_unicode=True)
 
 
 def say(text: str) -> None:

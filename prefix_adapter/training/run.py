@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,7 +31,8 @@ from .model import (
     wrap,
 )
 from .objective import TaskObjective
-from .recipe import Recipe, RecipeError, load_recipe
+from .progress import describe_features, describe_steps, describe_task
+from .recipe import Recipe, RecipeError, load_recipe, say, values_as_yaml
 from .tasks import TASK_CLASSES
 
 if TYPE_CHECKING:
@@ -50,6 +52,8 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    dry_run: bool = False,
+    quiet: bool = False,
     on_evaluation: EvaluationCallback | None = None,
 ) -> dict[str, Any]:
     """Train an adapter, and write it to `recipe.output_dir` with its model card, metrics and checkpoints.
@@ -61,12 +65,14 @@ def train(
         resume: resume the run in `recipe.output_dir` from its last checkpoint. With a larger `num_train_epochs`,
             `max_steps` or `early_stopping_patience` a finished run is trained longer.
         overwrite: replace the run in `recipe.output_dir`.
+        dry_run: load and check everything, print the complete recipe and the first encoded rows, and write nothing.
+        quiet: show no summary and no progress.
         on_evaluation: called by the main process after every evaluation, with the step and the metrics of the
             validation rows; an exception that it raises ends the run.
 
     Returns:
         The contents of `results.json`, with the metrics of the validation rows at the best step, the metrics of the
-        test rows, and more.
+        test rows, and more; empty for a dry run.
 
     Raises:
         RecipeError: if the recipe cannot be run, or another run uses `recipe.output_dir`.
@@ -82,7 +88,19 @@ def train(
         >>> results["validation"]["accuracy"]
     """
     recipe = copy.deepcopy(recipe)
-    return TrainingRun(recipe, recipe, {recipe.task: recipe}).execute(resume, overwrite, on_evaluation)
+    options = RunOptions(resume, overwrite, dry_run, quiet, on_evaluation)
+    return TrainingRun(recipe, recipe, {recipe.task: recipe}).execute(options)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is started; see the arguments of `train`."""
+
+    resume: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    quiet: bool = False
+    on_evaluation: EvaluationCallback | None = None
 
 
 class TrainingRun:
@@ -172,19 +190,19 @@ class TrainingRun:
 
     # ---- The run
 
-    def execute(self, resume: bool, overwrite: bool, on_evaluation: EvaluationCallback | None) -> dict[str, Any]:
+    def execute(self, options: RunOptions) -> dict[str, Any]:
         """Train, and write the outputs; see `train` for arguments, return value and errors."""
         with training_accelerator(self.settings) as accelerator:
             self.check_accelerator(accelerator)
+            if options.dry_run:  # The lock is a file.
+                return self._execute(accelerator, options)
             with outputs.lock_output_dir(self.folder, accelerator, self.command):
-                return self._execute(accelerator, resume, overwrite, on_evaluation)
+                return self._execute(accelerator, options)
 
-    def _execute(
-        self, accelerator: Accelerator, resume: bool, overwrite: bool, on_evaluation: EvaluationCallback | None
-    ) -> dict[str, Any]:
-        started = time.perf_counter()
+    def _execute(self, accelerator: Accelerator, options: RunOptions) -> dict[str, Any]:
+        started, resume = time.perf_counter(), options.resume
         with propagate_errors(accelerator):
-            self._check_output_dir(resume, overwrite)
+            self._check_output_dir(resume, options.overwrite)
             models, objectives = self._load_tasks(accelerator)
             model, objective = self.join(models, objectives, accelerator)
             if not (resume and checkpoint.saved_steps(self.checkpoints)):
@@ -194,8 +212,25 @@ class TrainingRun:
         # Counted now, before Accelerate shards the model.
         sizes = {name: trained_size(each) for name, each in models.items()}
         log = reports.MetricsLog(self.settings, accelerator, self.recipe.to_dict())
-        loop = Loop(self.settings, objective, model, accelerator, self.checkpoints, log, self.command, on_evaluation)
+        parts = [describe_task(each, models[name]) for name, each in objectives.items()]
+        loop = Loop(
+            self.settings,
+            objective,
+            model,
+            accelerator,
+            self.checkpoints,
+            log,
+            self.command,
+            options.quiet,
+            options.on_evaluation,
+        )
         objective.dry_run(loop.unwrapped_model())
+        if not options.quiet:
+            say("\n".join([*parts, describe_steps(loop)]))
+        if options.dry_run:
+            features = map(describe_features, objectives.values())
+            say("\n".join([*features, "The complete recipe:", values_as_yaml(self.recipe.to_dict()).rstrip()]))
+            return {}
         if resume:
             outputs.check_shared(self.folder, accelerator)
             self.check_recipe()  # Now with the labels and settings inferred from the rows.

@@ -319,7 +319,7 @@ def _run_trial(job: _SearchJob, study: Study, trial: Trial, point: Point) -> Non
             raise optuna.TrialPruned
 
     try:
-        value = train(candidate, on_evaluation=on_evaluation)["validation"][job.metric]
+        value = train(candidate, quiet=True, on_evaluation=on_evaluation)["validation"][job.metric]
         if math.isnan(value):
             raise TrainingDiverged(f"The best {job.metric} is not a number.")
         study.tell(trial, value)

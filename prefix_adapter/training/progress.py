@@ -1,0 +1,115 @@
+"""What a user sees of a run: a summary at the start, a bar with loss and rates, a line for each evaluation."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from ..messages import shorten
+from .model import learning_rates, trained_parameters
+
+if TYPE_CHECKING:
+    from .loop import Loop
+    from .objective import TaskObjective
+
+_MAX_LABELS = 20
+
+
+class Progress:
+    """The progress of a training loop, on standard error.
+
+    On a terminal there is a bar with the training loss and the learning rates. Redirected output gets no bar. A line
+    for each evaluation is written in both cases.
+
+    Args:
+        steps: all steps of the run.
+        step: the steps that are done.
+        shown: whether anything is written.
+    """
+
+    def __init__(self, steps: int, step: int, shown: bool) -> None:
+        self.steps, self.shown = steps, shown
+        # `None`: no bar unless it is a terminal.
+        self._bar = tqdm(total=steps, initial=step, desc="Training", disable=None if shown else True)
+        self._loss: float | None = None
+
+    def show_step(self) -> None:
+        """Note that a step is done."""
+        self._bar.update()
+
+    def show_loss(self, loss: float, rates: dict[str, float]) -> None:
+        """Show the mean loss of the last steps, and the learning rates by name."""
+        self._loss = loss
+        self._bar.set_postfix({"loss": f"{loss:.4g}", **{name: f"{rate:.2e}" for name, rate in rates.items()}})
+
+    def show_evaluation(self, step: int, metrics: dict[str, Any], metric: str, is_best: bool) -> None:
+        """Write a line about an evaluation.
+
+        Args:
+            step: the step.
+            metrics: the metrics of the validation rows.
+            metric: the one that chooses the best step.
+            is_best: whether this step is the best so far.
+        """
+        if not self.shown:
+            return
+        order = sorted(metrics, key=lambda name: name != metric)
+        values = ", ".join(f"{name} {metrics[name]:.4f}" for name in order if isinstance(metrics[name], float))
+        loss = "" if self._loss is None else f"training loss {self._loss:.4f}; "
+        line = f"step {step:,} of {self.steps:,}: {loss}validation {values}{' (best so far)' if is_best else ''}"
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """End the bar."""
+        self._bar.close()
+
+
+def describe_task(objective: TaskObjective, model: Any) -> str:
+    """A summary of a task: rows, labels, trained parameters, learning rates.
+
+    Args:
+        objective: the objective of the task.
+        model: its model, before Accelerate shards it.
+    """
+    recipe, task = objective.recipe, objective.task
+    trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    rate, head_rate = learning_rates(recipe, model)
+    lines = [
+        f"{recipe.task} with {recipe.model}",
+        f"  rows: {', '.join(f'{len(rows):,} {split}' for split, rows in objective.rows.items())}",
+        f"  labels: {_join_labels(task.labels)}" if task.labels else "",
+        f"  trained: {trained:,} of {total:,} parameters ({recipe.adapter['peft_type']})",
+        f"  learning rate: {rate:g}{f', of the head {head_rate:g}' if task.has_head else ''}",
+    ]
+    return "\n".join(filter(None, lines))
+
+
+def describe_steps(loop: Loop) -> str:
+    """A summary of a training loop: its steps and its device."""
+    accelerator = loop.accelerator
+    processes = f"{accelerator.num_processes} processes, " if accelerator.num_processes > 1 else ""
+    return (
+        f"  steps: {loop.steps:,} of {loop.recipe.batch_size} rows, with an evaluation every {loop.eval_steps:,}\n"
+        f"  device: {processes}{accelerator.device.type}, mixed precision: {accelerator.mixed_precision}"
+    )
+
+
+def describe_features(objective: TaskObjective, count: int = 2) -> str:
+    """The first training rows of a task as the model reads them: tokens, and labels by token or row."""
+    tokenizer = objective.task.tokenizer
+    lines = []
+    for feature in objective.features.select(range(min(count, len(objective.features)))):
+        ids = feature["input_ids"]
+        # Multiple choice has a text for each choice.
+        texts = [tokenizer.decode(each) for each in (ids if ids and isinstance(ids[0], list) else [ids])]
+        lines += [*(f"  text: {text}" for text in texts), f"  labels: {feature['labels']}"]
+    return "\n".join([f"{objective.recipe.task}, the first {count} encoded rows:", *lines])
+
+
+def _join_labels(labels: list[Any]) -> str:
+    more = f" and {len(labels) - _MAX_LABELS:,} more" if len(labels) > _MAX_LABELS else ""
+    return ", ".join(shorten(str(label), 40) for label in labels[:_MAX_LABELS]) + more

@@ -1,0 +1,97 @@
+"""What a user sees of a run: the summary, the bar, a line for each evaluation; and the dry run."""
+
+import io
+import json
+import re
+
+import pytest
+import yaml
+from test_run import recipe
+
+from prefix_adapter.training import DataError, Recipe, RecipeError, load_recipe, train
+from prefix_adapter.training.progress import Progress
+
+
+@pytest.fixture
+def run(tiny_bert, topics, tmp_path):
+    return recipe(
+        tiny_bert,
+        topics,
+        tmp_path / "out",
+        num_train_epochs=2,
+        logging_steps=1,
+        adapter={"num_virtual_tokens": 4, "lora_r": 2},
+    )
+
+
+def test_redirected_output_has_a_summary_and_a_line_for_each_evaluation(run, capsys):
+    results = train(run)
+    shown = capsys.readouterr().err
+    assert "Training:" not in shown and "Evaluating:" not in shown and "\r" not in shown.partition("rows: ")[2]
+    counts = results["rows"]
+    assert f"rows: {counts['train']} train, {counts['validation']} validation" in shown
+    assert "labels: a, b" in shown
+    assert f"trained: {results['trained_parameters']:,} of " in shown
+    assert "learning rate: 0.03, of the head 0.02" in shown
+    lines = [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
+    evaluations = {line["step"]: line for line in lines if line["split"] == "validation"}
+    losses = {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
+    found = re.findall(
+        r"step (\d+) of (\d+): training loss (\S+); validation accuracy (\S+), loss (\S+), .*?( \(best so far\))?\n",
+        shown,
+    )
+    assert [int(step) for step, *_ in found] == list(evaluations)
+    for step, steps, training, accuracy, loss, best in found:
+        expected = evaluations[int(step)]
+        assert int(steps) == results["steps"]
+        assert (accuracy, loss) == (f"{expected['accuracy']:.4f}", f"{expected['loss']:.4f}")
+        assert training == f"{losses[int(step)]:.4f}"
+        assert not best or int(step) <= results["best_step"]
+    assert any(best and int(step) == results["best_step"] for step, *_, best in found)
+
+
+def test_quiet_shows_neither(run, capsys):
+    train(run, quiet=True)
+    shown = capsys.readouterr().err
+    assert "validation" not in shown and "trained:" not in shown
+
+
+def test_a_terminal_has_a_bar_with_loss_and_rates(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    progress = Progress(10, 4, shown=True)
+    progress.show_loss(0.51234, {"learning_rate/adapter": 0.03})
+    for _ in range(6):
+        progress.show_step()
+    progress.show_evaluation(10, {"loss": 0.5, "f1": 0.25}, "f1", is_best=False)
+    progress.close()
+    shown = terminal.getvalue()
+    assert "Training" in shown and "loss=0.5123" in shown and "learning_rate/adapter=3.00e-02" in shown
+    assert "step 10 of 10: training loss 0.5123; validation f1 0.2500, loss 0.5000\n" in shown
+
+
+def test_a_dry_run_prints_the_recipe_and_encoded_rows_and_writes_nothing(run, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    assert train(run, dry_run=True) == {}
+    assert sorted(tmp_path.rglob("*")) == before
+    shown = capsys.readouterr().err
+    summary, _, text = shown.partition("The complete recipe:\n")
+    assert len(re.findall(r"  text: \[CLS\] .* \[SEP\]\n  labels: [01]\n", summary)) == 2
+    printed = Recipe.from_dict(yaml.safe_load(text))
+    train(run, quiet=True)
+    assert load_recipe(run.output_dir / "recipe.yaml").to_dict() == printed.to_dict()
+
+
+def test_a_dry_run_finds_what_the_run_would_find(run, tmp_path):
+    run.adapter["lora_r"] = -1
+    with pytest.raises(RecipeError, match="`lora_r`"):
+        train(run, dry_run=True)
+    run.adapter["lora_r"] = 0
+    run.data.columns = {"text": "no such column"}
+    with pytest.raises(DataError, match="no such column"):
+        train(run, dry_run=True)
+    assert not (tmp_path / "out").exists()
