@@ -11,7 +11,8 @@ from ..messages import shorten
 from .model import learning_rates, trained_parameters
 
 if TYPE_CHECKING:
-    from .loop import Loop
+    from accelerate import Accelerator
+
     from .objective import TaskObjective
 
 _MAX_LABELS = 20
@@ -88,12 +89,11 @@ def describe_task(objective: TaskObjective, model: Any) -> str:
     return "\n".join(filter(None, lines))
 
 
-def describe_steps(loop: Loop) -> str:
-    """A summary of a training loop: its steps and its device."""
-    accelerator = loop.accelerator
+def describe_steps(steps: int, batch_size: int, eval_steps: int, accelerator: Accelerator) -> str:
+    """A summary of a training loop: its steps, the rows of a step, the steps between evaluations, and its device."""
     processes = f"{accelerator.num_processes} processes, " if accelerator.num_processes > 1 else ""
     return (
-        f"  steps: {loop.steps:,} of {loop.recipe.batch_size} rows, with an evaluation every {loop.eval_steps:,}\n"
+        f"  steps: {steps:,} of {batch_size} rows, with an evaluation every {eval_steps:,}\n"
         f"  device: {processes}{accelerator.device.type}, mixed precision: {accelerator.mixed_precision}"
     )
 

@@ -226,7 +226,8 @@ class TrainingRun:
         )
         objective.dry_run(loop.unwrapped_model())
         if not options.quiet:
-            say("\n".join([*parts, describe_steps(loop)]))
+            steps = describe_steps(loop.steps, self.settings.batch_size, loop.eval_steps, accelerator)
+            say("\n".join([*parts, steps]))
         if options.dry_run:
             features = map(describe_features, objectives.values())
             say("\n".join([*features, "The complete recipe:", values_as_yaml(self.recipe.to_dict()).rstrip()]))

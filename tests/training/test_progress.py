@@ -24,7 +24,7 @@ def run(tiny_bert, topics, tmp_path):
     )
 
 
-def test_redirected_output_has_a_summary_and_a_line_for_each_evaluation(run, capsys):
+def test_redirected_output_has_a_summary_and_a_line_for_each_evaluation(run, tmp_path, capsys):
     results = train(run)
     shown = capsys.readouterr().err
     assert "Training:" not in shown and "Evaluating:" not in shown and "\r" not in shown.partition("rows: ")[2]
@@ -33,7 +33,7 @@ def test_redirected_output_has_a_summary_and_a_line_for_each_evaluation(run, cap
     assert "labels: a, b" in shown
     assert f"trained: {results['trained_parameters']:,} of " in shown
     assert "learning rate: 0.03, of the head 0.02" in shown
-    lines = [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     evaluations = {line["step"]: line for line in lines if line["split"] == "validation"}
     losses = {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
     found = re.findall(
@@ -83,7 +83,7 @@ def test_a_dry_run_prints_the_recipe_and_encoded_rows_and_writes_nothing(run, tm
     assert len(re.findall(r"  text: \[CLS\] .* \[SEP\]\n  labels: [01]\n", summary)) == 2
     printed = Recipe.from_dict(yaml.safe_load(text))
     train(run, quiet=True)
-    assert load_recipe(run.output_dir / "recipe.yaml").to_dict() == printed.to_dict()
+    assert load_recipe(tmp_path / "out" / "recipe.yaml").to_dict() == printed.to_dict()
 
 
 def test_a_dry_run_finds_what_the_run_would_find(run, tmp_path):
