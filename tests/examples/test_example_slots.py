@@ -63,7 +63,9 @@ def test_demo_trains_compares_saves_and_refuses_to_overwrite(tmp_path):
     table = [line.split("|")[1:-1] for line in (output / "comparison.md").read_text().splitlines()[2:]]
     trained = {name.strip(): int(parameters.replace(",", "")) for name, _, parameters, _ in table}
     assert trained["P-Tuning v2"] == prefix + head and trained["head alone"] == head
-    assert len(trained) == 5 and max(trained, key=trained.__getitem__) == "full fine-tuning"
+    # As many parameters beside the head as LoRA of rank 8 on queries and values.
+    assert trained["P-Tuning v2, lora_r=2"] == trained["LoRA, r=8"] == 6 * 8 * 4 * 384 + head
+    assert len(trained) == 6 and max(trained, key=trained.__getitem__) == "full fine-tuning"
 
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit, match="--overwrite"):
