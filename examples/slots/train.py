@@ -34,11 +34,11 @@ The rates were chosen beforehand on the validation rows, between two rates for e
 (LoRA at 0.002: seeds 0 and 1; full fine-tuning at 1e-4: seed 0; lora_r=2 at 0.03: without the three labels that no
 training row has.) The dropout of the frozen encoder is off, the default of the training command. With it, the test F1
 was 48.5 for the head alone, 64.9 for P-Tuning v2 and 70.3 for LoRA. The C of the logistic regression was chosen among
-0.001, 0.01, 0.1 and 1 in the same way (1: 52.3 on the validation rows). There are 66 validation rows, so differences of
-a few points mean little. The data were written in two rounds; the test scores of some methods in the first round were
-known before the second. On data between the two, one run each of P-Tuning v2 with 10 tokens gave 1.4 points less on
-validation rows, and with a start at N(0, 0.02²) in place of N(0, 0.5²), the default of the training command, 0.5 points
-less.
+0.001, 0.01, 0.1 and 1 in the same way (1: 52.3 on the validation rows). There are 66 validation rows, so differences
+of a few points mean little. The data were written in two rounds; the test scores of some methods in the first round
+were known before the second. On data between the two, one run each of P-Tuning v2 with 10 tokens gave 1.4 points less
+on validation rows, and with a start at N(0, 0.02²) in place of N(0, 0.5²), the default of the training command, 0.5
+points less.
 
 A prefix is far better here than a head on the frozen encoder, with 0.5% of the encoder's parameters. Low-rank matrices
 beside it bring it near LoRA of the same size. Full fine-tuning is better still. docs/learning.md compares the methods
