@@ -5,7 +5,7 @@
 - `reference`: P-Tuning v2 as in the paper (Liu et al. 2022, sections 3.2 and 3.3). The embedding and the MLP are
   computed for every row of the batch and passed to the backbone as `past_key_values`.
 - `ours`: this package. `third`: the same with a prefix in the last third of the layers only; `floor_third`: the floor
-  there.
+  there. `low_rank`: half the tokens, and low-rank matrices beside them (`lora_r=2`).
 - `frozen`: the backbone without a prefix, with gradients that flow through it to its embeddings.
 
 Dropout on the prefix is off in all of them.
@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from prefix_adapter import PrefixTuningV2Config
 
-ARMS = ("full", "lora", "peft", "reference", "ours", "third", "floor", "floor_third")
+ARMS = ("full", "lora", "peft", "reference", "ours", "low_rank", "third", "floor", "floor_third")
 # A pretrained BERT; the configuration of the KLUE-NLI experiment (docs/recipes.md); a decoder of 88 million parameters
 # with grouped queries.
 SHAPES = ("minilm", "multilingual", "llama")
@@ -118,10 +118,11 @@ def build(arm, config, n=20, width=None, prefixed=None, attention="sdpa"):
         model,
         PrefixTuningV2Config(
             task_type=task,
-            num_virtual_tokens=n,
+            num_virtual_tokens=n // 2 if arm == "low_rank" else n,
             prefix_projection=width is not None,
             encoder_hidden_size=width,
             prefix_dropout=0.0,
+            lora_r=2 if arm == "low_rank" else 0,
             layers_to_transform=list(range(layers - prefixed, layers)),
         ),
     )

@@ -18,6 +18,7 @@ TITLES = {
     "peft": "PEFT PREFIX_TUNING",
     "reference": "reference",
     "ours": "ours",
+    "low_rank": "ours, n/2 and `lora_r=2`",
     "third": "ours, last third",
     "floor": "floor",
     "floor_third": "floor, last third",

@@ -29,14 +29,15 @@ class LinearLayer:
     name: str
     module: nn.Module
     target: AttentionTarget
-    inputs: int = 0
-    outputs: int = 0
+    inputs: int
+    outputs: int
 
 
 def find_linear_layers(model: nn.Module, targets: Iterable[AttentionTarget]) -> list[LinearLayer]:
     """Run the probe, and find the linear layers that attention modules call on hidden states `[batch, tokens, size]`.
 
-    A layer whose weight is used without a call of the layer is left out, because a hook would not see it.
+    A layer whose weight is used without a call of the layer is left out, because a hook would not see it. So is a layer
+    that divides its input into groups (DeepSeek-V4).
 
     Raises:
         ProbeError: If no dummy input runs.
@@ -60,10 +61,18 @@ def _get_linear_layers(target: AttentionTarget) -> list[LinearLayer]:
     layers: list[LinearLayer] = []
     for name, module in target.module.named_modules():
         inside = any(name.startswith(f"{layer.name}.") for layer in layers)
-        is_linear = isinstance(module, Conv1D) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
-        if name and is_linear and not inside:
-            layers.append(LinearLayer(name, module, target))
+        sizes = _get_sizes(module)
+        if name and sizes and not inside:
+            layers.append(LinearLayer(name, module, target, *sizes))
     return [replace(layer, name=f"{target.name}.{layer.name}") for layer in layers]
+
+
+def _get_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """The input and output size of a linear layer; `None` for other modules."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return (inputs, outputs) if isinstance(inputs, int) and isinstance(outputs, int) else None
 
 
 def _note_call(
@@ -72,5 +81,6 @@ def _note_call(
     states = args[0] if args else None
     if not isinstance(states, Tensor) or not isinstance(output, Tensor):
         return
-    if states.dim() >= 3 and states.shape[:-1] == output.shape[:-1]:
-        found[layer.name] = replace(layer, inputs=states.shape[-1], outputs=output.shape[-1])
+    expected = (*states.shape[:-1], layer.outputs)
+    if states.dim() >= 3 and states.shape[-1] == layer.inputs and output.shape == expected:
+        found[layer.name] = layer
