@@ -36,8 +36,8 @@ class LinearLayer:
 def find_linear_layers(model: nn.Module, targets: Iterable[AttentionTarget]) -> list[LinearLayer]:
     """Run the probe, and find the linear layers that attention modules call on hidden states `[batch, tokens, size]`.
 
-    A layer whose weight is used without a call of the layer is left out, because a hook would not see it. So is a layer
-    that divides its input into groups (DeepSeek-V4).
+    A layer whose weight is used without a call of the layer is left out, because a hook would not see it. So is a
+    layer that divides its input into groups (DeepSeek-V4).
 
     Raises:
         ProbeError: If no dummy input runs.
