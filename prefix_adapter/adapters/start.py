@@ -46,9 +46,10 @@ def init_from_text(
 
     Raises:
         ValueError: If there is no such adapter, or it has an MLP, another number of virtual tokens, selected layers,
-            another `entry_point` than the cache, or unshifted positions on a backbone with a table of positions; if
-            the text has no tokens, too many, or tokens that the model does not have; if the backbone is no decoder, or
-            its outputs with the prefix differ from those with the text. The adapter is then unchanged.
+            trained low-rank matrices, another `entry_point` than the cache, or unshifted positions on a backbone with
+            a table of positions; if the text has no tokens, too many, or tokens that the model does not have; if the
+            backbone is no decoder, or its outputs with the prefix differ from those with the text. The adapter is then
+            unchanged.
 
     Example:
         ```python
@@ -129,7 +130,13 @@ def _check_adapter(layer: PrefixTuningV2Layer, adapter_name: str) -> None:
             f"{name} is no decoder: each token sees the tokens after it, so the keys and values of a text depend on "
             "the input. A decoder can start from a text."
         )
-    if layer.encoder_of(adapter_name).output is not None:
+    encoder = layer.encoder_of(adapter_name)
+    if encoder.up is not None and encoder.up.weight.any():
+        raise ValueError(
+            f"Adapter {adapter_name!r} has trained low-rank matrices (`lora_r`), which change the outputs after the "
+            "text too. Begin with a new adapter."
+        )
+    if encoder.output is not None:
         raise ValueError(
             f"Adapter {adapter_name!r} has an MLP, which cannot be set to given keys and values. Use a table "
             "(`prefix_projection=False`), or fold it first (`fold_adapter`)."

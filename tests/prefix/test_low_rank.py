@@ -8,7 +8,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
-from prefix_adapter import AdapterPool, PrefixTuningV2Config, export_peft, fold, init_from, use_strength
+from prefix_adapter import (
+    AdapterPool,
+    PrefixTuningV2Config,
+    export_peft,
+    fold,
+    init_from,
+    init_from_text,
+    use_strength,
+)
 from prefix_adapter.training.model import trained_parameters
 
 RANK, RATIO = 3, 16
@@ -234,6 +242,18 @@ def test_it_is_saved_folded_and_loaded_with_the_prefix(tmp_path):
 
     pool = AdapterPool(tiny.model("bert"))
     torch.testing.assert_close(pool([tmp_path / "mlp", None], **inputs)[0][0], expected[0], atol=2e-5, rtol=2e-4)
+
+
+def test_a_decoder_starts_from_a_text_before_the_matrices_are_trained():
+    model, text, ids = new("llama", lora_r=2).eval(), list(range(7, 11)), tiny.ids(2)
+    init_from_text(model, text)
+    with torch.no_grad():
+        behind = output_of(model, {"input_ids": ids})
+        with model.disable_adapter():
+            whole = output_of(model, {"input_ids": torch.cat([torch.tensor([text, text]), ids], 1)})
+    torch.testing.assert_close(behind, whole[:, 4:], atol=2e-5, rtol=2e-4)
+    with pytest.raises(ValueError, match="trained low-rank matrices"):
+        init_from_text(with_low_rank("llama"), text)
 
 
 def test_a_file_without_the_matrices_is_refused(tmp_path):
