@@ -13,13 +13,22 @@ KINDS = ("single_label_classification", "multi_label_classification", "regressio
 _GENERATION_KWARGS: dict[str, tuple[Any, str]] = {
     "generation_kwargs": ({}, "Further settings of transformers' GenerationConfig (`no_repeat_ngram_size`, ...)."),
 }
+_CLASS_WEIGHTS: dict[str, tuple[Any, str]] = {
+    "class_weights": (
+        None,
+        "Weights of the labels in the training loss: `balanced` (inverse to their number in the training rows), or "
+        "`{label: weight}`.",
+    ),
+}
 TASK_SETTINGS: dict[str, dict[str, tuple[Any, str]]] = {
     "sequence-classification": {
         "problem_type": (None, f"One of {', '.join(KINDS)}; by default inferred from the labels."),
         "threshold": (0.5, "Minimum probability of a predicted label, if a row may have several labels."),
+        **_CLASS_WEIGHTS,
     },
     "token-classification": {
         "stride": (32, "Tokens that two windows of a long sentence share; at most half of a window."),
+        **_CLASS_WEIGHTS,
     },
     "question-answering": {
         "stride": (128, "Context tokens that two windows share; at most half of the context tokens of a window."),

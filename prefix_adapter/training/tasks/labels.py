@@ -1,11 +1,89 @@
-"""Labels of classification tasks: collecting, ordering and naming them."""
+"""Labels of classification tasks: collecting, ordering, naming and weighting them."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from ..data import DataError
+from ..recipe import RecipeError
+from .task import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+
+class WeightedLabels(Task):
+    """A task with one label for each item, whose training loss may weigh the labels (`task_kwargs.class_weights`).
+
+    The loss is the mean over the items of the weight of an item's label times its cross-entropy. With `balanced` the
+    weight of a label is that of scikit-learn: the number of items, divided by the number of labels that occur and by
+    the number of items with this label. The mean weight of the items is then 1. Evaluation has no weights.
+
+    Raises:
+        RecipeError: As for `Task`, and if `class_weights` has another form.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._weights: list[float] | None = None
+        weights = self.kwargs["class_weights"]
+        are_valid = weights in (None, "balanced") or (
+            isinstance(weights, dict) and all(map(_is_weight, weights.values()))
+        )
+        if not are_valid:
+            raise RecipeError(
+                "`task_kwargs.class_weights` must be `balanced`, or a mapping from labels to numbers of at least 0, "
+                f"got {weights!r}."
+            )
+
+    def learn_weights(self, rows: Dataset) -> None:
+        """Set the weights from the training rows, whose labels are known.
+
+        Raises:
+            RecipeError: If `class_weights` has a label that the task does not have, or weighs all labels 0.
+        """
+        setting = self.kwargs["class_weights"]
+        if setting is None:
+            return
+        assert self.labels is not None
+        if setting == "balanced":
+            targets = rows[self.target]
+            counts = Counter(self.label_number(each) for t in targets for each in (t if isinstance(t, list) else [t]))
+            self._weights = [
+                counts.total() / (len(counts) * counts[number]) if counts[number] else 1.0
+                for number in range(len(self.labels))
+            ]
+            return
+        self._weights = [1.0] * len(self.labels)
+        for label, weight in setting.items():
+            number = self.label_number(label)
+            if number is None:
+                raise RecipeError(f"`task_kwargs.class_weights`: {unknown_label_problem(label, self.labels)}")
+            self._weights[number] = float(weight)
+        if not any(self._weights):
+            raise RecipeError("`task_kwargs.class_weights` weighs all labels 0: there is nothing to learn.")
+
+    def loss(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Any]:
+        if self._weights is None or not torch.is_grad_enabled():  # only training has gradients
+            return super().loss(model, batch)
+        output = model(**{key: value for key, value in batch.items() if key != "labels"})
+        logits, labels = output.logits.flatten(0, -2).float(), batch["labels"].flatten()
+        weights = torch.tensor(self._weights, device=logits.device)
+        losses = F.cross_entropy(logits, labels, weights, reduction="none", ignore_index=-100)
+        return losses.sum() / (labels != -100).sum(), output
+
+
+def _is_weight(weight: Any) -> bool:
+    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    return is_number and 0 <= weight < math.inf
 
 
 def distinct_labels(targets: Iterable[Any], source: str) -> set[Any]:

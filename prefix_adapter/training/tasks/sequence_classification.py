@@ -10,8 +10,8 @@ from sklearn import metrics
 from ..data import DataError
 from ..recipe import RecipeError
 from ..settings import KINDS, TASK_SETTINGS
-from .labels import distinct_labels, label_config, sort_labels, unknown_label_problem
-from .task import Columns, Row, Task, text_problem
+from .labels import WeightedLabels, distinct_labels, label_config, sort_labels, unknown_label_problem
+from .task import Columns, Row, text_problem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class SequenceClassification(Task):
+class SequenceClassification(WeightedLabels):
     """Classify a text or a pair of texts, or predict a number for it.
 
     The values in the column `label` determine the `problem_type`, as transformers calls it:
@@ -53,12 +53,18 @@ class SequenceClassification(Task):
         targets = rows[self.target]
         if self.problem_type is None:
             self.problem_type = self.recipe.task_kwargs["problem_type"] = _infer_problem_type(targets, source)
-        if self.problem_type == "regression" or self.labels is not None:
+        if self.kwargs["class_weights"] is not None and self.problem_type != "single_label_classification":
+            raise RecipeError(f"`task_kwargs.class_weights` is for rows with one label each, not {self.problem_type}.")
+        if self.problem_type == "regression":
             return
-        found = distinct_labels(targets, source)
-        if len(found) < (1 if self.problem_type == "multi_label_classification" else 2):
-            raise DataError(f"{source}: all rows have the same label, {found or 'none'}: there is nothing to learn.")
-        self.labels = sort_labels(found)
+        if self.labels is None:
+            found = distinct_labels(targets, source)
+            if len(found) < (1 if self.problem_type == "multi_label_classification" else 2):
+                raise DataError(
+                    f"{source}: all rows have the same label, {found or 'none'}: there is nothing to learn."
+                )
+            self.labels = sort_labels(found)
+        self.learn_weights(rows)
 
     def problem(self, row: Row, with_targets: bool) -> str | None:
         problem = text_problem(row, "text")

@@ -9,8 +9,8 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from ..data import DataError
 from ..settings import TASK_SETTINGS
-from .labels import distinct_labels, label_config, sort_labels, unknown_label_problem
-from .task import Columns, Row, Task
+from .labels import WeightedLabels, distinct_labels, label_config, sort_labels, unknown_label_problem
+from .task import Columns, Row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class TokenClassification(Task):
+class TokenClassification(WeightedLabels):
     """Tag the tokens of a sentence that is already split into tokens.
 
     A token here is a word of the data; the tokenizer splits it into pieces. The tokens are joined with spaces, because
@@ -63,14 +63,14 @@ class TokenClassification(Task):
         return None
 
     def learn_labels(self, rows: Dataset, source: str) -> None:
-        if self.labels is not None:
-            return
-        found = distinct_labels(rows[self.target], source)
-        if len(found) < 2:
-            raise DataError(f"{source}: all tokens have the same tag, {found}: there is nothing to learn.")
-        # Every entity type gets both tags, B- and I-, even if only one of them is in the training rows.
-        names = {str(tag)[2:] for tag in found if str(tag)[:2] in ("B-", "I-")}
-        self.labels = sort_labels(found | {f"{part}-{name}" for name in names for part in "BI"})
+        if self.labels is None:
+            found = distinct_labels(rows[self.target], source)
+            if len(found) < 2:
+                raise DataError(f"{source}: all tokens have the same tag, {found}: there is nothing to learn.")
+            # Every entity type gets both tags, B- and I-, even if only one of them is in the training rows.
+            names = {str(tag)[2:] for tag in found if str(tag)[:2] in ("B-", "I-")}
+            self.labels = sort_labels(found | {f"{part}-{name}" for name in names for part in "BI"})
+        self.learn_weights(rows)
 
     def model_kwargs(self) -> dict[str, Any]:
         return label_config(self.labels)
