@@ -91,8 +91,9 @@ class PrefixEncoder(NamedTuple):
             std: Standard deviation of the weights.
         """
         length, columns, hidden_size, width, rank, inputs, outputs = sizes
-        encoder = cls(nn.Embedding(length, columns))
-        if width is not None:
+        if width is None:
+            encoder = cls(nn.Embedding(length, columns))
+        else:
             encoder = cls(nn.Embedding(length, hidden_size), nn.Linear(hidden_size, width), nn.Linear(width, columns))
         for module in encoder:
             if module is not None:

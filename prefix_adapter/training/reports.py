@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 
 from ..files.card import (
     CARD,
@@ -26,7 +27,7 @@ from ..files.card import (
 from ..files.markdown import code, file_name, hub_name, link, table, without_paths
 from .files import atomic_write, path_in_errors, write_text
 from .outputs import CURVE, METRICS
-from .recipe import NO_ADAPTER, Recipe, RecipeError
+from .recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -283,8 +284,9 @@ def read_run_card(recipe: Recipe) -> ModelCard | None:
 def _card_without_training(folder: Path, recipe: Recipe) -> OwnCard:
     labels = None if recipe.labels is None else [str(label) for label in recipe.labels]
     kind = recipe.adapter["peft_type"]
-    if kind in NO_ADAPTER:
-        method = "A model that was fine-tuned in full" if kind == "FULL" else "A trained task head"
+    if not (folder / CONFIG_NAME).is_file():  # PEFT's file of a prompt method would lack the task head
+        methods = {"FULL": "A model that was fine-tuned in full", "HEAD": "A trained task head"}
+        method = methods.get(kind, f"The weights of a {kind} adapter")
         return adapter_card(recipe.model, method, _LOAD_WITHOUT_PEFT, labels=labels, of_peft=False)
     config = PeftConfig.from_pretrained(str(folder))
     return prefix_card(config) if kind == "PREFIX_TUNING_V2" else config_card(config, labels)

@@ -64,7 +64,7 @@ def fake(monkeypatch):
     def install(score) -> list[Recipe]:
         seen = []
 
-        def train(recipe, *, on_evaluation):
+        def train(recipe, *, quiet, on_evaluation):
             Path(recipe.output_dir).mkdir(parents=True)
             seen.append(recipe)
             base = score(recipe)
@@ -136,7 +136,7 @@ def test_the_hook_sees_every_evaluation(recipe):
 
 
 def test_killed_and_resumed(recipe, tmp_path, monkeypatch):
-    def killing(recipe, on_evaluation):
+    def killing(recipe, quiet, on_evaluation):
         def hook(step, metrics):
             on_evaluation(step, metrics)
             if recipe.output_dir.endswith("2") and step > 6:
@@ -386,7 +386,7 @@ def test_seed(recipe, fake, tmp_path):
 def test_interrupted_by_a_signal(recipe, monkeypatch):
     """The signal comes during a real training, which stops after the step."""
 
-    def interrupting(recipe, on_evaluation):
+    def interrupting(recipe, quiet, on_evaluation):
         return train(recipe, on_evaluation=lambda step, metrics: os.kill(os.getpid(), signal.SIGINT))
 
     monkeypatch.setattr(module, "train", interrupting)
