@@ -487,8 +487,8 @@ This page compares the test scores of P-Tuning v2 with those of other ways to us
   frozen backbone is off in training. Full fine-tuning is better than both.
 - 10 tokens with low-rank matrices beside them (`lora_r: 2`) score like LoRA with as many parameters on these three
   data sets: the differences are smaller than their spread.
-- On natural language inference a prefix is 7 points behind LoRA, and with `lora_r: 2` 2 points. There are two seeds and
-  500 steps there, and one rate was tried; seeds differ by up to 6 points.
+- On natural language inference a prefix is 7 points behind LoRA, and with `lora_r: 2` 2 points. There are two seeds
+  and 500 steps there, and one rate was tried; seeds differ by up to 6 points.
 - A prefix on a decoder that starts from training rows begins better than the base model, and learns faster than one
   that starts from random numbers. On the one generation task that was measured LoRA is still clearly ahead.
 
