@@ -22,7 +22,7 @@ from ..backbone.linears import LinearLayer
 from .batch import AdapterInfo, pick_rows
 from .encoder import LOW_RANK_SCALE, PrefixEncoder
 from .plan import Row
-from .running import RunningCalls
+from .running import RunningCalls, get_tensor_cache
 
 
 class LowRankHooks:
@@ -98,9 +98,7 @@ class LowRankHooks:
 
         Rows of a lower rank have zeros.
         """
-        call = self._calls.current
-        # With gradients the matrices are trained, and belong to the graph of one forward.
-        cached = {} if call is None or torch.is_grad_enabled() else call.low_rank
+        cached = get_tensor_cache(self._calls.current)
         key = (layer.name, states.device, states.shape[0])
         if key not in cached:
             pairs = [self._join(layer, row, states) for row in distinct]

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone.key_values import KeyValues
 from .plan import BatchPlan, Row
 
 
@@ -39,10 +38,9 @@ class AdapterCall:
         outer: The call of the same thread around this one.
         count_rows: Whether the number of rows must still be compared with the number of names.
         plans: Cached plans of a mixed batch, by target and batch.
-        prefixes: Cached prefixes of a mixed batch, by slot and batch.
+        tensors: Cached prefixes of a mixed batch, by slot and batch, and low-rank matrices, by linear layer and batch.
         expected: Cached indices of the targets that must use a prefix.
-        low_rank: Cached low-rank matrices of a mixed batch, by linear layer and batch.
-        written: The state of the parameters that `prefixes` and `low_rank` were computed from, by adapter.
+        written: The state of the parameters that `tensors` were computed from, by adapter.
     """
 
     names: list[str] | None
@@ -52,9 +50,8 @@ class AdapterCall:
     outer: AdapterCall | None = None
     count_rows: bool = False
     plans: dict[Hashable, BatchPlan | None] = field(default_factory=dict)
-    prefixes: dict[Hashable, KeyValues] = field(default_factory=dict)
+    tensors: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict)
     expected: dict[Hashable, list[int]] = field(default_factory=dict)
-    low_rank: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict)
     written: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     @property
@@ -87,7 +84,12 @@ class AdapterCall:
     def switch(self, adapters: list[tuple[str, ...]], rows: list[Row]) -> None:
         """Continue with other adapters."""
         self.adapters, self.rows = adapters, rows
-        self.plans, self.prefixes, self.expected, self.low_rank = {}, {}, {}, {}
+        self.plans, self.tensors, self.expected = {}, {}, {}
+
+
+def get_tensor_cache(call: AdapterCall | None) -> dict[Hashable, tuple[Tensor, Tensor]]:
+    """The cached tensors of a call. With gradients there are none: they belong to the graph of one forward."""
+    return {} if call is None or torch.is_grad_enabled() else call.tensors
 
 
 class _Thread(PerThread):

@@ -15,7 +15,7 @@ from ..private import get_write_count
 from .batch import AdapterInfo
 from .encoder import PrefixEncoder
 from .plan import BatchPlan, PrefixPart, Row
-from .running import AdapterCall
+from .running import AdapterCall, get_tensor_cache
 from .state import ForwardState
 
 
@@ -74,7 +74,7 @@ class PrefixValues:
         names = {active.adapter for row in call.rows for active in row}
         written = {name: _get_writes(self.get_encoder(name)) for name in names}
         if call.written != written:
-            call.prefixes, call.low_rank, call.written = {}, {}, written
+            call.tensors, call.written = {}, written
 
     def get(
         self, slot: PrefixSlot, plan: BatchPlan, keys: Tensor, state: ForwardState, call: AdapterCall | None
@@ -97,8 +97,7 @@ class PrefixValues:
             if len(row) == 1:
                 return self._get_part(row[0], slot, keys, state)
             return self._join_parts(row, slot, keys, state)
-        # With gradients the prefixes are trained, and belong to the graph of one forward.
-        cached = {} if call is None or torch.is_grad_enabled() else call.prefixes
+        cached = get_tensor_cache(call)
         key = (slot, keys.device, keys.dtype, keys.shape[0])
         if key not in cached:
             rows = [self._join_parts(row, slot, keys, state) for row in plan.rows]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from ..messages import shorten
-from .model import learning_rates, trained_parameters
+from .model import learning_rates
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -68,15 +68,15 @@ class Progress:
         self._bar.close()
 
 
-def describe_task(objective: TaskObjective, model: Any) -> str:
+def describe_task(objective: TaskObjective, model: Any, trained: int) -> str:
     """A summary of a task: rows, labels, trained parameters, learning rates.
 
     Args:
         objective: the objective of the task.
         model: its model, before Accelerate shards it.
+        trained: the number of its trained parameters.
     """
     recipe, task = objective.recipe, objective.task
-    trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
     total = sum(parameter.numel() for parameter in model.parameters())
     rate, head_rate = learning_rates(recipe, model)
     lines = [

@@ -212,7 +212,7 @@ class TrainingRun:
         # Counted now, before Accelerate shards the model.
         sizes = {name: trained_size(each) for name, each in models.items()}
         log = reports.MetricsLog(self.settings, accelerator, self.recipe.to_dict())
-        parts = [describe_task(each, models[name]) for name, each in objectives.items()]
+        parts = [describe_task(each, models[name], sizes[name]) for name, each in objectives.items()]
         loop = Loop(
             self.settings,
             objective,
