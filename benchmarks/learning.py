@@ -22,7 +22,8 @@ import platform
 import statistics
 import subprocess
 import time
-from concurrent.futures import ProcessPoolExecutor
+import traceback
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -101,12 +102,13 @@ class Pair:
         task: The task.
         metric: The metric to compare.
         epochs: Passes over the training rows.
-        rows: Training rows to draw.
+        rows: Training rows to draw; 0 for all.
         head_rate: Learning rate of the task head.
         decoder: Whether the model is a decoder.
         validation_rows: Validation rows to draw.
         columns: The names of the task's columns in the data.
         settings: Other settings of the recipe.
+        rates_of: The pair on whose validation rows the learning rates are chosen; `None` for the pair itself.
     """
 
     model: str
@@ -120,6 +122,7 @@ class Pair:
     validation_rows: int = 500
     columns: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    rates_of: str | None = None
 
 
 # No pair has frozen weights in bfloat16: the sums of the residual connections would be in bfloat16 too, and that noise
@@ -139,6 +142,18 @@ PAIRS = {
         4000,
         columns=KLUE,
         settings={"max_length": 96},
+    ),
+    # All rows, as in the KLUE-NLI recipes. Rates are those of the short runs.
+    "e5-klue-nli-all": Pair(
+        "e5-small",
+        "klue-nli",
+        "sequence-classification",
+        "accuracy",
+        2,
+        0,
+        columns=KLUE,
+        settings={"max_length": 96},
+        rates_of="e5-klue-nli",
     ),
     "smollm2-intents": Pair(
         "smollm2-135m",
@@ -216,7 +231,7 @@ def recipe_of(args, name, arm, rate, seed):
     from prefix_adapter.training import Data, Recipe
 
     pair = PAIRS[name]
-    rows = pair.rows if args.train_rows is None else args.train_rows or None
+    rows = (pair.rows if args.train_rows is None else args.train_rows) or None
     files = data_files(args, pair)
     # KLUE-NLI has no test rows: its validation rows are the test, and the choices use held-out training rows.
     validation = files.get("validation") if "test" in files else None
@@ -265,7 +280,8 @@ def run(args, name, arm, rate, seed):
     scores = {
         split: results[split][recipe.metric_for_best_model] for split in ("validation", "test") if split in results
     }
-    return {**scores, "seconds": results["seconds"], "parameters": results["trained_parameters"]}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {**scores, "seconds": results["seconds"], "parameters": results["trained_parameters"], "device": device}
 
 
 def features_of(args, name, splits):
@@ -360,38 +376,49 @@ def chosen(results):
     return max(results, key=lambda rate: results[rate]["validation"])
 
 
+def next_runs(args, known):
+    """Yield the runs that can start and are not in `known`, the most important first.
+
+    The runs of an arm's seeds can start when the learning rate is chosen.
+    """
+    for name in args.pairs:
+        chooser = PAIRS[name].rates_of or name
+        for arm in arms_of(args, name):
+            tried = [(chooser, arm, rate, SELECTION_SEED) for rate in rates_of(name, arm)]
+            missing = [key for key in tried if key not in known]
+            yield from missing
+            if not missing:
+                rate = chosen({key[2]: known[key] for key in tried})
+                yield from ((name, arm, rate, seed) for seed in args.seeds if (name, arm, rate, seed) not in known)
+        if has_logistic(name):
+            yield from ((name, "logistic", None, s) for s in args.seeds if (name, "logistic", None, s) not in known)
+
+
 def study(args):
-    """Do all runs that `--results` does not have yet, the choice of rates first."""
-    known = read_results(args)
+    """Do all runs that `--results` does not have yet. A run that fails does not stop the others."""
+    known, running, failed = read_results(args), {}, {}
+    for name in args.pairs:  # before the processes need the files
+        data_files(args, PAIRS[name])
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        for name in args.pairs:  # before the processes need the files
-            data_files(args, PAIRS[name])
-
-        def submit(name, arm, rate, seed):
-            if (name, arm, rate, seed) in known:
-                return None
-            job = logistic if arm == "logistic" else run
-            return (name, arm, rate, seed), pool.submit(job, args, name, arm, rate, seed)
-
-        def wait(jobs):
-            for key, future in filter(None, jobs):
+        while True:
+            waiting = (key for key in next_runs(args, known) if key not in running.values() and key not in failed)
+            for key in itertools.islice(waiting, args.jobs - len(running)):
+                job = logistic if key[1] == "logistic" else run
+                running[pool.submit(job, args, *key)] = key
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                key = running.pop(future)
+                if future.exception():
+                    failed[key] = future.exception()
+                    traceback.print_exception(failed[key])
+                    continue
                 known[key] = future.result()
+                print(*key, known[key], flush=True)
                 with open(args.results, "a", encoding="utf-8") as file:
                     file.write(json.dumps([*key, known[key]]) + "\n")
-
-        tried = {
-            (name, arm): [submit(name, arm, rate, SELECTION_SEED) for rate in rates_of(name, arm)]
-            for name in args.pairs
-            for arm in arms_of(args, name)
-        }
-        pending = []
-        for (name, arm), jobs in tried.items():
-            wait(jobs)
-            results = {rate: known[name, arm, rate, SELECTION_SEED] for rate in rates_of(name, arm)}
-            print(f"{name} {arm}:", {rate: each["validation"] for rate, each in results.items()}, flush=True)
-            pending += [submit(name, arm, chosen(results), seed) for seed in args.seeds]
-        pending += [submit(name, "logistic", None, s) for name in args.pairs if has_logistic(name) for s in args.seeds]
-        wait(pending)
+    if failed:
+        raise SystemExit("failed: " + "; ".join(f"{key}: {error}" for key, error in failed.items()))
 
 
 def read_results(args):
@@ -406,10 +433,11 @@ def finished(known, name, arm):
     """Return an arm's finished results: the chosen rate, the result for each rate tried, results by seed."""
     if arm == "logistic":
         return None, {}, {seed: known[name, arm, None, seed] for seed in SEEDS if (name, arm, None, seed) in known}
+    chooser = PAIRS[name].rates_of or name
     tried = {
-        rate: known[name, arm, rate, SELECTION_SEED]
+        rate: known[chooser, arm, rate, SELECTION_SEED]
         for rate in rates_of(name, arm)
-        if (name, arm, rate, SELECTION_SEED) in known
+        if (chooser, arm, rate, SELECTION_SEED) in known
     }
     if not tried:
         return None, {}, {}
@@ -452,7 +480,7 @@ def report(args):
         if table:
             lines += [
                 f"## {name}\n",
-                f"{pair.task}, test {pair.metric}; {args.train_rows or pair.rows} training rows, "
+                f"{pair.task}, test {pair.metric}; {args.train_rows or pair.rows or 'all'} training rows, "
                 f"{args.epochs or pair.epochs:g} epochs.\n",
                 "| method | test | over LoRA | seeds | rate | trained parameters | seconds |",
                 "|---|---|---|---|---|---|---|",
