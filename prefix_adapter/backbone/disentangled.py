@@ -102,7 +102,7 @@ def _forward(
         bias = bias.unflatten(0, (-1, heads)) if isinstance(bias, Tensor) else None
     query, key, value = (states.unflatten(0, (-1, heads)) for states in (query, key, value))
     # A float32 tensor, as in the module.
-    scale = torch.tensor(query.shape[-1] * factor, dtype=torch.float).sqrt().to(query.dtype)
+    scale = torch.tensor(query.shape[-1] * factor, dtype=torch.float, device=query.device).sqrt().to(query.dtype)
     outputs, weights = attend(
         module, query, key, value, attention_mask.bool(), scale=scale, position_bias=bias, is_causal=False
     )

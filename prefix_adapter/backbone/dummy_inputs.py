@@ -303,7 +303,8 @@ class _DummyMaker:
     def noise(self, *shapes: tuple[int, ...]) -> list[Tensor]:
         """Random numbers of each of these shapes, each shape once: equal inputs would hide a fault."""
         generator = torch.Generator().manual_seed(0)
-        return [torch.randn(shape, generator=generator).to(self.device, self.dtype) for shape in dict.fromkeys(shapes)]
+        drawn = [torch.randn(shape, generator=generator, device="cpu") for shape in dict.fromkeys(shapes)]
+        return [each.to(self.device, self.dtype) for each in drawn]
 
     def ones(self, *shapes: tuple[int, ...]) -> list[Tensor]:
         """Ones, as for a mask that shows everything."""

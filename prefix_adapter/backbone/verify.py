@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ from .unsupported import UnsupportedBackboneError
 _TOLERANCE = 5e-2
 # Tokens of the prefix with which a module is tried.
 _PREFIX_LENGTH = 4
+# A prefix is tried at these scales. Without a scale in its attention (T5), a module may give all of the softmax to one
+# token, and nothing to a prefix with smaller scores.
+_SCALES = (1.0, 8.0, 64.0, 512.0)
 # Attributes of a module that tell layers of one kind apart and do not change what they compute.
 _LAYER_INDICES = ("layer_idx", "layer_id", "layer_index", "layer_number")
 
@@ -74,59 +78,66 @@ class Verifier:
     def _run(self, target: AttentionTarget, recorded: ModuleCall, states: Tensor) -> None:
         shape = next(iter(target.slots.values())).shape
         generator = torch.Generator().manual_seed(0)
-        drawn = torch.randn(1, _PREFIX_LENGTH, shape.columns, generator=generator).to(states.device, target.dtype)
-
-        def attend(columns: PrefixColumns) -> Tensor:
-            prefix = shape.split(drawn.repeat(1, columns.length // _PREFIX_LENGTH, 1))
-            call = ModuleCall(recorded.names, tuple(recorded.args), recorded.kwargs)
-            if target.entry is not None:
-                for name in CACHE_ARGUMENTS:
-                    if call.get(name) is not None:
-                        call.set(name, None)
-                return _run_with_entry(target, target.entry, call, prefix, columns)
-            call.set(target.cache, None)
-            if target.shares_bias:
-                # The recorded bias has no columns for a prefix. Each layer can compute the bias itself.
-                call.set("position_bias", None)
-
-            def get_prefix(*_: Any) -> KeyValues:
-                return prefix
-
-            insert_prefix(call, target, self._model, columns, get_prefix)
-            return _run_module(target, call)
+        drawn = torch.randn(1, _PREFIX_LENGTH, shape.columns, generator=generator, device="cpu")
+        drawn = drawn.to(states.device, target.dtype)
 
         shown = torch.ones(states.shape[0], _PREFIX_LENGTH, dtype=torch.bool, device=states.device)
         whole, why = PrefixColumns(_PREFIX_LENGTH), ""
-        for target.mask_true_means_hidden in (False, True):
-            try:
-                without, plain = attend(PrefixColumns(0)), attend(whole)
-                hidden = attend(PrefixColumns(_PREFIX_LENGTH, visible=~shown))
-                visible = attend(PrefixColumns(_PREFIX_LENGTH, visible=shown))
-            except Exception as error:
-                why = f"fails with one ({type(error).__name__}: {error})"
-                continue
-            if not _difference(hidden, without) <= _TOLERANCE:
-                why = "sees a prefix that its mask hides"
-            elif not _difference(visible, plain) <= _TOLERANCE:
-                why = "computes something else where a mask shows the prefix than where there is no mask"
-            elif _difference(plain, without) == 0 and without.any():
-                why = "does not see it"
-            else:
-                if target.entry is None:
-                    target.groups = getattr(target.module, "num_key_value_groups", 1)
-                if target.groups > 1 and not (plain.any() and _difference(attend(whole), plain) <= _TOLERANCE):
-                    target.groups = 1  # the module does not repeat key heads in transformers' usual way
-                if target.shares_bias or target.bias or target.own_mask:
-                    cases = [(1, 0.0, plain), (1, -1e4, without)]
+        for scale in _SCALES:
+            attend = partial(self._attend, target, recorded, scale * drawn)
+            unseen = False
+            for target.mask_true_means_hidden in (False, True):
+                try:
+                    without, plain = attend(PrefixColumns(0)), attend(whole)
+                    hidden = attend(PrefixColumns(_PREFIX_LENGTH, visible=~shown))
+                    visible = attend(PrefixColumns(_PREFIX_LENGTH, visible=shown))
+                except Exception as error:
+                    why = f"fails with one ({type(error).__name__}: {error})"
+                    continue
+                if not _difference(hidden, without) <= _TOLERANCE:
+                    why = "sees a prefix that its mask hides"
+                elif not _difference(visible, plain) <= _TOLERANCE:
+                    why = "computes something else where a mask shows the prefix than where there is no mask"
+                elif _difference(plain, without) == 0 and without.any():
+                    why, unseen = "does not see it", True
                 else:
-                    cases = [(2, -math.log(2), plain)]
-                target.takes_strength = all(_takes_bias(attend, *case) for case in cases)
-                return
+                    if target.entry is None:
+                        target.groups = getattr(target.module, "num_key_value_groups", 1)
+                    if target.groups > 1 and not (plain.any() and _difference(attend(whole), plain) <= _TOLERANCE):
+                        target.groups = 1  # the module does not repeat key heads in transformers' usual way
+                    if target.shares_bias or target.bias or target.own_mask:
+                        cases = [(1, 0.0, plain), (1, -1e4, without)]
+                    else:
+                        cases = [(2, -math.log(2), plain)]
+                    target.takes_strength = all(_takes_bias(attend, *case) for case in cases)
+                    return
+            if not unseen:
+                break
         raise UnsupportedBackboneError(
             self._model,
             f"tried with a prefix, {target.name} ({type(target.module).__name__}) {why}.",
             "cache" if target.entry is None else "attention",
         )
+
+    def _attend(self, target: AttentionTarget, recorded: ModuleCall, tokens: Tensor, columns: PrefixColumns) -> Tensor:
+        """Repeat a recorded call with a prefix of copies of `tokens` `[1, n, columns]`."""
+        prefix = next(iter(target.slots.values())).shape.split(tokens.repeat(1, columns.length // _PREFIX_LENGTH, 1))
+        call = ModuleCall(recorded.names, tuple(recorded.args), recorded.kwargs)
+        if target.entry is not None:
+            for name in CACHE_ARGUMENTS:
+                if call.get(name) is not None:
+                    call.set(name, None)
+            return _run_with_entry(target, target.entry, call, prefix, columns)
+        call.set(target.cache, None)
+        if target.shares_bias:
+            # The recorded bias has no columns for a prefix. Each layer can compute the bias itself.
+            call.set("position_bias", None)
+
+        def get_prefix(*_: Any) -> KeyValues:
+            return prefix
+
+        insert_prefix(call, target, self._model, columns, get_prefix)
+        return _run_module(target, call)
 
 
 def _run_module(target: AttentionTarget, call: ModuleCall) -> Tensor:

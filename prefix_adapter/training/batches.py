@@ -42,7 +42,7 @@ class Batches:
 
     def _make(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + 7919 * epoch)
-        order = torch.randperm(self.size, generator=generator).tolist()
+        order = torch.randperm(self.size, generator=generator, device="cpu").tolist()
         order += [order[i % self.size] for i in range(-self.size % self.batch_size)]
         if self.lengths is None:
             return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
@@ -53,7 +53,7 @@ class Batches:
         for i in range(0, len(order), chunk):
             rows = sorted(order[i : i + chunk], key=self.lengths.__getitem__)
             batches += [rows[j : j + self.batch_size] for j in range(0, len(rows), self.batch_size)]
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator, device="cpu").tolist()]
 
 
 class JointBatches:

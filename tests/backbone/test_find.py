@@ -13,6 +13,8 @@ import torch
 import transformers as tr
 from packaging.requirements import Requirement
 from packaging.version import Version
+from torch.overrides import TorchFunctionMode
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from prefix_adapter import PrefixTuningV2Config, UnsupportedBackboneError, get_peft_model
 from prefix_adapter.backbone.calls import CACHE_ARGUMENTS
@@ -234,3 +236,40 @@ def test_the_bound_on_transformers_is_the_newest_minor_that_the_constraints_inst
     bound = next(r.specifier for r in map(Requirement, dependencies) if r.name == "transformers")
     assert newest in bound and Version(f"{newest.major}.{newest.minor + 1}") not in bound
     assert Version(f"{newest.major}.{newest.minor}.99") in bound
+
+
+def test_attention_that_gives_all_of_the_softmax_to_one_token():
+    """T5 does not divide its scores. A prefix of small numbers then changes nothing, which says nothing about T5."""
+    base = tiny.model("t5")
+    with torch.no_grad():
+        for module in base.modules():
+            if isinstance(module, T5Attention):  # a token attends to itself
+                module.k.weight.mul_(4)
+                module.q.weight.copy_(module.k.weight)
+    model = get_peft_model(base, PrefixTuningV2Config(num_virtual_tokens=3)).eval()
+    inputs = {"input_ids": tiny.ids(), "decoder_input_ids": tiny.ids(seed=4)}
+    tiny.randomize(model, std=100)
+    with torch.no_grad():
+        ours = model(**inputs)[0]
+        with model.disable_adapter():
+            assert not torch.allclose(ours, model(**inputs)[0])
+
+
+class OtherDevice(TorchFunctionMode):
+    """Stand-in for `torch.set_default_device("cuda")`, which a generator of the CPU does not fit."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        filled = args and isinstance(args[0], torch.Tensor)
+        if kwargs.get("generator") is not None and kwargs.get("device") is None and not filled:
+            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("kind", "entry_point"), [("bert", "cache"), ("t5", "cache"), ("deberta-v2", "attention")])
+def test_a_default_device_that_is_not_the_models(kind, entry_point):
+    model = tr.AutoModel.from_config(REFUSED[kind]) if kind in REFUSED else tiny.model(kind)
+    inputs = {"input_ids": tiny.ids()} | ({"decoder_input_ids": tiny.ids()} if kind == "t5" else {})
+    with OtherDevice():
+        model = get_peft_model(model, PrefixTuningV2Config(num_virtual_tokens=3, entry_point=entry_point))
+        model(**inputs)
