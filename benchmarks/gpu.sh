@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks and measurements that need a GPU, in at most eight minutes: see docs/performance.md, "On a GPU".
+# Checks and measurements that need a GPU, in about ten minutes: see docs/performance.md, "On a GPU".
 #
 #   bash benchmarks/gpu.sh OUT [--tiny] [--budget SECONDS] [--sections NAME ...] [--wheels FOLDER]
 #

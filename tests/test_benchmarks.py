@@ -186,7 +186,7 @@ def test_gpu_command_tiny(tmp_path):
     plan = [section for section in PLAN if section[0] in quick]
     checks = passed(gpu_command(tmp_path / "out", "--tiny", plan=plan), tmp_path / "out")
     assert {section for section, _ in checks} == set(quick)
-    assert "| references fp32 | 20 | 0 | 0 | 0 |" in (tmp_path / "out" / "report.md").read_text()
+    assert "| references fp32 | 33 | 0 | 0 | 0 |" in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.slow
@@ -203,7 +203,7 @@ def test_gpu_command_tiny_with_every_section(tmp_path):
     assert {each["section"] for each in found} == {"train", "memory", "decode", "first token"}
     assert {each["cache"] for each in found if each["section"] == "decode"} == {"dynamic", "static", "compiled"}
     page = (tmp_path / "out" / "report.md").read_text()
-    assert "| references fp32 | 20 | 0 | 0 | 0 |" in page and "### Compared with the KLUE-NLI table" not in page
+    assert "| references fp32 | 33 | 0 | 0 | 0 |" in page and "### Compared with the KLUE-NLI table" not in page
     assert "| multilingual | 2 | 20 | - |" in page
 
 

@@ -378,10 +378,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="folder for the results")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU, to test the command itself")
-    parser.add_argument("--budget", type=float, default=450, help="time limit for everything, in seconds")
+    parser.add_argument("--budget", type=float, default=600, help="time limit for everything, in seconds")
     parser.add_argument("--check-limit", type=float, default=CHECK_LIMIT, help="time limit for a check, in seconds")
     parser.add_argument("--sections", nargs="+", help="run only these sections, by name or first word")
-    parser.add_argument("--jobs", type=int, help="number of parallel workers (default: one per four CPUs, at most 4)")
+    parser.add_argument(
+        "--jobs", type=int, help="parallel workers (default: one for each section, at most one per CPU)"
+    )
     parser.add_argument(
         "--wheels",
         type=Path,
@@ -403,7 +405,7 @@ def main():
         args.plan = wanted
     if args.wheels and not args.wheels.is_dir():
         parser.error(f"--wheels: there is no folder {args.wheels}")
-    args.jobs = args.jobs or max(1, min(4, (os.cpu_count() or 1) // 4))
+    args.jobs = args.jobs or min(os.cpu_count() or 1, sum(not alone for *_, alone in args.plan) or 1)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in (RECORDS, RESULT, LOG, PERFORMANCE, REPORT):
         (args.out / name).unlink(missing_ok=True)
