@@ -38,6 +38,7 @@ _PIPELINES = {
     "token-classification": "token-classification",
     "question-answering": "question-answering",
     "causal-lm": "text-generation",
+    "chat": "text-generation",
 }
 _PACKAGES = (
     "prefix-adapter",

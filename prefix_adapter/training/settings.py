@@ -20,6 +20,10 @@ _CLASS_WEIGHTS: dict[str, tuple[Any, str]] = {
         "`{label: weight}`.",
     ),
 }
+_TEXT_AFTER_PROMPT: dict[str, tuple[Any, str]] = {
+    **_GENERATION_KWARGS,
+    "max_new_tokens": (None, "Maximum tokens to generate; by default 64, or half of `max_length` if less."),
+}
 TASK_SETTINGS: dict[str, dict[str, tuple[Any, str]]] = {
     "sequence-classification": {
         "problem_type": (None, f"One of {', '.join(KINDS)}; by default inferred from the labels."),
@@ -45,8 +49,11 @@ TASK_SETTINGS: dict[str, dict[str, tuple[Any, str]]] = {
     "causal-lm": {
         "packing": (False, "Join texts without prompts and train on blocks of `max_length` tokens."),
         "generate": (False, "Also evaluate the text generated after the prompts: exact_match and rougeL."),
-        **_GENERATION_KWARGS,
-        "max_new_tokens": (None, "Maximum tokens to generate; by default 64, or half of `max_length` if less."),
+        **_TEXT_AFTER_PROMPT,
+    },
+    "chat": {
+        "generate": (False, "Also evaluate the generated last answers: exact_match and rougeL."),
+        **_TEXT_AFTER_PROMPT,
     },
     "seq2seq-lm": {
         "max_target_length": (128, "Maximum tokens of a target."),

@@ -52,7 +52,7 @@ KLUE_NLI = {
     "klue-nli-prefix-200-mlp-768": (200, 768, "0.698"),
 }
 DOCUMENTATION = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
-KINDS = {"causal-lm": "gpt2", "seq2seq-lm": "t5"}
+KINDS = {"causal-lm": "gpt2", "chat": "gpt2", "seq2seq-lm": "t5"}
 BASE = "task: sequence-classification\nmodel: m\noutput_dir: o\n"
 
 
@@ -79,7 +79,11 @@ def recipe_file(tmp_path):
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("bases")
-    return {kind: save_base(folder / kind, kind) for kind in ("bert", "gpt2", "t5")}
+    found = {kind: save_base(folder / kind, kind) for kind in ("bert", "gpt2", "t5")}
+    tokenizer = AutoTokenizer.from_pretrained(found["gpt2"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"  # for the task chat
+    tokenizer.save_pretrained(found["gpt2"])
+    return found
 
 
 def test_names_of_the_recipes():

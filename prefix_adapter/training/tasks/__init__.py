@@ -1,6 +1,7 @@
 """The tasks, one file for each: columns, head, loss, predictions and metrics."""
 
 from .causal_lm import CausalLM
+from .chat import Chat
 from .multiple_choice import MultipleChoice
 from .question_answering import QuestionAnswering
 from .seq2seq_lm import Seq2SeqLM
@@ -14,6 +15,7 @@ TASK_CLASSES: dict[str, type[Task]] = {
     "question-answering": QuestionAnswering,
     "multiple-choice": MultipleChoice,
     "causal-lm": CausalLM,
+    "chat": Chat,
     "seq2seq-lm": Seq2SeqLM,
 }
 
