@@ -14,6 +14,7 @@ ROOMS = [
     "messages",
     "files",
     "backbone",
+    "tuner",
     "config",
     "prefix",
     "model",

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..backbone.attention import AttentionTarget, PrefixSlot
 from ..backbone.masks import PrefixColumns
-from .plan import BatchPlan, PrefixPart, Row
-from .running import AdapterCall
+from ..tuner.running import AdapterCall, Row
+from .plan import BatchPlan, PrefixPart
 
 
 @dataclass(frozen=True)

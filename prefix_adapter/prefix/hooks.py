@@ -22,10 +22,9 @@ from ..backbone.key_values import KeyValues
 from ..backbone.masks import widen_masks
 from ..backbone.own_mask import OwnMasks, WiderMask
 from ..private import get_forward_attribute, has_compiled_parts
+from ..tuner.running import Row, RunningCalls
 from .batch import AdapterInfo, BatchPlanner
-from .plan import Row
 from .position_hooks import PositionHooks
-from .running import RunningCalls
 from .state import CurrentForward, ForwardState
 from .usage import PrefixNotUsedError, UsageCheck
 from .values import PrefixValues

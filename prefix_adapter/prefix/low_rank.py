@@ -19,10 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
 
 from ..backbone.linears import LinearLayer
+from ..tuner.running import Row, RunningCalls, get_tensor_cache
 from .batch import AdapterInfo, pick_rows
 from .encoder import LOW_RANK_SCALE, PrefixEncoder
-from .plan import Row
-from .running import RunningCalls, get_tensor_cache
 
 
 class LowRankHooks:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..backbone.attention import PrefixSlot
 from ..backbone.key_values import KeyValues, split_layers
 from ..private import get_write_count
+from ..tuner.running import AdapterCall, Row, get_tensor_cache
 from .batch import AdapterInfo
 from .encoder import PrefixEncoder
-from .plan import BatchPlan, PrefixPart, Row
-from .running import AdapterCall, get_tensor_cache
+from .plan import BatchPlan, PrefixPart
 from .state import ForwardState
 
 
