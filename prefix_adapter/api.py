@@ -1,4 +1,4 @@
-"""The public names of the package. Importing this module registers `PREFIX_TUNING_V2` with PEFT."""
+"""The public names of the package. Importing this module registers the methods with PEFT."""
 
 # ruff: noqa: F401
 
@@ -38,12 +38,21 @@ from .model import PrefixTuningV2Model
 from .prefix.layer import PrefixTuningV2Layer
 from .prefix.names import PREFIX
 from .prefix.usage import PrefixNotUsedError
+from .ptuning.config import PTuningConfig, PTuningType
+from .ptuning.layer import PTuningLayer
+from .ptuning.model import PTuningModel
+from .ptuning.names import PREFIX as PTUNING_PREFIX
 
 # The steps of `peft.utils.register_peft_method`, which rejects names that are not members of PEFT's `PeftType`.
-_entries: list[tuple[dict[Any, Any], Any]] = [
-    (PEFT_TYPE_TO_CONFIG_MAPPING, PrefixTuningV2Config),
-    (PEFT_TYPE_TO_TUNER_MAPPING, PrefixTuningV2Model),
-    (PEFT_TYPE_TO_PREFIX_MAPPING, PREFIX),
+_methods: list[tuple[Any, type[PeftConfig], Any, str]] = [
+    (PrefixTuningV2Type.PREFIX_TUNING_V2, PrefixTuningV2Config, PrefixTuningV2Model, PREFIX),
+    (PTuningType.PTUNING_V1, PTuningConfig, PTuningModel, PTUNING_PREFIX),
 ]
-for _mapping, _entry in _entries:
-    _mapping[PrefixTuningV2Type.PREFIX_TUNING_V2] = _entry
+_mappings: list[dict[Any, Any]] = [
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+]
+for _method, *_entries in _methods:
+    for _mapping, _entry in zip(_mappings, _entries, strict=True):
+        _mapping[_method] = _entry

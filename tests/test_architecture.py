@@ -17,6 +17,7 @@ ROOMS = [
     "tuner",
     "config",
     "prefix",
+    "ptuning",
     "model",
     "adapters",
     "api",

@@ -76,8 +76,8 @@ def check_text(name: str, value: Any) -> None:
 class AdapterConfig(PeftConfig):
     """The base of the configs of this package. Every field is checked when a config is made.
 
-    A subclass is a dataclass with the fields `modules_to_save` and `label_names`, checks its own fields in
-    `check_own_fields`, and describes its adapter in `make_card`.
+    A subclass is a dataclass with the fields `num_virtual_tokens`, `modules_to_save` and `label_names`. It checks its
+    own fields in `check_own_fields`, and describes its adapter in `make_card`.
 
     Attributes:
         method: The PEFT type.
@@ -88,6 +88,7 @@ class AdapterConfig(PeftConfig):
     method: Any
     table_setting: str
     source: AdapterSource | None
+    num_virtual_tokens: int
     modules_to_save: list[str] | None
     label_names: list[str] | None
 

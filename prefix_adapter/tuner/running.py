@@ -207,3 +207,22 @@ class RunningCalls:
                         "when the call is over."
                     )
                 call = call.outer
+
+
+def pick_rows(entries: list[int], states: Tensor) -> Tensor | None:
+    """The entry for each row of a batch `[batch, ...]`; `None` if all are the same.
+
+    Args:
+        entries: An entry for each name. A batch may have several rows for each name: beams and the choices of a
+            multiple-choice question are next to each other.
+        states: A tensor of the batch.
+
+    Raises:
+        ValueError: If the batch is no multiple of the number of names.
+    """
+    batch = states.shape[0]
+    if len(entries) > 1 and batch % len(entries):
+        raise ValueError(f"There are adapters or strengths for {len(entries)} rows, and the batch has {batch}.")
+    if len(set(entries)) == 1:
+        return None
+    return torch.tensor(entries, device=states.device).repeat_interleave(batch // len(entries))
