@@ -63,8 +63,6 @@ class PTuningConfig(AdapterConfig):
         label_names (`list[str]`, *optional*):
             The names of the labels of the adapter's task head, in their order. By default those of the base model
             when the adapter is made. While the adapter is active, they are the `id2label` of the model's config.
-        task_type (`str`, *optional*):
-            PEFT's task type.
 
     Raises:
         ValueError: If a field has a wrong value.

@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 class InputEmbeddings:
     """The input embeddings of a model, and other tables with a row for each token id.
 
+    Attributes:
+        parts: The transformers models in the model, itself among them.
+
     Args:
         model: A transformers model.
 
@@ -23,7 +26,7 @@ class InputEmbeddings:
     def __init__(self, model: nn.Module):
         self._model = model
         # Encoders and decoders may have input embeddings of their own, which are tied to those of the model.
-        self._parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        self.parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
         table = None if _get_input_embeddings(model) is None else self.table
         if not isinstance(table, nn.Embedding):
             what = "no input embeddings" if table is None else f"input embeddings of the kind {type(table).__name__}"
@@ -58,7 +61,7 @@ class InputEmbeddings:
     def find(self) -> list[nn.Module]:
         """The modules that look up input embeddings now. Other methods of PEFT replace them by wrappers."""
         found, shape = [self.main], self.table.weight.shape
-        for part in self._parts:
+        for part in self.parts:
             module = _get_input_embeddings(part)
             if module is None or any(module is other for other in found):
                 continue

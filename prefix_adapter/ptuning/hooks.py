@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..backbone.calls import CACHE_ARGUMENTS, ModuleCall, get_batch_size, parameter_names
+from ..backbone.probe import is_probing
 from ..private import has_compiled_parts
 from ..tuner.running import PerThread, Row, RunningCalls, pick_rows
+from ..tuner.wrapping import WrappedForward, WrappedForwards
 from .embeddings import InputEmbeddings
 from .places import Placeholders
 
@@ -22,17 +24,17 @@ _IGNORED_LABEL = -100
 
 
 class _Thread(PerThread):
-    """The state of one thread: the places that were found in the running call of an embedding module."""
+    """The state of one thread: the copy of an embedding module that `nn.DataParallel` is about to call in it."""
 
-    placed: list[_Placed] | None = None
+    replica: nn.Module | None = None
 
 
 class PlaceholderHooks:
     """All hooks on one model.
 
-    The embedding modules get hooks: the first one gives them a valid token id in the places of virtual tokens, the
-    second one puts the virtual tokens into what they return. The model gets a hook that checks its inputs. Hooks are
-    bound methods, not closures, so that a copied model has hooks of its own.
+    The `forward` of the embedding modules is wrapped on the instance, in order to put virtual tokens into what it
+    returns. The model gets a hook that checks its inputs. Hooks are bound methods, not closures, so that a copied
+    model has hooks of its own.
 
     Args:
         model: The model.
@@ -58,9 +60,7 @@ class PlaceholderHooks:
         self._get_vectors, self._get_rows, self._begin_forward = get_vectors, get_rows, begin_forward
         self._names = parameter_names(model) or ["input_ids"]
         self._own_ids = _find_own_ids(getattr(model, "config", None), embeddings.vocabulary)
-        self._thread = _Thread()
-        # The same as `_Thread.placed`, for a graph that is being compiled.
-        self._traced: list[_Placed] | None = None
+        self._thread, self._wrapped = _Thread(), WrappedForwards()
         self._hooked: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []
         self._handle = model.register_forward_pre_hook(self._before_model, with_kwargs=True)
@@ -75,16 +75,19 @@ class PlaceholderHooks:
         self.detach()
         self._hooked = found
         for module in found:
-            self._handles.append(module.register_forward_pre_hook(self._before_embedding, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._after_embedding))
+            self._handles.append(module.register_forward_pre_hook(self._note_replica))
+            self._wrapped.wrap(module, self._embed)
         for table in self._embeddings.find_other_tables():
-            self._handles.append(table.register_forward_pre_hook(self._before_other_table, with_kwargs=True))
+            self._handles.append(table.register_forward_pre_hook(self._before_other_table))
+        for part in self._embeddings.parts:
+            self._handles.append(part.register_forward_pre_hook(self._before_part))
         self._forget_graphs()
 
     def detach(self) -> None:
-        """Remove the hooks from the embedding modules. A copy that PEFT makes of such a module has none then."""
+        """Remove the hooks from parts of the model. A copy that PEFT makes of such a part has none then."""
         for handle in self._handles:
             handle.remove()
+        self._wrapped.remove()
         self._handles, self._hooked = [], []
 
     def remove(self) -> None:
@@ -99,62 +102,63 @@ class PlaceholderHooks:
 
     # ---- A call of an embedding module
 
-    def _before_embedding(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Replace placeholders by a token id that the module has a row for."""
-        placed = None
-        ids = args[0] if args else kwargs.get("input")
-        rows = self._get_rows()
-        if any(rows) and isinstance(ids, Tensor) and not ids.is_floating_point():
-            placed = self._place(ids, rows)
-            for _, found, _ in placed:
-                ids = ids.masked_fill(found, 0)
-        self._keep(placed)
-        if not placed:
-            return None
-        return ((ids, *args[1:]), kwargs) if args else (args, {**kwargs, "input": ids})
+    def _note_replica(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note a replica that `nn.DataParallel` calls: its wrapped forward is that of the original."""
+        if not torch.compiler.is_compiling() and all(module is not own for own in self._hooked):
+            self._thread.replica = module
 
-    def _after_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Put the virtual tokens into the output `[..., tokens, size]` of an embedding module."""
-        placed = self._traced if torch.compiler.is_compiling() else self._thread.placed
-        self._keep(None)
-        for name, found, which in placed or ():
+    def _embed(self, wrapped: WrappedForward, *args: Any, **kwargs: Any) -> Any:
+        """The forward of an embedding module: virtual tokens stand in the places of their placeholders.
+
+        The module itself is given another token id there, which it has a row for.
+        """
+        replica = None
+        if not torch.compiler.is_compiling():
+            replica, self._thread.replica = self._thread.replica, None
+        forward, rows = wrapped.get_unwrapped(replica), self._get_rows()
+        ids = args[0] if args else kwargs.get("input")
+        if wrapped.is_removed or not any(rows) or not _are_ids(ids):
+            return forward(*args, **kwargs)
+        placed = self._place(ids, rows)
+        for _, found, _ in placed:
+            ids = ids.masked_fill(found, 0)
+        output = forward(ids, *args[1:]) if args else forward(**{**kwargs, "input": ids})
+        for name, found, which in placed:
             vectors = self._get_vectors(name).to(output.device, output.dtype)
             chosen = F.embedding(which.masked_fill(~found, 0), vectors)
             output = torch.where(found.unsqueeze(-1), chosen, output)
         return output
 
-    def _before_other_table(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _before_other_table(self, module: nn.Embedding, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Replace placeholders for which another table has no row. An index that it has stays."""
-        rows = self._get_rows()
-        ids, count = args[0] if args else None, len(module.weight)  # type: ignore[arg-type]
-        if not any(rows) or not isinstance(ids, Tensor) or ids.is_floating_point():
+        names = {active.adapter for row in self._get_rows() for active in row}
+        if not names or not args or not _are_ids(args[0]):
             return None
-        for _, found, _ in self._place(ids, rows):
-            ids = ids.masked_fill(found & (ids >= count), 0)
-        return (ids, *args[1:]), kwargs
+        ids = args[0]
+        for name in names:
+            ids = ids.masked_fill(self._adapters[name].contain(ids) & (ids >= module.num_embeddings), 0)
+        return (ids, *args[1:])
 
-    def _keep(self, placed: list[_Placed] | None) -> None:
-        """Keep what `_before_embedding` has found for `_after_embedding`, which sees the replaced ids only."""
-        if torch.compiler.is_compiling():
-            self._traced = placed
-        else:
-            self._thread.placed = placed
+    def _before_part(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Add the hooks that are missing. `generate` calls an encoder before it calls the whole model."""
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            self.attach()
 
     def _place(self, ids: Tensor, rows: list[Row]) -> list[_Placed]:
         """Find the places of virtual tokens among token ids `[batch, ..., tokens]`."""
-        placed = []
+        return [
+            (name, _only(found, in_rows), which)
+            for name, in_rows in self._get_adapters(ids, rows)
+            for found, which in [self._adapters[name].find(ids)]
+        ]
+
+    def _get_adapters(self, ids: Tensor, rows: list[Row]) -> list[tuple[str, Tensor | None]]:
+        """The adapters of a batch of token ids, and which of its rows have each of them; `None` if all have it."""
+        adapters = []
         for name in dict.fromkeys(active.adapter for row in rows for active in row):
-            found, which = self._adapters[name].find(ids)
-            entries = [int(any(active.adapter == name for active in row)) for row in rows]
-            picked = pick_rows(entries, ids)
-            if picked is not None:
-                found = found & picked.bool().view(-1, *[1] * (ids.dim() - 1))
-            placed.append((name, found, which))
-        return placed
+            in_rows = pick_rows([int(any(active.adapter == name for active in row)) for row in rows], ids)
+            adapters.append((name, None if in_rows is None else in_rows.bool()))
+        return adapters
 
     # ---- A forward of the model
 
@@ -163,8 +167,7 @@ class PlaceholderHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Check the inputs, and leave virtual tokens out of the loss."""
         rows, call = self._begin_forward(), ModuleCall(self._names, args, kwargs)
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if not traced:
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             self.attach()
             running = self._calls.current
             if running is not None and running.mixed and running.count_rows:
@@ -181,12 +184,17 @@ class PlaceholderHooks:
         labels, ids = call.get("labels"), call.get("input_ids")
         if not isinstance(labels, Tensor) or labels.is_floating_point() or not self._has_language_head():
             return
-        is_decoder_input = bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
-        if not is_decoder_input and (not isinstance(ids, Tensor) or ids.shape != labels.shape):
-            return
-        for _, found, _ in self._place(labels if is_decoder_input else ids, rows):
-            labels = labels.masked_fill(found if is_decoder_input else found & (labels == ids), _IGNORED_LABEL)
+        if self._is_encoder_decoder:
+            for _, found, _ in self._place(labels, rows):
+                labels = labels.masked_fill(found, _IGNORED_LABEL)
+        elif isinstance(ids, Tensor) and ids.shape == labels.shape:
+            for _, found, _ in self._place(ids, rows):
+                labels = labels.masked_fill(found & (labels == ids), _IGNORED_LABEL)
         call.set("labels", labels)
+
+    @property
+    def _is_encoder_decoder(self) -> bool:
+        return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
 
     def _has_language_head(self) -> bool:
         model: Any = self.model
@@ -195,24 +203,29 @@ class PlaceholderHooks:
         except (AttributeError, NotImplementedError):
             return False
 
+    # ---- The check of the inputs
+
     def check_inputs(self, call: ModuleCall, rows: list[Row]) -> None:
         """Check that the inputs of a forward have placeholders that the adapters of their rows know.
 
-        A step of `generate` with a cache has none. On an accelerator the check waits for the token ids.
+        A step of `generate` with a cache needs none. On an accelerator the check waits for the token ids.
 
         Args:
             call: The call of the model.
             rows: The adapters of each row.
 
         Raises:
-            ValueError: If a row with an adapter has no placeholder, or as many as it must not have; if there are no
-                token ids; or if a token id is beyond the vocabulary and no placeholder.
+            ValueError: If a row with an adapter has no placeholder, or not as many as there are virtual tokens if
+                they are counted; if there are no token ids; if a token id is beyond the vocabulary and no
+                placeholder; or if placeholders in the labels of an encoder-decoder would be lost.
         """
+        if is_probing():
+            return
         given = [call.get(name) for name in ("input_ids", "decoder_input_ids")]
-        sides = [ids for ids in given if isinstance(ids, Tensor) and ids.dim() and not ids.is_floating_point()]
+        sides = [ids.reshape(-1, ids.shape[-1]) for ids in given if _are_ids(ids)]
         goes_on = call.get("encoder_outputs") is not None
-        if any(cache is not None for cache in map(call.get, CACHE_ARGUMENTS)):
-            if all(ids.shape[-1] == 1 for ids in sides):
+        if any(call.get(name) is not None for name in CACHE_ARGUMENTS):
+            if sides and all(ids.shape[-1] == 1 for ids in sides):
                 return
             goes_on = goes_on or _has_past(call)
         if not sides:
@@ -223,82 +236,87 @@ class PlaceholderHooks:
                     "has the virtual tokens in it, and call the model in `model.disable_adapter()`."
                 )
             return
-        counts, strange = None, []
-        for ids in sides:
-            placed = self._place(ids, rows)
-            known = torch.zeros_like(ids, dtype=torch.bool)
-            for _, found, _ in placed:
-                known = known | found
-            unknown = (ids >= self._embeddings.vocabulary) & ~known
-            for own in self._own_ids:
-                unknown = unknown & (ids != own)
-            strange.append(unknown.any())
-            number = self._count(ids, rows)
-            counts = number if counts is None or counts.shape != number.shape else counts + number
-        assert counts is not None
-        wanted = self._get_wanted(rows, counts)
-        wrong = (counts < wanted[0]) | (counts > wanted[1])
+        members = [self._find_members(ids, rows) for ids in sides]
+        unknown = [self._find_unknown(ids) & ~found for ids, found in zip(sides, members, strict=True)]
+        counts = [found.sum(-1) for found in members]
+        count = torch.stack([each for each in counts if len(each) == len(counts[0])]).sum(0)
+        least, most = self._get_bounds(rows, count)
+        wrong = (count < least) | (count > most)
         if goes_on:
-            wrong = wrong & (counts > 0)
-        has_strange, is_wrong = torch.stack([torch.stack(strange).any(), wrong.any()]).tolist()
-        if has_strange:
-            self._raise_for_unknown(sides, rows)
+            wrong = wrong & (count > 0)
+        labels = call.get("labels")
+        made = self._is_encoder_decoder and _are_ids(labels) and len(given) > 1 and given[1] is None
+        lost = self._find_members(labels, rows) if made else wrong[:0]
+        problems = [torch.cat([each.flatten() for each in unknown]).any(), wrong.any(), lost.any()]
+        has_unknown, is_wrong, has_lost = torch.stack(problems).tolist()
+        if has_unknown:
+            self._raise_for_unknown(torch.cat([ids[each] for ids, each in zip(sides, unknown, strict=True)]), rows)
         if is_wrong:
-            row = int(wrong.flatten().nonzero()[0])
-            self._raise_for_count(rows, row * len(rows) // counts.numel(), int(counts.flatten()[row]))
+            first = int(wrong.nonzero()[0])
+            self._raise_for_count(rows[first * len(rows) // len(count)], int(count[first]))
+        if has_lost:
+            raise ValueError(
+                "The labels have placeholders, and the model would make the inputs of its decoder from the labels, "
+                "where virtual tokens have no place. Pass `decoder_input_ids` too."
+            )
 
-    def _count(self, ids: Tensor, rows: list[Row]) -> Tensor:
-        """The number of placeholders in each row `[batch, ...]`, also of those that are one too many."""
-        number = torch.zeros(ids.shape[:-1], dtype=torch.long, device=ids.device)
-        for name, found, _ in self._place(ids, rows):
-            adapter = self._adapters[name]
-            if adapter.are_counted:
-                many = (ids == adapter.ids[0]).sum(-1)
-                found = found.any(-1, keepdim=True)
-                number = number + torch.where(found.squeeze(-1), many, 0)
-            else:
-                number = number + found.sum(-1)
-        return number
+    def _find_members(self, ids: Tensor, rows: list[Row]) -> Tensor:
+        """Whether token ids `[rows, tokens]` are placeholders of the adapters of their rows."""
+        found = torch.zeros_like(ids, dtype=torch.bool)
+        for name, in_rows in self._get_adapters(ids, rows):
+            found = found | _only(self._adapters[name].contain(ids), in_rows)
+        return found
 
-    def _get_wanted(self, rows: list[Row], counts: Tensor) -> tuple[Tensor, Tensor]:
-        """The least and the largest number of placeholders of each row `[batch, ...]`."""
-        most = torch.iinfo(torch.long).max
+    def _find_unknown(self, ids: Tensor) -> Tensor:
+        """Whether the model has no row for token ids, and does not handle them itself."""
+        unknown = ids >= self._embeddings.vocabulary
+        for own in self._own_ids:
+            unknown = unknown & (ids != own)
+        return unknown
+
+    def _get_bounds(self, rows: list[Row], count: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the largest number of placeholders that each row of a batch may have."""
         bounds = []
         for row in rows:
             adapters = [self._adapters[active.adapter] for active in row]
-            if adapters and all(adapter.are_counted for adapter in adapters):
-                total = sum(adapter.count for adapter in adapters)
-                bounds.append((total, total))
-            else:
-                bounds.append((int(bool(adapters)), most))
-        limits = torch.tensor(bounds, device=counts.device)
-        limits = limits.repeat_interleave(len(counts) // len(rows), 0) if counts.dim() else limits
-        shape = (-1, *[1] * (counts.dim() - 1)) if counts.dim() else ()
-        return limits[:, 0].view(shape), limits[:, 1].view(shape)
+            exact = _count_places(adapters)
+            bounds.append((exact or bool(adapters), exact or torch.iinfo(torch.long).max))
+        least, most = torch.tensor(bounds, device=count.device).repeat_interleave(len(count) // len(rows), 0).unbind(1)
+        return least, most
 
-    def _raise_for_unknown(self, sides: list[Tensor], rows: list[Row]) -> None:
-        vocabulary = self._embeddings.vocabulary
-        ids = sorted({int(each) for side in sides for each in side.flatten().tolist() if each >= vocabulary})
-        known = {name: adapter.ids for name, adapter in self._adapters.items()}
+    def _raise_for_unknown(self, unknown: Tensor, rows: list[Row]) -> None:
+        ids = tuple(sorted(set(unknown.tolist())))
         active = sorted({active.adapter for row in rows for active in row})
-        shown = ", ".join(f"{_describe_ids(known[name])} of adapter {name!r}" for name in active)
+        shown = ", ".join(f"{_describe_ids(self._adapters[name].ids)} of adapter {name!r}" for name in active)
         raise ValueError(
-            f"The inputs have the token ids {_describe_ids(tuple(ids))}, beyond the {vocabulary} rows of the input "
-            f"embeddings. The placeholders of this call are {shown or 'none, because no adapter is active'}. Rows "
+            f"The inputs have the token ids {_describe_ids(ids)}, beyond the {self._embeddings.vocabulary} rows of "
+            f"the input embeddings. The placeholders of this call are {shown or 'none: no adapter is active'}. Rows "
             "without an adapter need inputs without placeholders."
         )
 
-    def _raise_for_count(self, rows: list[Row], row: int, count: int) -> None:
-        names = [active.adapter for active in rows[row]]
-        described = ", ".join(f"{name!r} ({_describe_ids(self._adapters[name].ids)})" for name in names)
-        counted = all(self._adapters[name].are_counted for name in names)
-        wanted = f"{sum(self._adapters[name].count for name in names)} " if counted else ""
+    def _raise_for_count(self, row: Row, count: int) -> None:
+        adapters = {active.adapter: self._adapters[active.adapter] for active in row}
+        described = " and ".join(f"{name!r} ({_describe_ids(each.ids)})" for name, each in adapters.items())
         raise ValueError(
             f"A row of the inputs has {count or 'no'} placeholder{'' if count == 1 else 's'} of adapter {described}, "
-            f"and needs {wanted or 'at least one'}{'of them' if counted else ''}. Was the text cut off? Put the token "
-            "ids where virtual tokens are to stand. For a row without virtual tokens use `adapter_names` with "
+            f"and needs {_count_places(list(adapters.values())) or 'at least one'}. Was the text cut off? Put the "
+            "token ids where virtual tokens are to stand. For a row without virtual tokens use `adapter_names` with "
             "'__base__', or `disable_adapter`."
         )
+
+
+def _are_ids(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.dim() > 0 and not value.is_floating_point()
+
+
+def _only(found: Tensor, in_rows: Tensor | None) -> Tensor:
+    """The places `[batch, ..., tokens]` that are in some rows `[batch]` of a batch; in all of them if `None`."""
+    return found if in_rows is None else found & in_rows.view(-1, *[1] * (found.dim() - 1))
+
+
+def _count_places(adapters: list[Placeholders]) -> int:
+    """The number of placeholders in a row, if the places of all adapters are counted; 0 if it may be any."""
+    return sum(each.count for each in adapters) if all(each.are_counted for each in adapters) else 0
 
 
 def _has_past(call: ModuleCall) -> bool:

@@ -97,6 +97,7 @@ class PTuningModel(AdapterModel):
             config = getattr(self.model, "config", None)
             if getattr(config, "is_encoder_decoder", False) and kwargs.get("labels") is None:
                 # `generate` calls the encoder alone, and then the model with the encoder's outputs.
+                given = {"input_ids": args[0] if args else kwargs.get("inputs"), **kwargs}
                 layer: PTuningLayer = self.layer
-                layer.hooks.check_inputs(ModuleCall(["input_ids"], args, kwargs), layer.get_rows())
+                layer.hooks.check_inputs(ModuleCall([], (), given), layer.get_rows())
             yield

@@ -45,6 +45,10 @@ class Placeholders:
         place = torch.searchsorted(ascending, token_ids.long()).clamp(max=self.count - 1)
         return ascending[place] == token_ids, order[place]
 
+    def contain(self, token_ids: Tensor) -> Tensor:
+        """Whether token ids are placeholders, also those that are one too many in their row."""
+        return token_ids == self.ids[0] if self.are_counted else self.find(token_ids)[0]
+
     def _get_sorted(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._sorted:
             order = sorted(range(self.count), key=self.ids.__getitem__)
