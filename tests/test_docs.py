@@ -59,14 +59,10 @@ def test_a_docstring_has_every_argument(name):
     assert documented == [each for each in inspect.signature(shown).parameters if each not in of_peft]
 
 
-def test_the_guide_has_every_setting_of_a_prefix():
-    table = (
-        (ROOT / "docs" / "method.md")
-        .read_text(encoding="utf-8")
-        .partition("\n## Settings\n")[2]
-        .partition("\n\n**")[0]
-    )
-    own = [field.name for field in dataclasses.fields(PrefixTuningV2Config)]
+@pytest.mark.parametrize(("page", "config"), [("method.md", PrefixTuningV2Config), ("ptuning.md", PTuningConfig)])
+def test_the_guide_has_every_setting_of_an_adapter(page, config):
+    table = (ROOT / "docs" / page).read_text(encoding="utf-8").partition("\n## Settings\n")[2].partition("\n\n**")[0]
+    own = [field.name for field in dataclasses.fields(config)]
     of_peft = {field.name for field in dataclasses.fields(PeftConfig)}
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == {each for each in own if each not in of_peft}
 
