@@ -2,8 +2,6 @@
 
 # ruff: noqa: F401
 
-from typing import Any
-
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -17,12 +15,8 @@ from peft import (
     TaskType,
     get_peft_model,
 )
-from peft.mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-)
 
+from . import methods
 from .adapters.exchange import export_peft, import_peft
 from .adapters.hub import push_to_hub
 from .adapters.pool import AdapterPool, LoadedAdapter
@@ -36,23 +30,7 @@ from .backbone.unsupported import UnsupportedBackboneError
 from .config import PrefixTuningV2Config, PrefixTuningV2Type
 from .model import PrefixTuningV2Model
 from .prefix.layer import PrefixTuningV2Layer
-from .prefix.names import PREFIX
 from .prefix.usage import PrefixNotUsedError
 from .ptuning.config import PTuningConfig, PTuningType
 from .ptuning.layer import PTuningLayer
 from .ptuning.model import PTuningModel
-from .ptuning.names import PREFIX as PTUNING_PREFIX
-
-# The steps of `peft.utils.register_peft_method`, which rejects names that are not members of PEFT's `PeftType`.
-_methods: list[tuple[Any, type[PeftConfig], Any, str]] = [
-    (PrefixTuningV2Type.PREFIX_TUNING_V2, PrefixTuningV2Config, PrefixTuningV2Model, PREFIX),
-    (PTuningType.PTUNING_V1, PTuningConfig, PTuningModel, PTUNING_PREFIX),
-]
-_mappings: list[dict[Any, Any]] = [
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-]
-for _method, *_entries in _methods:
-    for _mapping, _entry in zip(_mappings, _entries, strict=True):
-        _mapping[_method] = _entry

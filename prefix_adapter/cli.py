@@ -166,26 +166,25 @@ def _info(options: Any) -> None:
 
     No model is loaded.
     """
-    from . import api  # noqa: F401 (registers PREFIX_TUNING_V2, so that PEFT can read its configuration)
     from .adapters.saved import describe_adapter
 
     found = describe_adapter(options.adapter, options.revision)
     if options.json:
         _print_json(found)
         return
-    for name in ("peft_type", "base_model", "task_type"):
-        print(f"{name:20}{_printable(found[name])}")
-    for name, value in found["settings"].items():
-        print(f"{_printable(name):20}{_printable(value)}")
-    for part, count in found["parameters"].items():
-        print(f"{part + ' parameters':20}{count:,}")
-    print(f"{'file':20}{found['bytes']:,} bytes")
+    rows = {name: _printable(found[name]) for name in ("peft_type", "base_model", "task_type")}
+    rows |= {_printable(name): _printable(value) for name, value in found["settings"].items()}
+    rows |= {f"{part} parameters": f"{count:,}" for part, count in found["parameters"].items()}
+    rows["file"] = f"{found['bytes']:,} bytes"
+    width = max(20, *(len(name) + 2 for name in rows))
+    for name, value in rows.items():
+        print(f"{name:{width}}{value}")
     for name, tensor in found["tensors"].items():
         print(f"    {'x'.join(map(str, tensor['shape'])):16}{tensor['dtype']:8}{_printable(name)}")
 
 
 def _fold(options: Any) -> None:
-    """Replace the MLP of a saved adapter by the table that it computes.
+    """Replace the encoder of a saved adapter, an MLP or an LSTM, by the table that it computes.
 
     The outputs stay the same, and the file becomes smaller.
     """

@@ -19,6 +19,7 @@ ROOMS = [
     "prefix",
     "ptuning",
     "model",
+    "methods",
     "adapters",
     "api",
     "training",

@@ -24,20 +24,18 @@ from ..files.contents import SAVED_ROOT, shapes_of
 from ..files.source import AdapterSource, open_weights, read_header, read_json
 from ..files.whole import check_free, new_folder
 from ..messages import shorten
+from ..methods import METHODS
 from ..prefix.encoder import EncoderSizes, PrefixEncoder
 from ..prefix.names import LAYER_NAME, PREFIX
 from ..ptuning.config import PTuningConfig
 from ..ptuning.encoder import PromptEncoder, PromptSizes
-from ..ptuning.names import LAYER_NAME as PTUNING_LAYER_NAME
-from ..ptuning.names import PREFIX as PTUNING_PREFIX
 from ..tuner.config import AdapterConfig
 
 AnyPath = str | os.PathLike[str]
 ConfigT = TypeVar("ConfigT", bound=PeftConfig)
 
-# The names of an adapter's own tensors in a file start with this, by method.
+# The names of the prefix's tensors in a file start with this.
 PREFIX_ROOT = f"{SAVED_ROOT}{LAYER_NAME}.{PREFIX}"
-PTUNING_ROOT = f"{SAVED_ROOT}{PTUNING_LAYER_NAME}.{PTUNING_PREFIX}"
 # An MLP that computes a larger table is rejected. With the 126 layers of 1,024 key columns in Llama 3.1 405B, 1,000
 # virtual tokens need a quarter of this size.
 _MAX_TABLE_SIZE = 2**30
@@ -82,7 +80,8 @@ class SavedAdapter(Generic[ConfigT]):
     @property
     def root(self) -> str:
         """The beginning of the names of its own tensors in the file."""
-        return PTUNING_ROOT if isinstance(self.config, PTuningConfig) else PREFIX_ROOT
+        layers = [method.tuner.tuner_layer_cls for method in METHODS if isinstance(self.config, method.config)]
+        return f"{SAVED_ROOT}{layers[0].layer_name}.{layers[0].prefix}" if layers else PREFIX_ROOT
 
     def read_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Read all tensors.
@@ -248,7 +247,7 @@ def describe_adapter(adapter: AnyPath, revision: str | None = None) -> dict[str,
 
     Returns:
         Its `peft_type`, `base_model`, `task_type` and `settings` (those that differ from the defaults), the number of
-        its `parameters` in the `prefix` (or the virtual tokens) and in `other` tensors, the `bytes` of its file, and
+        its `parameters` in the `prefix` (or the `virtual tokens`) and in `other` tensors, the `bytes` of its file, and
         the shape and dtype of each of its `tensors`. The texts are untrusted: escape them before printing them in a
         terminal.
 
@@ -258,9 +257,10 @@ def describe_adapter(adapter: AnyPath, revision: str | None = None) -> dict[str,
     """
     saved = open_adapter(adapter, PeftConfig, revision)
     config, header = saved.config, saved.read_header()
-    parameters = {"prefix": 0, "other": 0}
+    own = "virtual tokens" if isinstance(config, PTuningConfig) else "prefix"
+    parameters = {own: 0, "other": 0}
     for name, (shape, _) in header.items():
-        parameters["prefix" if name.startswith(saved.root) else "other"] += math.prod(shape)
+        parameters[own if name.startswith(saved.root) else "other"] += math.prod(shape)
     settings = changed_settings(config)
     if isinstance(config, AdapterConfig):
         settings = {"num_virtual_tokens": config.num_virtual_tokens, **settings}

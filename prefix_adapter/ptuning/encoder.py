@@ -6,6 +6,7 @@ nothing here knows transformers or PEFT.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -109,7 +110,7 @@ class PromptEncoder(NamedTuple):
         with torch.autocast(table.device.type, enabled=False):
             if self.lstm is not None:
                 # cuDNN computes no gradients of an LSTM that is in eval mode.
-                with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and self.lstm.training):
+                with nullcontext() if self.lstm.training else torch.backends.cudnn.flags(enabled=False):
                     table = self.lstm(table.unsqueeze(0))[0].squeeze(0)
             output: Tensor = self.output(F.relu(self.hidden(table)))
             return output

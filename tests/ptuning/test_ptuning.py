@@ -3,6 +3,8 @@
 import copy
 import json
 import pickle
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -308,7 +310,7 @@ def test_save_load_and_fold(encoder, tmp_path):
         assert not any(parameter.requires_grad for parameter in loaded.parameters())
     described = describe_adapter(tmp_path / "a")
     size = sum(parameter.numel() for parameter in model.base_model.layer.parameters())
-    assert described["parameters"] == {"prefix": size, "other": 0}
+    assert described["parameters"] == {"virtual tokens": size, "other": 0}
 
     if encoder is None:
         with pytest.raises(ValueError, match=r"is a table already \(`encoder_reparameterization_type=None`\)"):
@@ -325,6 +327,15 @@ def test_save_load_and_fold(encoder, tmp_path):
     config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert config["encoder_reparameterization_type"] is None
     assert json.loads((tmp_path / "folded" / "adapter_config.json").read_text()) == config
+
+
+def test_folding_on_the_command_line(tmp_path):
+    """In a process of its own: the command must register the methods with PEFT."""
+    wrap().save_pretrained(tmp_path / "a")
+    command = [sys.executable, "-m", "prefix_adapter", "fold", tmp_path / "a", tmp_path / "b"]
+    folded = subprocess.run(command, capture_output=True, text=True)
+    assert folded.returncode == 0, folded.stderr
+    assert len(load_file(tmp_path / "b" / "adapter_model.safetensors")) == 1
 
 
 def test_a_file_that_does_not_fit_changes_nothing(tmp_path):
