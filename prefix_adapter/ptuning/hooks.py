@@ -21,6 +21,8 @@ from .places import Placeholders
 # An adapter's name, where its virtual tokens stand, and which one stands there.
 _Placed = tuple[str, Tensor, Tensor]
 _IGNORED_LABEL = -100
+# What a model is given from its earlier calls: a cache, or a state of its own (RWKV, XLNet).
+_PAST_ARGUMENTS = (*CACHE_ARGUMENTS, "cache_params", "state", "mems")
 
 
 class _Thread(PerThread):
@@ -224,10 +226,11 @@ class PlaceholderHooks:
         given = [call.get(name) for name in ("input_ids", "decoder_input_ids")]
         sides = [ids.reshape(-1, ids.shape[-1]) for ids in given if _are_ids(ids)]
         goes_on = call.get("encoder_outputs") is not None
-        if any(call.get(name) is not None for name in CACHE_ARGUMENTS):
+        past = call.get_first(_PAST_ARGUMENTS)
+        if past is not None:
             if sides and all(ids.shape[-1] == 1 for ids in sides):
                 return
-            goes_on = goes_on or _has_past(call)
+            goes_on = goes_on or _has_past(past)
         if not sides:
             if any(rows) and not goes_on:
                 raise ValueError(
@@ -319,13 +322,14 @@ def _count_places(adapters: list[Placeholders]) -> int:
     return sum(each.count for each in adapters) if all(each.are_counted for each in adapters) else 0
 
 
-def _has_past(call: ModuleCall) -> bool:
-    """Whether the cache of a call has tokens."""
-    for name in CACHE_ARGUMENTS:
-        get_length = getattr(call.get(name), "get_seq_length", None)
-        if get_length is not None:
-            return bool(get_length() > 0)
-    return any(call.get(name) for name in CACHE_ARGUMENTS)
+def _has_past(past: Any) -> bool:
+    """Whether a cache, or another state of an earlier call, has tokens."""
+    try:
+        return bool(past.get_seq_length() > 0)
+    except AttributeError:  # tensors, which are there from the second call on
+        return past is not None
+    except ValueError:  # a cache without layers of attention
+        return bool(past.has_previous_state())
 
 
 def _find_own_ids(config: Any, vocabulary: int) -> list[int]:
