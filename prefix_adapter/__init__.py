@@ -45,6 +45,7 @@ __all__ = [
     "fold",
     "get_peft_model",
     "import_peft",
+    "import_ptuning",
     "import_ptuning_v2",
     "init_from",
     "init_from_text",

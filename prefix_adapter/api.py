@@ -20,6 +20,7 @@ from . import methods
 from .adapters.exchange import export_peft, import_peft
 from .adapters.hub import push_to_hub
 from .adapters.pool import AdapterPool, LoadedAdapter
+from .adapters.ptuning import import_ptuning
 from .adapters.ptuning_v2 import import_ptuning_v2
 from .adapters.saved import fold
 from .adapters.start import init_from, init_from_text
