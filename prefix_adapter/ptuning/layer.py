@@ -9,6 +9,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
+from ..backbone.parallel import check_no_tensor_parallelism
 from ..files.check import check_size
 from ..files.contents import TensorSpec
 from ..private import get_writes
@@ -34,7 +35,7 @@ class PTuningLayer(AdapterLayer[Placeholders]):
         model: The transformers model.
 
     Raises:
-        ValueError: If it has no table of input embeddings.
+        ValueError: If it has no table of input embeddings, or is divided over processes by tensor parallelism.
 
     Example:
         ```python
@@ -47,6 +48,8 @@ class PTuningLayer(AdapterLayer[Placeholders]):
     adapter_layer_names = tuple(PREFIX + name for name in PromptEncoder._fields)
 
     def __init__(self, model: nn.Module):
+        # Processes would draw different vectors, and each could have a part of their gradient.
+        check_no_tensor_parallelism(model)
         embeddings = InputEmbeddings(model)
         super().__init__(model)
         self._embeddings = embeddings

@@ -29,7 +29,8 @@ class PTuningModel(AdapterModel):
             later.
 
     Raises:
-        ValueError: If the model has no table of input embeddings, or the configuration does not fit it.
+        ValueError: If the model has no table of input embeddings or is divided over processes by tensor parallelism,
+            or the configuration does not fit it.
 
     Example:
         ```python

@@ -405,6 +405,10 @@ def test_settings_that_do_not_fit_the_model():
     )
     with pytest.raises(ValueError, match="ViTModel has input embeddings of the kind"):
         wrap(model=vision)
+    divided = base()
+    divided._tp_size = 2
+    with pytest.raises(ValueError, match="divided over 2 processes"):
+        wrap(model=divided)
 
 
 # ---- Beside other adapters, and in training
