@@ -184,15 +184,15 @@ class PlaceholderHooks:
     def _leave_out_of_loss(self, call: ModuleCall, rows: list[Row]) -> None:
         """Set the labels of a language model to -100 in the places of virtual tokens: no word stands there."""
         labels, ids = call.get("labels"), call.get("input_ids")
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or not self._has_language_head():
+        if not _are_ids(labels) or not self._has_language_head():
             return
-        if self._is_encoder_decoder:
-            for _, found, _ in self._place(labels, rows):
-                labels = labels.masked_fill(found, _IGNORED_LABEL)
-        elif isinstance(ids, Tensor) and ids.shape == labels.shape:
-            for _, found, _ in self._place(ids, rows):
-                labels = labels.masked_fill(found & (labels == ids), _IGNORED_LABEL)
-        call.set("labels", labels)
+        left_out = self._find_members(labels, rows)
+        if not self._is_encoder_decoder:
+            # The id of a real word may be a placeholder too, and a label elsewhere.
+            beyond = labels >= self._embeddings.vocabulary
+            same = labels == ids if _are_ids(ids) and ids.shape == labels.shape else beyond
+            left_out = left_out & (beyond | same)
+        call.set("labels", labels.masked_fill(left_out, _IGNORED_LABEL))
 
     @property
     def _is_encoder_decoder(self) -> bool:
@@ -264,7 +264,7 @@ class PlaceholderHooks:
             )
 
     def _find_members(self, ids: Tensor, rows: list[Row]) -> Tensor:
-        """Whether token ids `[rows, tokens]` are placeholders of the adapters of their rows."""
+        """Whether token ids `[batch, ..., tokens]` are placeholders of the adapters of their rows."""
         found = torch.zeros_like(ids, dtype=torch.bool)
         for name, in_rows in self._get_adapters(ids, rows):
             found = found | _only(self._adapters[name].contain(ids), in_rows)

@@ -153,6 +153,10 @@ def test_virtual_tokens_are_left_out_of_the_loss():
     model, labels = wrap(), ids()
     expected = model(input_ids=ids(), labels=labels.masked_fill(labels >= V, -100)).loss
     assert torch.equal(model(input_ids=ids(), labels=labels).loss, expected)
+    hidden = ids()  # a collator for masked language modelling may hide a placeholder
+    hidden[0, 3] = 9
+    expected = model(input_ids=hidden, labels=labels.masked_fill(labels >= V, -100)).loss
+    assert torch.equal(model(input_ids=hidden, labels=labels).loss, expected)
     model = wrap("t5")
     decoded = tiny.ids(2, 4)
     decoded[:, 1] = V
