@@ -95,10 +95,11 @@ class PTuningModel(AdapterModel):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT enters this context around a forward. `adapter_names` names an adapter for each row of the batch."""
         with super()._enable_peft_forward_hooks(*args, **kwargs):
-            config = getattr(self.model, "config", None)
-            if getattr(config, "is_encoder_decoder", False) and kwargs.get("labels") is None:
-                # `generate` calls the encoder alone, and then the model with the encoder's outputs.
-                given = {"input_ids": args[0] if args else kwargs.get("inputs"), **kwargs}
+            # `generate` of an encoder-decoder calls the encoder alone, and then the model with the encoder's outputs.
+            # Other inputs are checked when the model is called: PEFT does not pass all of them here.
+            given = {"input_ids": args[0] if args else kwargs.get("inputs"), **kwargs}
+            has_inputs = any(given.get(name) is not None for name in ("input_ids", "inputs_embeds"))
+            if has_inputs and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
                 layer: PTuningLayer = self.layer
-                layer.hooks.check_inputs(ModuleCall([], (), given), layer.get_rows())
+                layer.hooks.check_inputs(ModuleCall([], (), {**given, "labels": None}), layer.get_rows())
             yield

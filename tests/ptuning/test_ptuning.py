@@ -100,6 +100,13 @@ def test_generation_of_an_encoder_decoder(beams):
         assert torch.equal(model.generate(inputs_embeds=embed(model, ids()), **common), tokens)
     with pytest.raises(ValueError, match="no placeholders of adapter 'default'"):
         model.generate(input_ids=tiny.ids(2, 9), **common)
+    with pytest.raises(ValueError, match="without token ids"):
+        model.generate(inputs_embeds=embed(model, ids()), **common)
+    # PEFT's class for sequence-to-sequence models hands on its inputs late.
+    assert torch.isfinite(logits(model, decoder_input_ids=tiny.ids(2, 4))).all()
+    assert torch.isfinite(model(input_ids=ids(), labels=tiny.ids(2, 4)).loss)
+    with pytest.raises(ValueError, match="no placeholders of adapter 'default'"):
+        model(input_ids=tiny.ids(2, 9), labels=tiny.ids(2, 4))
 
 
 # ---- Placeholders
