@@ -1,8 +1,6 @@
-"""The public names of the package. Importing this module registers `PREFIX_TUNING_V2` with PEFT."""
+"""The public names of the package. Importing this module registers the methods with PEFT."""
 
 # ruff: noqa: F401
-
-from typing import Any
 
 from peft import (
     AutoPeftModel,
@@ -17,15 +15,12 @@ from peft import (
     TaskType,
     get_peft_model,
 )
-from peft.mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-)
 
+from . import methods
 from .adapters.exchange import export_peft, import_peft
 from .adapters.hub import push_to_hub
 from .adapters.pool import AdapterPool, LoadedAdapter
+from .adapters.ptuning import import_ptuning
 from .adapters.ptuning_v2 import import_ptuning_v2
 from .adapters.saved import fold
 from .adapters.start import init_from, init_from_text
@@ -36,14 +31,7 @@ from .backbone.unsupported import UnsupportedBackboneError
 from .config import PrefixTuningV2Config, PrefixTuningV2Type
 from .model import PrefixTuningV2Model
 from .prefix.layer import PrefixTuningV2Layer
-from .prefix.names import PREFIX
 from .prefix.usage import PrefixNotUsedError
-
-# The steps of `peft.utils.register_peft_method`, which rejects names that are not members of PEFT's `PeftType`.
-_entries: list[tuple[dict[Any, Any], Any]] = [
-    (PEFT_TYPE_TO_CONFIG_MAPPING, PrefixTuningV2Config),
-    (PEFT_TYPE_TO_TUNER_MAPPING, PrefixTuningV2Model),
-    (PEFT_TYPE_TO_PREFIX_MAPPING, PREFIX),
-]
-for _mapping, _entry in _entries:
-    _mapping[PrefixTuningV2Type.PREFIX_TUNING_V2] = _entry
+from .ptuning.config import PTuningConfig, PTuningType
+from .ptuning.layer import PTuningLayer
+from .ptuning.model import PTuningModel

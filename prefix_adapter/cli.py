@@ -166,26 +166,25 @@ def _info(options: Any) -> None:
 
     No model is loaded.
     """
-    from . import api  # noqa: F401 (registers PREFIX_TUNING_V2, so that PEFT can read its configuration)
     from .adapters.saved import describe_adapter
 
     found = describe_adapter(options.adapter, options.revision)
     if options.json:
         _print_json(found)
         return
-    for name in ("peft_type", "base_model", "task_type"):
-        print(f"{name:20}{_printable(found[name])}")
-    for name, value in found["settings"].items():
-        print(f"{_printable(name):20}{_printable(value)}")
-    for part, count in found["parameters"].items():
-        print(f"{part + ' parameters':20}{count:,}")
-    print(f"{'file':20}{found['bytes']:,} bytes")
+    rows = {name: _printable(found[name]) for name in ("peft_type", "base_model", "task_type")}
+    rows |= {_printable(name): _printable(value) for name, value in found["settings"].items()}
+    rows |= {f"{part} parameters": f"{count:,}" for part, count in found["parameters"].items()}
+    rows["file"] = f"{found['bytes']:,} bytes"
+    width = max(20, *(len(name) + 2 for name in rows))
+    for name, value in rows.items():
+        print(f"{name:{width}}{value}")
     for name, tensor in found["tensors"].items():
         print(f"    {'x'.join(map(str, tensor['shape'])):16}{tensor['dtype']:8}{_printable(name)}")
 
 
 def _fold(options: Any) -> None:
-    """Replace the MLP of a saved adapter by the table that it computes.
+    """Replace the encoder of a saved adapter, an MLP or an LSTM, by the table that it computes.
 
     The outputs stay the same, and the file becomes smaller.
     """
@@ -199,16 +198,24 @@ def _import(options: Any) -> None:
 
       prefix-adapter import checkpoint/pytorch_model.bin ner --model bert-base-cased --task_type TOKEN_CLS
       prefix-adapter import peft-adapter ner
+      prefix-adapter import epoch_30.ckpt capital --model bert-base-cased
+
+    A file .ckpt or embeddings.pth is the prompt encoder of a THUDM/P-tuning run, and is converted without a model.
 
     The base model is loaded in float32. A PEFT adapter is converted only if both adapters give the same outputs, a
     checkpoint only if its backbone is that of the base model. If something cannot be converted, the error gives the
     reason and nothing is written.
     """
     from .adapters.exchange import import_peft
+    from .adapters.ptuning import import_ptuning
     from .adapters.ptuning_v2 import import_ptuning_v2
 
     source = Path(options.source)
-    if source.is_file() or (source.is_dir() and not (source / "adapter_config.json").is_file()):
+    if source.suffix == ".ckpt" or source.name == "embeddings.pth":
+        if options.task_type:
+            raise ValueError("--task_type is only for checkpoints of P-tuning-v2. A prompt encoder has no task head.")
+        target = import_ptuning(source, options.target, options.model)
+    elif source.is_file() or (source.is_dir() and not (source / "adapter_config.json").is_file()):
         target = import_ptuning_v2(source, options.target, options.model, options.task_type)
     elif options.task_type:
         raise ValueError("--task_type is only for checkpoints of P-tuning-v2. A PEFT adapter has its own task type.")
@@ -383,7 +390,8 @@ def _fold_arguments(parser: Any) -> None:
 def _import_arguments(parser: Any) -> None:
     parser.add_argument(
         "source",
-        help="Folder or checkpoint file of a P-tuning-v2 run; or a PEFT adapter: a folder, or user/name on the Hub.",
+        help="Folder or checkpoint file of a P-tuning-v2 run, checkpoint file of a P-tuning run (.ckpt or "
+        "embeddings.pth), or a PEFT adapter: a folder, or user/name on the Hub.",
     )
     _new_folder_argument(parser)
     parser.add_argument("--model", help="Base model: a folder or a name on the Hub; overrides the source.")

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import enum
-import math
-import os
-import tempfile
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
-from peft import PeftConfig
-from peft.utils import CONFIG_NAME
-from peft.utils.constants import DUMMY_TARGET_MODULES
-
 from .backbone.attention import ENTRY_POINTS, KINDS, EntryPoint
-from .files.card import has_default_names, save_prefix_card
-from .files.pickled import replace_pickle
-from .files.source import AdapterSource, read_json
+from .files.card import OwnCard, prefix_card
 from .messages import shorten
-from .private import running_config_read
+from .tuner.config import AdapterConfig, check_bool, check_int, check_number, check_text
 
 
 class PrefixTuningV2Type(str, enum.Enum):  # noqa: UP042 (printed and compared as PEFT's own types are)
@@ -39,50 +28,19 @@ class PrefixTuningV2Type(str, enum.Enum):  # noqa: UP042 (printed and compared a
     PREFIX_TUNING_V2 = "PREFIX_TUNING_V2"
 
 
-# Products of two sizes must fit into 64-bit integers.
-_LARGEST_INT = 2**31 - 1
-
-
-def _check_int(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _LARGEST_INT:
-        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {shorten(value)}.")
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
-        raise ValueError(f"`{name}` must be a finite number, got {shorten(value)}.")
-
-
 def check_strength(name: str, value: Any) -> None:
     """Check the strength of a prefix.
 
     Raises:
         ValueError: If it is no number from 0 to 1000.
     """
-    _check_number(name, value)
+    check_number(name, value)
     if not 0 <= value <= 1000:
         raise ValueError(f"`{name}` must lie between 0 and 1000, got {shorten(value)}.")
 
 
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"`{name}` must be True or False, got {shorten(value)}.")
-
-
-def _has_control_characters(text: str) -> bool:
-    return any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
-
-
-def _check_text(name: str, value: Any) -> None:
-    if value is not None and not isinstance(value, (str, os.PathLike)):
-        raise ValueError(f"`{name}` must be a string, got {shorten(value)}.")
-    # PEFT and transformers print these texts, and a terminal executes control characters.
-    if _has_control_characters(str(value)):
-        raise ValueError(f"`{name}` must not have control characters, got {shorten(str(value))}.")
-
-
 @dataclass
-class PrefixTuningV2Config(PeftConfig):
+class PrefixTuningV2Config(AdapterConfig):
     """Configuration of a P-Tuning v2 prefix (Liu et al. 2022, https://arxiv.org/abs/2110.07602, section 3.2).
 
     Every attention layer of the frozen backbone gets `num_virtual_tokens` trained keys and values in front of its
@@ -190,63 +148,42 @@ class PrefixTuningV2Config(PeftConfig):
         default=None, metadata={"help": "The layers that the prefix was made for; written when an adapter is saved."}
     )
 
+    method = PrefixTuningV2Type.PREFIX_TUNING_V2
+    table_setting = "prefix_projection=False"
+
     def __post_init__(self) -> None:
         self._layouts: set[str] = set()
-        self._base_labels: set[tuple[str, ...]] = set()
-        reading = running_config_read()
-        self.source = reading and AdapterSource.of(*reading)
-        try:
-            self._check_fields()
-        except ValueError as error:
-            if self.source is None:
-                raise
-            raise self.source.damaged_config(error) from error
-
-    def _check_fields(self) -> None:
-        if not isinstance(self.task_type, (str, type(None))):
-            raise ValueError(f"Invalid task type: {shorten(self.task_type)}.")
         super().__post_init__()
-        self.peft_type = PrefixTuningV2Type.PREFIX_TUNING_V2
-        _check_int("num_virtual_tokens", self.num_virtual_tokens, 1)
-        _check_int("lora_r", self.lora_r, 0)
-        _check_bool("prefix_projection", self.prefix_projection)
-        _check_bool("shift_positions", self.shift_positions)
+
+    def check_own_fields(self) -> None:
+        """Check the fields that PEFT's configs do not have.
+
+        Raises:
+            ValueError: If one of them has a wrong value.
+        """
+        check_int("num_virtual_tokens", self.num_virtual_tokens, 1)
+        check_int("lora_r", self.lora_r, 0)
+        check_bool("prefix_projection", self.prefix_projection)
+        check_bool("shift_positions", self.shift_positions)
         if self.encoder_hidden_size is not None:
-            _check_int("encoder_hidden_size", self.encoder_hidden_size, 1)
+            check_int("encoder_hidden_size", self.encoder_hidden_size, 1)
             if not self.prefix_projection:
                 raise ValueError(
                     "`encoder_hidden_size` is the width of the MLP, and there is no MLP: set `prefix_projection=True` "
                     "too."
                 )
-        _check_number("prefix_dropout", self.prefix_dropout)
+        check_number("prefix_dropout", self.prefix_dropout)
         if not 0 <= self.prefix_dropout < 1:
             raise ValueError(f"`prefix_dropout` must lie in [0, 1), got {shorten(self.prefix_dropout)}.")
-        _check_number("init_std", self.init_std)
+        check_number("init_std", self.init_std)
         if not 0 < self.init_std <= 1000:
             raise ValueError(f"`init_std` must be above 0 and at most 1000, got {shorten(self.init_std)}.")
         check_strength("strength", self.strength)
         if self.entry_point not in ENTRY_POINTS:
             raise ValueError(f"`entry_point` must be one of {list(ENTRY_POINTS)}, got {shorten(self.entry_point)}.")
         self._check_layers()
-        self._check_names("target_attention", KINDS)
-        self._check_names("modules_to_save", None)
-        self._check_names("label_names", None)
-        _check_bool("inference_mode", self.inference_mode)
-        for name in ("prefix_layout", "base_model_name_or_path", "revision", "peft_version"):
-            _check_text(name, getattr(self, name))
-        self._check_auto_mapping()
-
-    def _check_auto_mapping(self) -> None:
-        mapping = self.auto_mapping
-        if mapping is None:
-            return
-        keys = ("base_model_class", "parent_library")
-        if not isinstance(mapping, dict) or not all(isinstance(mapping.get(key), str) for key in keys):
-            raise ValueError(
-                f"`auto_mapping` must have strings at `base_model_class` and `parent_library`, got {shorten(mapping)}."
-            )
-        for key in keys:
-            _check_text("auto_mapping", mapping[key])
+        self.check_names("target_attention", KINDS)
+        check_text("prefix_layout", self.prefix_layout)
 
     def _check_layers(self) -> None:
         if self.layers_to_transform is None:
@@ -257,22 +194,10 @@ class PrefixTuningV2Config(PeftConfig):
         if not layers:
             raise ValueError("`layers_to_transform` is empty: an adapter needs at least one layer. None means all.")
         for index in layers:
-            _check_int("layers_to_transform", index, 0)
+            check_int("layers_to_transform", index, 0)
         if len(set(layers)) != len(layers):
             raise ValueError(f"`layers_to_transform` names a layer twice: {shorten(list(layers))}.")
         self.layers_to_transform = sorted(layers)
-
-    def _check_names(self, name: str, allowed: tuple[str, ...] | None) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) and item for item in value):
-            raise ValueError(f"`{name}` must be a list of strings that are not empty, got {shorten(value)}.")
-        for item in value:
-            _check_text(name, item)
-        if allowed and (not value or set(value) - set(allowed)):
-            raise ValueError(f"`{name}` must be a non-empty list out of {list(allowed)}, got {shorten(value)}.")
-        setattr(self, name, [item for item in allowed if item in value] if allowed else list(value))
 
     def check_layout(self, model_name: str, layout: str, unreached: Sequence[str] = ()) -> None:
         """Compare `prefix_layout` with the layout of a model, and remember the latter for saving.
@@ -293,103 +218,24 @@ class PrefixTuningV2Config(PeftConfig):
             )
         self._layouts.add(layout)
 
-    def note_base_labels(self, names: Sequence[str]) -> None:
-        """Remember the names of the labels of a model with the adapter, for saving, if a config can have them."""
-        if all(name and not _has_control_characters(name) for name in names):
-            self._base_labels.add(tuple(names))
-
     def to_dict(self) -> dict[str, Any]:
-        """The fields, with layout and labels of the model with the adapter (`None` if several share the config)."""
+        """The fields, with the layout of the model with the adapter (`None` if several share the config)."""
         layout = next(iter(self._layouts)) if len(self._layouts) == 1 else None
-        labels = next(iter(self._base_labels)) if len(self._base_labels) == 1 else None
-        classifies = self.task_type in ("SEQ_CLS", "TOKEN_CLS") or (self.task_type is None and self.modules_to_save)
-        # Every model of transformers has two labels if nobody sets their number.
-        if labels and (not classifies or (self.task_type is None and has_default_names(labels))):
-            labels = None
-        modules = self.modules_to_save
-        return {
-            **super().to_dict(),
-            # PEFT adds the task heads whenever an adapter is loaded.
-            "modules_to_save": modules and list(dict.fromkeys(modules)),
-            "prefix_layout": self.prefix_layout or layout,
-            "label_names": self.label_names or (labels and list(labels)),
-        }
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
-    ) -> Any:
-        """Read the config of a saved adapter.
-
-        Args:
-            pretrained_model_name_or_path: The adapter's folder, or its name on the Hub.
-            subfolder: A folder within it.
-            **kwargs: Arguments of `huggingface_hub.hf_hub_download` (`revision`, `token`, ...).
-
-        Returns:
-            The config. As in PEFT, it is of the class that belongs to the `peft_type` in the file.
-
-        Raises:
-            ValueError: If there is no config, or it is damaged; the message names it.
-            TypeError: If the file has no `peft_type`, as for PEFT's own methods.
-        """
-        source = AdapterSource.of(pretrained_model_name_or_path, subfolder, kwargs)
-        try:
-            config = super().from_pretrained(source.name, subfolder=subfolder, **kwargs)
-        except (KeyError, TypeError, ValueError) as error:
-            is_named = source.name in str(error) or str(source) in str(error)
-            if is_named or (isinstance(error, TypeError) and "missing required keys" in str(error)):
-                raise
-            raise source.damaged_config(error) from error
-        if isinstance(config, PrefixTuningV2Config):
-            config.source = source
-        return config
-
-    @classmethod
-    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
-        """Read the fields in a config file.
-
-        Raises:
-            ValueError: If the file is damaged; the message names it.
-        """
-        return read_json(Path(path_json_file))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # `get_peft_model` sets the name of the base model. It makes a new adapter, also with a config that was read.
-        if name == "base_model_name_or_path":
-            super().__setattr__("source", None)
-        super().__setattr__(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The Hub options in `source` may contain a token.
-        return {**vars(self), "source": None}
+        return {**super().to_dict(), "prefix_layout": self.prefix_layout or layout}
 
     @property
-    def target_modules(self) -> str:
-        """The modules that PEFT's injection loop replaces: none, because a prefix uses hooks."""
-        return DUMMY_TARGET_MODULES
+    def has_encoder(self) -> bool:
+        """Whether an MLP computes the prefix."""
+        return self.prefix_projection
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and describe the adapter in the model card beside it.
+    def note_folded(self) -> None:
+        """Note that the table has replaced the MLP."""
+        self.prefix_projection, self.encoder_hidden_size = False, None
 
-        The card's text outside of our part stays.
+    def make_card(self, *, mapped: bool = False) -> OwnCard:
+        """What the model card says about the prefix.
 
         Args:
-            save_directory: The folder; created if it does not exist.
-            **kwargs: Arguments of `PeftConfig.save_pretrained`.
-
-        Raises:
-            ValueError: If `save_directory` is a file, or the card there is damaged.
-            OSError: If a file cannot be written; existing files are then unchanged.
+            mapped: Whether the config file names the class of the base model (`auto_mapping`).
         """
-        if os.path.isfile(save_directory):
-            raise ValueError(f"{save_directory} is a file. Choose a folder to save the adapter in.")
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        if "auto_mapping_dict" in kwargs:
-            # Only `PeftModel.save_pretrained` passes this argument. It writes the weights before the config.
-            replace_pickle(folder)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as scratch:
-            super().save_pretrained(scratch, **kwargs)
-            os.replace(Path(scratch, CONFIG_NAME), folder / CONFIG_NAME)
-        save_prefix_card(folder, self, by_peft="auto_mapping_dict" in kwargs)
+        return prefix_card(self, mapped=mapped)

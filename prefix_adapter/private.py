@@ -10,7 +10,7 @@ import copy
 import dis
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
@@ -206,6 +206,11 @@ def get_device(module: nn.Module) -> torch.device | None:
 def get_write_count(parameter: Tensor) -> int:
     """How often a tensor was written to, as autograd counts it (not in inference mode)."""
     return 0 if parameter.is_inference() else parameter._version
+
+
+def get_writes(parameters: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """A value that changes whenever one of the parameters is written to or replaced."""
+    return [(parameter.data_ptr(), get_write_count(parameter)) for parameter in parameters]
 
 
 def get_children(module: nn.Module) -> Mapping[str, nn.Module | None]:

@@ -14,7 +14,7 @@ import pytest
 
 import prefix_adapter
 import prefix_adapter.training
-from prefix_adapter import PeftConfig, PrefixTuningV2Config
+from prefix_adapter import PeftConfig, PrefixTuningV2Config, PTuningConfig
 from prefix_adapter.training import Recipe
 from prefix_adapter.training.settings import TASK_SETTINGS
 
@@ -54,18 +54,15 @@ def test_a_docstring_has_every_argument(name):
     shown = pkgutil.resolve_name(name)
     part = re.search(r"^(?:Args|Attributes):\n(.*?)(?:\n\n|\Z)", inspect.getdoc(shown), re.DOTALL | re.MULTILINE)
     documented = re.findall(r"^    \**(\w+)(?: \(.*\))?:", part[1], re.MULTILINE) if part else []
-    of_peft = {field.name for field in dataclasses.fields(PeftConfig)} if shown is PrefixTuningV2Config else set()
+    configs = (PrefixTuningV2Config, PTuningConfig)
+    of_peft = {field.name for field in dataclasses.fields(PeftConfig)} if shown in configs else set()
     assert documented == [each for each in inspect.signature(shown).parameters if each not in of_peft]
 
 
-def test_the_guide_has_every_setting_of_a_prefix():
-    table = (
-        (ROOT / "docs" / "method.md")
-        .read_text(encoding="utf-8")
-        .partition("\n## Settings\n")[2]
-        .partition("\n\n**")[0]
-    )
-    own = [field.name for field in dataclasses.fields(PrefixTuningV2Config)]
+@pytest.mark.parametrize(("page", "config"), [("method.md", PrefixTuningV2Config), ("ptuning.md", PTuningConfig)])
+def test_the_guide_has_every_setting_of_an_adapter(page, config):
+    table = (ROOT / "docs" / page).read_text(encoding="utf-8").partition("\n## Settings\n")[2].partition("\n\n**")[0]
+    own = [field.name for field in dataclasses.fields(config)]
     of_peft = {field.name for field in dataclasses.fields(PeftConfig)}
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == {each for each in own if each not in of_peft}
 

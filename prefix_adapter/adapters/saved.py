@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +19,17 @@ from torch import Tensor
 
 from ..config import PrefixTuningV2Config
 from ..files.card import changed_settings, task_type_of
-from ..files.check import find_misfits, read_weights
+from ..files.check import Shapes, find_misfits, read_weights
 from ..files.contents import SAVED_ROOT, shapes_of
 from ..files.source import AdapterSource, open_weights, read_header, read_json
 from ..files.whole import check_free, new_folder
 from ..messages import shorten
+from ..methods import METHODS
 from ..prefix.encoder import EncoderSizes, PrefixEncoder
 from ..prefix.names import LAYER_NAME, PREFIX
+from ..ptuning.config import PTuningConfig
+from ..ptuning.encoder import PromptEncoder, PromptSizes
+from ..tuner.config import AdapterConfig
 
 AnyPath = str | os.PathLike[str]
 ConfigT = TypeVar("ConfigT", bound=PeftConfig)
@@ -72,19 +77,25 @@ class SavedAdapter(Generic[ConfigT]):
         with open_weights(self.weights_path) as file:
             return read_header(file)
 
+    @property
+    def root(self) -> str:
+        """The beginning of the names of its own tensors in the file."""
+        layers = [method.tuner.tuner_layer_cls for method in METHODS if isinstance(self.config, method.config)]
+        return f"{SAVED_ROOT}{layers[0].layer_name}.{layers[0].prefix}" if layers else PREFIX_ROOT
+
     def read_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Read all tensors.
 
         Returns:
-            The tensors of the prefix by their names in a `PrefixEncoder`, and all other tensors by their names in
-            the file.
+            Its own tensors by their names in a `PrefixEncoder` or `PromptEncoder`, and all other tensors by their
+            names in the file.
 
         Raises:
             ValueError: If the file is damaged, or a tensor has an integer or 8-bit dtype, NaN or Inf.
         """
         others = read_weights(self.weights_path)
-        names = [name for name in others if name.startswith(PREFIX_ROOT)]
-        return {name.removeprefix(PREFIX_ROOT): others.pop(name) for name in names}, others
+        names = [name for name in others if name.startswith(self.root)]
+        return {name.removeprefix(self.root): others.pop(name) for name in names}, others
 
 
 def open_adapter(adapter: AnyPath, config_class: type[ConfigT], revision: str | None = None) -> SavedAdapter[ConfigT]:
@@ -108,7 +119,7 @@ def open_adapter(adapter: AnyPath, config_class: type[ConfigT], revision: str | 
     if method is None:
         raise ValueError(f"{path} is damaged: `peft_type` is {shorten(repr(kind))}, which is no method of PEFT.")
     if not issubclass(method, config_class):
-        wanted = config_class().peft_type
+        wanted = "this package" if config_class is AdapterConfig else config_class().peft_type
         raise ValueError(f"{adapter} is a {kind} adapter, not one of {getattr(wanted, 'value', wanted)}.")
     try:
         return SavedAdapter(source, method.from_pretrained(source.name, **source.options))
@@ -128,35 +139,66 @@ def read_encoder(saved: SavedAdapter[PrefixTuningV2Config]) -> tuple[PrefixEncod
         ValueError: If the file is damaged, does not have the encoder that the config describes, or has an MLP that
             computes a table of more than 2**30 numbers.
     """
-    config, path = saved.config, saved.weights_path
-    parts, others = saved.read_weights()
+    config, (parts, others) = saved.config, saved.read_weights()
     # The config leaves these sizes to the base model.
-    last = {name: tensor.shape[-1] if tensor.dim() else 0 for name, tensor in parts.items()}
-    length, hidden_size = config.num_virtual_tokens, last.get("embedding.weight", 0)
-    columns = last.get("output.bias", 0) if config.prefix_projection else hidden_size
-    width = last.get("hidden.bias", 0) if config.prefix_projection else None
-    inputs, outputs = [last.get("down.weight", 0)], [last.get("up.weight", 0)]
+    length, hidden_size = config.num_virtual_tokens, _last_size(parts, "embedding.weight")
+    columns = _last_size(parts, "output.bias") if config.prefix_projection else hidden_size
+    width = _last_size(parts, "hidden.bias") if config.prefix_projection else None
+    inputs, outputs = [_last_size(parts, "down.weight")], [_last_size(parts, "up.weight")]
     sizes = EncoderSizes(length, columns, hidden_size, width, config.lora_r, inputs, outputs)
-    misfits = find_misfits(shapes_of(parts), sizes.shapes, {})
-    if len({tensor.dtype for tensor in parts.values()}) > 1:
-        misfits.append("its parts have different dtypes")
-    if misfits:
-        raise ValueError(f"{path} is damaged: it does not hold the prefix of its config: {'; '.join(misfits)}.")
-    if length * columns > _MAX_TABLE_SIZE:
-        raise ValueError(
-            f"{path}: the table would have {length * columns:,} numbers, more than the {_MAX_TABLE_SIZE:,} that are "
-            "allowed. Ask for another file."
-        )
+    _check_parts(saved, parts, sizes.shapes, length * columns)
     with torch.device("meta"):
         encoder = PrefixEncoder.new(sizes, config.init_std)
-    for field, module in zip(PrefixEncoder._fields, encoder, strict=True):
-        if module is not None:
-            module.load_state_dict({key: parts[f"{field}.{key}"] for key in module.state_dict()}, assign=True)
+    _fill(encoder, parts)
     return encoder, others
 
 
+def read_prompt_encoder(saved: SavedAdapter[PTuningConfig]) -> tuple[PromptEncoder, dict[str, Tensor]]:
+    """Read the encoder of a P-Tuning adapter, as `read_encoder` reads that of a prefix."""
+    config, (parts, others) = saved.config, saved.read_weights()
+    size = _last_size(parts, "embedding.weight")
+    kind = config.encoder_reparameterization_type
+    width = _last_size(parts, "lstm.weight_hh_l0" if kind == "LSTM" else "hidden.bias")
+    sizes = PromptSizes(config.num_virtual_tokens, size, kind, width if kind else 0)
+    _check_parts(saved, parts, sizes.shapes, config.num_virtual_tokens * size)
+    with torch.device("meta"):
+        encoder = PromptEncoder.new(sizes)
+    _fill(encoder, parts)
+    return encoder, others
+
+
+def _last_size(parts: Mapping[str, Tensor], name: str) -> int:
+    """The last size of a tensor; 0 if there is none."""
+    return parts[name].shape[-1] if name in parts and parts[name].dim() else 0
+
+
+def _check_parts(saved: SavedAdapter[Any], parts: Mapping[str, Tensor], needed: Shapes, table_size: int) -> None:
+    """Check that a file has the parts of an encoder, which computes a table of an allowed size.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    path, misfits = saved.weights_path, find_misfits(shapes_of(parts), needed, {})
+    if len({tensor.dtype for tensor in parts.values()}) > 1:
+        misfits.append("its parts have different dtypes")
+    if misfits:
+        raise ValueError(f"{path} is damaged: it does not hold the adapter of its config: {'; '.join(misfits)}.")
+    if table_size > _MAX_TABLE_SIZE:
+        raise ValueError(
+            f"{path}: the table would have {table_size:,} numbers, more than the {_MAX_TABLE_SIZE:,} that are "
+            "allowed. Ask for another file."
+        )
+
+
+def _fill(encoder: PrefixEncoder | PromptEncoder, parts: Mapping[str, Tensor]) -> None:
+    """Put tensors into the modules of an encoder that was made on the meta device."""
+    for field, module in zip(encoder._fields, encoder, strict=True):
+        if module is not None:
+            module.load_state_dict({key: parts[f"{field}.{key}"] for key in module.state_dict()}, assign=True)
+
+
 def fold(source: AnyPath, target: AnyPath) -> Path:
-    """Replace the MLP of a saved adapter by the plain table that it computes, in a new folder of a few hundred KB.
+    """Replace the encoder of a saved adapter by the plain table that it computes, in a new folder of a few hundred KB.
 
     The base model is not needed. Task heads and other trained modules are copied.
 
@@ -169,7 +211,7 @@ def fold(source: AnyPath, target: AnyPath) -> Path:
 
     Raises:
         FileExistsError: If `target` exists.
-        ValueError: If `source` is no prefix adapter, has no MLP, or is damaged.
+        ValueError: If `source` is no adapter of this package, has no encoder, or is damaged.
         OSError: If the Hub cannot be reached, or `target` cannot be written.
 
     Example:
@@ -178,15 +220,17 @@ def fold(source: AnyPath, target: AnyPath) -> Path:
         ```
     """
     target = check_free(target)
-    saved = open_adapter(source, PrefixTuningV2Config)
+    saved: SavedAdapter[Any] = open_adapter(source, AdapterConfig)
     config = saved.config
-    if not config.prefix_projection:
-        raise ValueError(f"{source} is a table already (`prefix_projection` is false).")
-    encoder, weights = read_encoder(saved)
-    for field, module in zip(PrefixEncoder._fields, encoder.folded(), strict=True):
+    if not config.has_encoder:
+        raise ValueError(f"{source} is a table already (`{config.table_setting}`).")
+    encoder: PrefixEncoder | PromptEncoder
+    encoder, weights = read_prompt_encoder(saved) if isinstance(config, PTuningConfig) else read_encoder(saved)
+    folded = encoder.folded()
+    for field, module in zip(folded._fields, folded, strict=True):
         if module is not None:
-            weights[f"{PREFIX_ROOT}{field}.weight"] = module.weight.detach()
-    config.prefix_projection, config.encoder_hidden_size = False, None
+            weights |= {f"{saved.root}{field}.{key}": tensor for key, tensor in module.state_dict().items()}
+    config.note_folded()
     with new_folder(target) as folder:
         contents = {key: tensor.contiguous() for key, tensor in weights.items()}
         save_file(contents, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -203,8 +247,9 @@ def describe_adapter(adapter: AnyPath, revision: str | None = None) -> dict[str,
 
     Returns:
         Its `peft_type`, `base_model`, `task_type` and `settings` (those that differ from the defaults), the number of
-        its `parameters` in the `prefix` and in `other` tensors, the `bytes` of its file, and the shape and dtype of
-        each of its `tensors`. The texts are untrusted: escape them before printing them in a terminal.
+        its `parameters` in the `prefix` (or the `virtual tokens`) and in `other` tensors, the `bytes` of its file, and
+        the shape and dtype of each of its `tensors`. The texts are untrusted: escape them before printing them in a
+        terminal.
 
     Raises:
         ValueError: If there is no adapter, or its file is damaged.
@@ -212,11 +257,12 @@ def describe_adapter(adapter: AnyPath, revision: str | None = None) -> dict[str,
     """
     saved = open_adapter(adapter, PeftConfig, revision)
     config, header = saved.config, saved.read_header()
-    parameters = {"prefix": 0, "other": 0}
+    own = "virtual tokens" if isinstance(config, PTuningConfig) else "prefix"
+    parameters = {own: 0, "other": 0}
     for name, (shape, _) in header.items():
-        parameters["prefix" if name.startswith(PREFIX_ROOT) else "other"] += math.prod(shape)
+        parameters[own if name.startswith(saved.root) else "other"] += math.prod(shape)
     settings = changed_settings(config)
-    if isinstance(config, PrefixTuningV2Config):
+    if isinstance(config, AdapterConfig):
         settings = {"num_virtual_tokens": config.num_virtual_tokens, **settings}
     return {
         "peft_type": str(getattr(config.peft_type, "value", config.peft_type)),

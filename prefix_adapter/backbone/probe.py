@@ -6,6 +6,7 @@ Hooks see what the backbone's modules do, so no list of models is needed.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,20 @@ def innermost(named: dict[str, nn.Module]) -> dict[str, nn.Module]:
     }
 
 
+class _Thread(threading.local):
+    """The state of one thread: how many times it is in `untouched`."""
+
+    depth = 0
+
+
+_THREAD = _Thread()
+
+
+def is_probing() -> bool:
+    """Whether this thread tries out a model, whose inputs mean nothing then."""
+    return _THREAD.depth > 0
+
+
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Inside this context the model is in eval mode; afterwards it is as it was, and so are the random numbers.
@@ -45,9 +60,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     model.eval()
     try:
+        _THREAD.depth += 1
         with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
+        _THREAD.depth -= 1
         for module, state, own in zip(modules, states, children, strict=True):
             vars(module).update(state)
             set_children(module, own)

@@ -190,6 +190,42 @@ def config_card(config: PeftConfig, labels: Sequence[str] | None = None) -> OwnC
     )
 
 
+def own_method_card(
+    config: Any, method: str, load: str, settings: Mapping[str, Any], *, mapped: bool = False
+) -> OwnCard:
+    """The card of an adapter of a method of this package, which PEFT loads once the package is imported.
+
+    Args:
+        config: Its config.
+        method: What the adapter is, as a noun phrase.
+        load: A paragraph of Markdown behind the code that loads it.
+        settings: Settings that the card shows even if they are the defaults.
+        mapped: Whether the config file names the class of the base model (`auto_mapping`).
+    """
+    changed, kind = changed_settings(config), config.peft_type.value
+    labels = changed.pop("label_names", None)
+    note = (
+        f"PEFT itself does not have the type `{kind}`: without the import below, loading raises\n"
+        f"`KeyError: '{kind}'`.\n\n```bash\npip install prefix-adapter\n```\n\n"
+    )
+    return adapter_card(
+        config.base_model_name_or_path,
+        method,
+        f"{note}{peft_code(config, labels, imports='import prefix_adapter', mapped=mapped)}\n\n{load}",
+        labels=None if labels is None or has_default_names(labels) else labels,
+        settings={**settings, **changed},
+        task_type=task_type_of(config),
+    )
+
+
+def fold_note(encoder: str) -> str:
+    """The Markdown that explains how to fold the encoder of an adapter, `"An MLP"` for instance."""
+    return (
+        f"{encoder} computes the adapter's table. To fold it into the table (the outputs stay the same, the file "
+        f'becomes smaller):\n\n```bash\nprefix-adapter fold "{PLACE}" folded\n```'
+    )
+
+
 def prefix_card(config: Any, *, mapped: bool = False) -> OwnCard:
     """The card of a prefix adapter.
 
@@ -197,43 +233,30 @@ def prefix_card(config: Any, *, mapped: bool = False) -> OwnCard:
         config: Its `PrefixTuningV2Config`.
         mapped: Whether the config file names the class of the base model (`auto_mapping`).
     """
-    settings = changed_settings(config)
-    labels, count = settings.pop("label_names", None), config.num_virtual_tokens
-    note = (
-        "PEFT itself does not have the type `PREFIX_TUNING_V2`: without the import below, loading raises\n"
-        "`KeyError: 'PREFIX_TUNING_V2'`.\n\n```bash\npip install prefix-adapter\n```\n\n"
-    )
+    count = config.num_virtual_tokens
+    rank = f" with low-rank matrices of rank {config.lora_r}" if config.lora_r else ""
     fold = (
-        "An MLP computes the prefix. To fold it into a table (the outputs stay the same, the file becomes smaller):"
-        f'\n\n```bash\nprefix-adapter fold "{PLACE}" folded\n```'
+        fold_note("An MLP")
         if config.prefix_projection
         else "The prefix is a plain table: there is no MLP to fold, and a prefix cannot be merged into weights."
     )
-    rank = f" with low-rank matrices of rank {config.lora_r}" if config.lora_r else ""
-    return adapter_card(
-        config.base_model_name_or_path,
-        f"A P-Tuning v2 prefix of {count} virtual token{'' if count == 1 else 's'}{rank}",
-        f"{note}{peft_code(config, labels, imports='import prefix_adapter', mapped=mapped)}\n\n{fold}",
-        labels=None if labels is None or has_default_names(labels) else labels,
-        settings={"num_virtual_tokens": count, **settings},
-        task_type=task_type_of(config),
-    )
+    method = f"A P-Tuning v2 prefix of {count} virtual token{'' if count == 1 else 's'}{rank}"
+    return own_method_card(config, method, fold, {"num_virtual_tokens": count}, mapped=mapped)
 
 
-def save_prefix_card(folder: Path, config: Any, *, by_peft: bool) -> None:
-    """Write the card of a prefix adapter that was just saved.
+def save_own_card(folder: Path, ours: OwnCard, *, by_peft: bool) -> None:
+    """Write the card of an adapter of this package that was just saved.
 
     Args:
         folder: The adapter's folder.
-        config: Its `PrefixTuningV2Config`.
+        ours: The card.
         by_peft: Whether `PeftModel.save_pretrained` saved it. PEFT has then written a card into the folder of all
-            adapters, and the config file names the base model's class unless there is a task type.
+            adapters.
 
     Raises:
         ValueError: If the card that is there is damaged.
         OSError: If a card cannot be written; it is then unchanged.
     """
-    ours = prefix_card(config, mapped=by_peft)
     card = write_card(folder / CARD, ours)
     pushed = running_push_card(folder)
     if pushed is not None:
@@ -249,7 +272,7 @@ def _save_shared_card(folder: Path, ours: OwnCard) -> None:
         return
     names = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
     text = f"Each of these folders is an adapter with a card of its own: {', '.join(map(code, names))}."
-    shared = OwnCard("P-Tuning v2 adapters", ours.data, {"adapters": text})
+    shared = OwnCard("Adapters", ours.data, {"adapters": text})
     pushed = running_push_card(folder)
     written = write_card(folder / CARD, shared)
     if pushed is not None:

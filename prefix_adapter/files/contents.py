@@ -66,7 +66,7 @@ def find_heads(
             f"{_PEFT_MODULES[1]}. Name modules of the base model, a task head for instance."
         )
     if endings and any(name.endswith(endings) for name in own):
-        raise ValueError(f"`modules_to_save` {join_names(endings)} also means the prefix itself. Use longer names.")
+        raise ValueError(f"`modules_to_save` {join_names(endings)} also means the adapter itself. Use longer names.")
     heads: dict[str, nn.Module] = {}
     wrappers: list[str] = []
     with_prefix = {id(module) for module in attention}

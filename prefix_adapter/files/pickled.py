@@ -15,7 +15,7 @@ import pickletools
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,17 +70,28 @@ class _UnsupportedObject:
         pass
 
 
+class _IgnoredObject:
+    """An object that is not used, such as the options of a training run."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
 class _Describer(pickle.Unpickler):
     """An unpickler for torch's files that calls nothing that the pickle names.
 
     Args:
         data: The pickle.
         record_bytes: The bytes of each storage's record, by its name.
+        ignored: The names of classes whose objects may be in the file besides tensors.
     """
 
-    def __init__(self, data: bytes, record_bytes: dict[str, int]):
+    def __init__(self, data: bytes, record_bytes: dict[str, int], ignored: frozenset[str]):
         super().__init__(io.BytesIO(data))
-        self.record_bytes = record_bytes
+        self.record_bytes, self.ignored = record_bytes, ignored
 
     def find_class(self, module: str, name: str) -> Any:
         known: dict[tuple[str, str], Callable[..., Any]] = {
@@ -94,6 +105,10 @@ class _Describer(pickle.Unpickler):
             return known[module, name]
         if module == "torch" and name in _ITEM_BYTES:
             return name
+        if f"{module}.{name}" in self.ignored:
+            return _IgnoredObject
+        if self.ignored and module.split(".")[0] == "torch":
+            raise ValueError(f"it names {shorten(f'{module}.{name}')}, which is no part of a dense tensor")
         if module.split(".")[0] == "torch":
             return _UnsupportedObject(f"{module}.{name}")
         raise ValueError(f"it names {shorten(f'{module}.{name}')}, which is no part of a tensor")
@@ -131,6 +146,35 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return _read(path, partial(torch.load, map_location="cpu", weights_only=True))
 
 
+def read_state_dicts(path: Path, ignored: Sequence[Any] = ()) -> dict[str, dict[str, Tensor]]:
+    """Read a dictionary of state dicts that `torch.save` has written, as `read_state_dict` reads one of them.
+
+    Args:
+        path: A file in the zip format of PyTorch 1.6 or newer.
+        ignored: Harmless classes whose objects may stand beside the state dicts.
+
+    Returns:
+        The state dicts by name, on the CPU. Other entries are left out.
+
+    Raises:
+        ValueError: If the file is damaged, older than PyTorch 1.6, has objects of other classes, or a tensor is not a
+            dense tensor of a usual dtype.
+        OSError: If it cannot be read.
+    """
+    # How pickle names bytes, in the protocol of `torch.save`.
+    names = {"_codecs.encode", *(f"{each.__module__}.{each.__qualname__}" for each in ignored)}
+    described = _read(path, partial(_describe, ignored=frozenset(names)))
+    if not isinstance(described, dict):
+        raise ValueError(f"{path} is no dictionary of state dicts.")
+    parts = {key: part for key, part in described.items() if isinstance(key, str) and isinstance(part, dict)}
+    for key, part in parts.items():
+        for name, tensor in part.items():
+            _check_description(path, shorten(f"{key}.{name}"), tensor)
+    with torch.serialization.safe_globals([each for each in ignored if each is not torch.device]):
+        found = _read(path, partial(torch.load, map_location="cpu", weights_only=True))
+    return {key: dict(found[key]) for key in parts}
+
+
 def _read(path: Path, read: Callable[[Path], Any]) -> Any:
     try:
         return read(path)
@@ -165,7 +209,7 @@ def replace_pickle(folder: Path) -> None:
     )
 
 
-def _describe(path: Path) -> Any:
+def _describe(path: Path, ignored: frozenset[str] = frozenset()) -> Any:
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
@@ -186,7 +230,7 @@ def _describe(path: Path) -> Any:
         if opcode.proto > _PICKLE_PROTOCOL or ("PUT" in opcode.name and not 0 <= int(argument) <= count):
             raise ValueError(f"its pickle has {opcode.name} {shorten(argument)}")
     record_bytes = {record.filename.removeprefix(f"{root}data/"): record.file_size for record in records}
-    return _Describer(data, record_bytes).load()
+    return _Describer(data, record_bytes, ignored).load()
 
 
 def _check_description(path: Path, name: str, tensor: Any) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..backbone.attention import AttentionTarget, PrefixSlot
 from ..backbone.masks import PrefixColumns
-from .plan import BatchPlan, PrefixPart, Row
-from .running import AdapterCall
+from ..tuner.running import AdapterCall, Row, pick_rows
+from .plan import BatchPlan, PrefixPart
 
 
 @dataclass(frozen=True)
@@ -175,22 +175,3 @@ def pick_outputs(outputs: list[Any], batch: int) -> Any:
     stacked = torch.stack([output.expand(batch, *output.shape[1:]) for output in outputs])
     rows = pick_rows(list(range(len(outputs))), stacked[0])
     return stacked[rows, torch.arange(batch, device=stacked.device)]
-
-
-def pick_rows(entries: list[int], states: Tensor) -> Tensor | None:
-    """The entry for each row of a batch `[batch, ...]`; `None` if all are the same.
-
-    Args:
-        entries: An entry for each name. A batch may have several rows for each name: beams and the choices of a
-            multiple-choice question are next to each other.
-        states: A tensor of the batch.
-
-    Raises:
-        ValueError: If the batch is no multiple of the number of names.
-    """
-    batch = states.shape[0]
-    if len(entries) > 1 and batch % len(entries):
-        raise ValueError(f"There are adapters or strengths for {len(entries)} rows, and the batch has {batch}.")
-    if len(set(entries)) == 1:
-        return None
-    return torch.tensor(entries, device=states.device).repeat_interleave(batch // len(entries))

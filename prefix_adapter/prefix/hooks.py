@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial, update_wrapper
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ from ..backbone.insert import insert_prefix
 from ..backbone.key_values import KeyValues
 from ..backbone.masks import widen_masks
 from ..backbone.own_mask import OwnMasks, WiderMask
-from ..private import get_forward_attribute, has_compiled_parts
+from ..private import has_compiled_parts
+from ..tuner.running import Row, RunningCalls
+from ..tuner.wrapping import WrappedForward, WrappedForwards
 from .batch import AdapterInfo, BatchPlanner
-from .plan import Row
 from .position_hooks import PositionHooks
-from .running import RunningCalls
 from .state import CurrentForward, ForwardState
 from .usage import PrefixNotUsedError, UsageCheck
 from .values import PrefixValues
@@ -77,9 +77,7 @@ class ModelHooks:
         self._codebooks = count_codebooks(model)
         self._num_layers = getattr(get_text_config(model), "num_hidden_layers", None)
         self._handles: list[RemovableHandle] = []
-        # Modules whose `forward` is wrapped, the attribute with the forward, and its former value on the instance.
-        self._wrapped: list[tuple[nn.Module, str, Any]] = []
-        self._removed = False
+        self._wrapped = WrappedForwards()
         try:
             first_kind = found.targets[0].kind
             self.positions = PositionHooks(model, found.positions, first_kind, adapters, get_rows, self._current)
@@ -91,7 +89,7 @@ class ModelHooks:
 
     def _register(self) -> None:
         self._add_pre_hook(self.model, self._note_replica)
-        self._wrap_forward(self.model, self._run_model)
+        self._wrapped.wrap(self.model, self._run_model)
         for index, target in enumerate(self._targets):
             if target.entry is not None:
                 target.entry.install(target.module, partial(self._attend, index))
@@ -100,7 +98,7 @@ class ModelHooks:
                 continue
             self._add_pre_hook(target.module, partial(self._before_attention, index))
             if target.own_mask is not None:
-                self._wrap_forward(target.module, self._run_with_own_mask, index)
+                self._wrapped.wrap(target.module, self._run_with_own_mask, index)
         for follower, source in self._followers:
             index = next(index for index, target in enumerate(self._targets) if target is source)
             self._add_pre_hook(follower.module, partial(self._before_follower, follower, index))
@@ -108,35 +106,17 @@ class ModelHooks:
     def _add_pre_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _wrap_forward(self, module: nn.Module, run: Callable[..., Any], *args: Any) -> None:
-        """Replace `module.forward` by `run`, which receives `args` and an index for `_get_unwrapped`."""
-        name = get_forward_attribute(module)
-        wrapper = partial(run, *args, len(self._wrapped))
-        self._wrapped.append((module, name, vars(module).get(name)))
-        setattr(module, name, update_wrapper(wrapper, getattr(module, name)))
-
-    def _get_unwrapped(self, entry: int, module: nn.Module) -> Callable[..., Any]:
-        """The forward that `_wrap_forward` has replaced, for the module that is called (it may be a replica)."""
-        _, _, before = self._wrapped[entry]
-        return partial(type(module).forward, module) if before is None else before
-
     def remove(self) -> None:
         """Remove all hooks. The model is then as it was before."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._removed = [], True
+        self._handles = []
         if hasattr(self, "positions"):
             self.positions.remove()
         for target in self._targets:
             if target.entry is not None:
                 target.entry.uninstall(target.module)
-        for module, name, before in self._wrapped:
-            # A wrapper that other code has wrapped again stays, and does nothing.
-            if getattr(vars(module).get(name), "func", None) in (self._run_model, self._run_with_own_mask):
-                if before is None:
-                    delattr(module, name)
-                else:
-                    setattr(module, name, before)
+        self._wrapped.remove()
         self._checkpointing.release()
         forget_graphs(self.model)
 
@@ -161,19 +141,19 @@ class ModelHooks:
                 )
             self._calls.thread.replica = module
 
-    def _run_model(self, entry: int, *args: Any, **kwargs: Any) -> Any:
+    def _run_model(self, wrapped: WrappedForward, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward, with a state that ends with the forward, however that ends."""
         compiling, module = torch.compiler.is_compiling(), self.model
         if not compiling and self._calls.thread.replica is not None:
             module, self._calls.thread.replica = self._calls.thread.replica, None
-        forward = self._get_unwrapped(entry, module)
+        forward = wrapped.get_unwrapped(module)
         for name in self._unnamed_inputs:
             if name in kwargs and kwargs[name] is None:
                 del kwargs[name]
         if torch.jit.is_tracing():
             # `torch.jit.trace` runs the model twice and compares: no run may use plans of an earlier one.
             self._planner.clear()
-        state = ForwardState([()] if self._removed else self._begin_forward())
+        state = ForwardState([()] if wrapped.is_removed else self._begin_forward())
         active = any(state.rows)
         if compiling:
             self._traced_calls.clear()
@@ -283,11 +263,11 @@ class ModelHooks:
         return call.arguments()
 
     def _run_with_own_mask(
-        self, index: int, entry: int, *args: Any, wider_mask: WiderMask | None = None, **kwargs: Any
+        self, index: int, wrapped: WrappedForward, *args: Any, wider_mask: WiderMask | None = None, **kwargs: Any
     ) -> Any:
         """The forward of a module with a mask of its own."""
         target = self._targets[index]
-        forward = self._get_unwrapped(entry, target.module if wider_mask is None else wider_mask.module)
+        forward = wrapped.get_unwrapped(target.module if wider_mask is None else wider_mask.module)
         return self._own_masks.run(target, wider_mask, forward, args, kwargs)
 
     def _count_call(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

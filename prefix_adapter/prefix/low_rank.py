@@ -19,10 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
 
 from ..backbone.linears import LinearLayer
-from .batch import AdapterInfo, pick_rows
+from ..tuner.running import Row, RunningCalls, get_tensor_cache, pick_rows
+from .batch import AdapterInfo
 from .encoder import LOW_RANK_SCALE, PrefixEncoder
-from .plan import Row
-from .running import RunningCalls, get_tensor_cache
 
 
 class LowRankHooks:

@@ -3,27 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
 from ..backbone.masks import PrefixColumns
-
-
-class ActivePrefix(NamedTuple):
-    """An adapter's prefix in a row of a batch.
-
-    Attributes:
-        adapter: The adapter's name.
-        strength: The factor of its weight in the softmax of attention; above 0.
-    """
-
-    adapter: str
-    strength: float = 1.0
-
-
-# The prefixes of one row of a batch, from left to right. Empty for the base model.
-Row = tuple[ActivePrefix, ...]
 
 
 @dataclass(frozen=True)

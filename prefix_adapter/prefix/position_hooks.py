@@ -17,8 +17,8 @@ from ..backbone.positions import (
     count_behind_padding,
     find_counting_module,
 )
+from ..tuner.running import Row
 from .batch import AdapterInfo, pick_outputs
-from .plan import Row
 from .state import CurrentForward, ForwardState
 
 

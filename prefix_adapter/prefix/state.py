@@ -10,8 +10,7 @@ from torch import Tensor
 from ..backbone.attention import PrefixSlot
 from ..backbone.key_values import KeyValues
 from ..backbone.masks import SharedValues
-from .plan import Row
-from .running import PerThread
+from ..tuner.running import PerThread, Row
 
 
 @dataclass

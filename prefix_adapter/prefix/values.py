@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..backbone.attention import PrefixSlot
 from ..backbone.key_values import KeyValues, split_layers
-from ..private import get_write_count
+from ..private import get_writes
+from ..tuner.running import AdapterCall, Row, get_tensor_cache
 from .batch import AdapterInfo
 from .encoder import PrefixEncoder
-from .plan import BatchPlan, PrefixPart, Row
-from .running import AdapterCall, get_tensor_cache
+from .plan import BatchPlan, PrefixPart
 from .state import ForwardState
 
 
@@ -72,7 +72,7 @@ class PrefixValues:
     def drop_outdated(self, call: AdapterCall) -> None:
         """Drop what a call has cached if a parameter of its adapters was written to since the last forward."""
         names = {active.adapter for row in call.rows for active in row}
-        written = {name: _get_writes(self.get_encoder(name)) for name in names}
+        written = {name: get_writes(self.get_encoder(name).parameters()) for name in names}
         if call.written != written:
             call.tensors, call.written = {}, written
 
@@ -178,12 +178,7 @@ class PrefixValues:
         trained = is_trained and (encoder.output is not None or torch.is_grad_enabled())
         if trained or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
-        return _get_writes(encoder)
-
-
-def _get_writes(encoder: PrefixEncoder) -> list[tuple[int, int]]:
-    """A value that changes whenever a parameter is written to or replaced."""
-    return [(parameter.data_ptr(), get_write_count(parameter)) for parameter in encoder.parameters()]
+        return get_writes(encoder.parameters())
 
 
 def _identity(tensor: Tensor) -> Tensor:

@@ -20,11 +20,11 @@ from ..files.card import (
     adapter_card,
     config_card,
     new_card,
-    prefix_card,
     read_card,
     write_card,
 )
 from ..files.markdown import code, file_name, hub_name, link, table, without_paths
+from ..tuner.config import AdapterConfig
 from .files import atomic_write, path_in_errors, write_text
 from .outputs import CURVE, METRICS
 from .recipe import Recipe, RecipeError
@@ -290,4 +290,4 @@ def _card_without_training(folder: Path, recipe: Recipe) -> OwnCard:
         method = methods.get(kind, f"The weights of a {kind} adapter")
         return adapter_card(recipe.model, method, _LOAD_WITHOUT_PEFT, labels=labels, of_peft=False)
     config = PeftConfig.from_pretrained(str(folder))
-    return prefix_card(config) if kind == "PREFIX_TUNING_V2" else config_card(config, labels)
+    return config.make_card() if isinstance(config, AdapterConfig) else config_card(config, labels)

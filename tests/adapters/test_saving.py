@@ -565,7 +565,7 @@ def folder_of(kind: str, folder: Path) -> None:
     "kind, words",
     [
         ("table", "is a table already"),
-        ("lora", "LORA adapter, not one of PREFIX_TUNING_V2"),
+        ("lora", "LORA adapter, not one of this package"),
         ("part of the weights", r"it lacks output\.bias, output\.weight"),
         ("no weights", "weight"),
     ],

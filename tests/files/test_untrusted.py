@@ -287,7 +287,7 @@ DAMAGED = {
     ),
     "huger": (lambda f: reconfigure(f, num_virtual_tokens=10**30), "num_virtual_tokens"),
     "all modules": (lambda f: reconfigure(f, modules_to_save=["r"]), "modules_to_save"),
-    "the prefix's modules": (lambda f: reconfigure(f, modules_to_save=["embedding"]), "the prefix itself"),
+    "the prefix's modules": (lambda f: reconfigure(f, modules_to_save=["embedding"]), "the adapter itself"),
     "the backbone": (lambda f: reconfigure(f, modules_to_save=["encoder"]), "whose attention gets a prefix"),
     "no modules": (lambda f: reconfigure(f, modules_to_save=[""]), "modules_to_save"),
     "one within another": (lambda f: reconfigure(f, modules_to_save=["pooler", "dense"]), "modules_to_save|it lacks"),

@@ -6,12 +6,26 @@ import threading
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .plan import BatchPlan, Row
+
+class ActiveAdapter(NamedTuple):
+    """An adapter in a row of a batch.
+
+    Attributes:
+        adapter: The adapter's name.
+        strength: The factor of its effect, for methods that have one; above 0.
+    """
+
+    adapter: str
+    strength: float = 1.0
+
+
+# The adapters of one row of a batch, from left to right. Empty for the base model.
+Row = tuple[ActiveAdapter, ...]
 
 
 class PerThread(threading.local):
@@ -32,12 +46,12 @@ class AdapterCall:
 
     Attributes:
         names: The `adapter_names` of the call; `None` if it uses the active adapters.
-        strengths: The strength of the prefixes in each row, or one for all rows; `None` for each adapter's own.
+        strengths: The strength of the adapters in each row, or one for all rows; `None` for each adapter's own.
         adapters: The names of each row's adapters; a single entry if all rows have the same.
-        rows: The prefixes of each row, without those of strength 0; a single entry if all rows have the same.
+        rows: The adapters of each row, without those of strength 0; a single entry if all rows have the same.
         outer: The call of the same thread around this one.
         count_rows: Whether the number of rows must still be compared with the number of names.
-        plans: Cached plans of a mixed batch, by target and batch.
+        plans: Cached plans of a mixed batch, by module and batch.
         tensors: Cached prefixes of a mixed batch, by slot and batch, and low-rank matrices, by linear layer and batch.
         expected: Cached indices of the targets that must use a prefix.
         written: The state of the parameters that `tensors` were computed from, by adapter.
@@ -49,7 +63,7 @@ class AdapterCall:
     rows: list[Row]
     outer: AdapterCall | None = None
     count_rows: bool = False
-    plans: dict[Hashable, BatchPlan | None] = field(default_factory=dict)
+    plans: dict[Hashable, Any] = field(default_factory=dict)
     tensors: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict)
     expected: dict[Hashable, list[int]] = field(default_factory=dict)
     written: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
@@ -193,3 +207,22 @@ class RunningCalls:
                         "when the call is over."
                     )
                 call = call.outer
+
+
+def pick_rows(entries: list[int], states: Tensor) -> Tensor | None:
+    """The entry for each row of a batch `[batch, ...]`; `None` if all are the same.
+
+    Args:
+        entries: An entry for each name. A batch may have several rows for each name: beams and the choices of a
+            multiple-choice question are next to each other.
+        states: A tensor of the batch.
+
+    Raises:
+        ValueError: If the batch is no multiple of the number of names.
+    """
+    batch = states.shape[0]
+    if len(entries) > 1 and batch % len(entries):
+        raise ValueError(f"There are adapters or strengths for {len(entries)} rows, and the batch has {batch}.")
+    if len(set(entries)) == 1:
+        return None
+    return torch.tensor(entries, device=states.device).repeat_interleave(batch // len(entries))

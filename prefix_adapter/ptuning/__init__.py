@@ -1,0 +1,1 @@
+"""P-Tuning v1: virtual tokens anywhere in the input."""

@@ -1,0 +1,1 @@
+"""The parts of a PEFT method that all methods of this package share."""
