@@ -19,6 +19,7 @@ from ..adapters.start import init_from, init_from_text, token_ids
 # Not from peft: this import registers our method with PEFT.
 from ..api import PeftModel, get_peft_model, turn_off_dropout
 from ..files.contents import PEFT_HEADS
+from ..messages import join_names
 from ..prefix.layer import PrefixTuningV2Layer, find_prefix_layer
 from .recipe import NO_ADAPTER, RecipeError, say
 
@@ -109,6 +110,11 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, list[str]]:
     ]
     heads = outside if task.has_head and model.base_model is not model else []
     _check_sizes(recipe, found["mismatched_keys"], heads)
+    if found["missing_keys"] and not task.trains_new_modules:
+        raise RecipeError(
+            f"`model`: the checkpoint of {recipe.model!r} lacks {join_names(found['missing_keys'])}, so it is no "
+            f"{task.auto_class} that was trained. {recipe.task} trains no head of its own."
+        )
     missing = sorted({name.rpartition(".")[0] for name in found["missing_keys"]})
     _fit_tokenizer(recipe, task, model)
     return model, [*heads, *(name for name in missing if not name.startswith(tuple(f"{head}." for head in heads)))]
@@ -167,6 +173,8 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
     settings = dict(recipe.adapter)
     kind = settings.pop("peft_type")
     if kind in NO_ADAPTER:
+        if task.placeholder_token_ids:
+            raise RecipeError(_no_virtual_tokens(kind))
         if settings:
             raise RecipeError(f"`adapter.{next(iter(settings))}`: {kind} has no settings.")
         return None
@@ -175,6 +183,8 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
         known = sorted(str(getattr(name, "value", name)) for name in PEFT_TYPE_TO_CONFIG_MAPPING)
         raise RecipeError(f"`adapter.peft_type`: there is no method {kind!r}; there are {[*known, *NO_ADAPTER]}.")
     fields = {each.name for each in dataclasses.fields(config_class)}
+    if task.placeholder_token_ids and "placeholder_token_ids" not in fields:
+        raise RecipeError(_no_virtual_tokens(kind))
     for key in settings:
         if key not in fields:
             raise RecipeError(
@@ -182,6 +192,8 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
             )
     if kind == "PREFIX_TUNING_V2" and task.has_head and not settings.get("prefix_projection"):
         settings.setdefault("init_std", _TABLE_STD)
+    if task.placeholder_token_ids:
+        settings.setdefault("placeholder_token_ids", list(task.placeholder_token_ids))
     if recipe.init_text is not None:
         count = len(token_ids(recipe.init_text, task.tokenizer))
         if settings.setdefault("num_virtual_tokens", count) != count:
@@ -202,6 +214,13 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
             f"`adapter.peft_type`: PEFT's {kind} needs an `adapter.task_type`, and has none for this task."
         )
     return config
+
+
+def _no_virtual_tokens(kind: str) -> str:
+    return (
+        f"`task_kwargs.template` has virtual tokens (`{{p}}`), which {kind} does not train: leave them out, or set "
+        "another `adapter.peft_type`."
+    )
 
 
 def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> nn.Module:

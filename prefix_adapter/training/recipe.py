@@ -29,6 +29,7 @@ TASKS = (
     "multiple-choice",
     "causal-lm",
     "seq2seq-lm",
+    "cloze",
 )
 NO_ADAPTER = ("FULL", "HEAD")
 """Values of `adapter.peft_type` that are no PEFT methods: full fine-tuning, or training the task head alone."""

@@ -1,6 +1,7 @@
 """The tasks, one file for each: columns, head, loss, predictions and metrics."""
 
 from .causal_lm import CausalLM
+from .cloze import Cloze
 from .multiple_choice import MultipleChoice
 from .question_answering import QuestionAnswering
 from .seq2seq_lm import Seq2SeqLM
@@ -15,6 +16,7 @@ TASK_CLASSES: dict[str, type[Task]] = {
     "multiple-choice": MultipleChoice,
     "causal-lm": CausalLM,
     "seq2seq-lm": Seq2SeqLM,
+    "cloze": Cloze,
 }
 
 __all__ = ["TASK_CLASSES", "Task"]

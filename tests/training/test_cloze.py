@@ -1,0 +1,219 @@
+"""Cloze tasks: the words' scores against plain log-probabilities row by row, bad settings, and runs."""
+
+import json
+
+import pytest
+import tiny
+import torch
+import transformers
+from conftest import WORDS, save_base, write_rows
+from datasets import Dataset
+from torch.nn import functional as F
+
+from prefix_adapter.training import Data, Recipe, RecipeError, evaluate_adapter, predict, train
+from prefix_adapter.training.evaluation import rows_of
+from prefix_adapter.training.model import load_base, load_tokenizer, wrap
+from prefix_adapter.training.tasks.cloze import Cloze, logits_at
+
+CLASSES = {
+    "bert": "AutoModelForMaskedLM",
+    "roberta": "AutoModelForMaskedLM",
+    "gpt2": "AutoModelForCausalLM",
+    "llama": "AutoModelForCausalLM",
+    "t5": "AutoModelForSeq2SeqLM",
+    "bart": "AutoModelForSeq2SeqLM",
+}
+TEMPLATE = "{text} w60 w61 {mask} w62"
+VERBALIZER = {"a": "w10", "b": ["w11", "w12 w13"], "c": "w11 w14 w15"}
+ROWS = [
+    {"text": "w1 w2 w3 w4 w5 w6 w7", "label": "a"},
+    {"text": "w8", "label": "b"},
+    {"text": "w20 w21 w22", "label": "c"},
+    {"text": "w23 w24 w25 w26 w27 w28 w29 w30 w31 w32 w33 w34", "label": "b"},
+]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("bases")
+    found = {kind: save_base(folder / kind, kind, auto_class) for kind, auto_class in CLASSES.items()}
+    # As many decoders have it; padding on the left would move the positions of gpt2.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(found["gpt2"], padding_side="left")
+    tokenizer.save_pretrained(found["gpt2"])
+    assert load_tokenizer(Recipe(task="cloze", model=found["gpt2"], output_dir="unused")).padding_side == "left"
+    return found
+
+
+def new_task(model, template=TEMPLATE, verbalizer=VERBALIZER, learn=True, **changes) -> Cloze:
+    kwargs = {"template": template, "verbalizer": verbalizer, **changes.pop("task_kwargs", {})}
+    recipe = Recipe(**{"task": "cloze", "model": model, "output_dir": "unused", "task_kwargs": kwargs, **changes})
+    task = Cloze(recipe, load_tokenizer(recipe))
+    if learn:
+        task.learn_labels(Dataset.from_list(ROWS), "rows")
+    return task
+
+
+def batch_of(task, rows, with_targets=True):
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    return task.collate(rows_of(task.features(columns, list(range(len(rows))), with_targets)))
+
+
+def spell(tokenizer, text):
+    """The token ids of words between spaces."""
+    ids = tokenizer.convert_tokens_to_ids(text.split())
+    assert tokenizer.unk_token_id not in ids
+    return ids
+
+
+def log_probability(model, kind, tokenizer, before, word, after, cut=64):
+    """The log-probability of a word between two texts: one sequence, no padding, all logits."""
+    before, word, after = (spell(tokenizer, text) for text in (before, word, after))
+    before = before[: cut - len(word) - len(after)]
+    if kind in ("bert", "roberta"):
+        start, end, mask = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
+        ids = [start, *before, *[mask] * len(word), *after, end]
+        logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        return sum(logits[1 + len(before) + i, token] for i, token in enumerate(word))
+    if kind in ("gpt2", "llama"):
+        logits = model(input_ids=torch.tensor([[*before, *word, *after]])).logits[0].log_softmax(-1)
+        scored = [*word, *after]
+        return sum(logits[len(before) + i - 1, token] for i, token in enumerate(scored))
+    # A T5 or BART without a mask: the decoder writes the word and the end token.
+    end, start = tokenizer.eos_token_id, model.config.decoder_start_token_id
+    written = torch.tensor([[start, *word]])
+    text = torch.tensor([[*before, *after, end]])
+    logits = model(input_ids=text, decoder_input_ids=written).logits[0].log_softmax(-1)
+    return sum(logits[i, token] for i, token in enumerate([*word, end]))
+
+
+def expected_scores(model, kind, tokenizer, rows, before="w60 w61", after="w62", **options):
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    sum(
+                        log_probability(model, kind, tokenizer, f"{row['text']} {before}", word, after, **options)
+                        for word in words
+                    )
+                    / len(words)
+                    for words in (each if isinstance(each, list) else [each] for each in VERBALIZER.values())
+                ]
+            )
+            for row in rows
+        ]
+    )
+
+
+# The scores
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["plain", "prefix"])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_scores_are_log_probabilities(kind, adapter, bases):
+    template = TEMPLATE if "LM" in CLASSES[kind] and kind not in ("t5", "bart") else "{text} w60 w61 w62"
+    task = new_task(bases[kind], template, adapter={"num_virtual_tokens": 3})
+    model, new = load_base(task.recipe, task)
+    assert type(model).__name__.lower().startswith(kind) and not new
+    if adapter:
+        model = wrap(task.recipe, task, model, new)
+        tiny.randomize(model)
+    model.eval()
+    with torch.no_grad():
+        expected = expected_scores(model, kind, task.tokenizer, ROWS)
+        loss, scores = task.loss(model, batch_of(task, ROWS))
+        torch.testing.assert_close(scores, expected, atol=2e-5, rtol=5e-5)
+        labels = torch.tensor(["abc".index(row["label"]) for row in ROWS])
+        torch.testing.assert_close(loss, F.cross_entropy(expected, labels))
+        probabilities = task.outputs(model, batch_of(task, ROWS, False), None)
+    torch.testing.assert_close(torch.tensor(probabilities), expected.softmax(-1), atol=1e-5, rtol=1e-5)
+    assert expected.argmax(-1).unique().numel() > 1 or expected.std(0).min() > 1e-2
+    answer = task.answer(ROWS[0], [], [probabilities[0]])
+    assert answer["prediction"] == "abc"[expected[0].argmax()]
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_cut_texts_and_mean_scores(kind, bases):
+    task = new_task(bases[kind], max_length=12, task_kwargs={"score": "mean"})
+    model = load_base(task.recipe, task)[0].eval()
+    room = 12 - (2 if kind == "bert" else 0)
+    longest = 3  # all words see the same text, cut for the longest word
+    before = {row["text"]: " ".join(row["text"].split()[: room - 3 - longest]) + " w60 w61" for row in ROWS}
+    expected = []
+    for row in ROWS:
+        own = []
+        for words in (["w10"], ["w11", "w12 w13"], ["w11 w14 w15"]):
+            scores = []
+            for word in words:
+                found = log_probability(model, kind, task.tokenizer, before[row["text"]], word, "w62")
+                scores.append(found / (len(word.split()) + (kind == "gpt2")))
+            own.append(sum(scores) / len(scores))
+        expected.append(torch.stack(own))
+    with torch.no_grad():
+        found = task.loss(model, batch_of(task, ROWS))[1]
+    torch.testing.assert_close(found, torch.stack(expected), atol=2e-5, rtol=1e-5)
+
+
+def test_t5_fills_a_gap_between_sentinels(tmp_path):
+    base = tiny.save(tmp_path / "t5", "t5", [*WORDS, "<extra_id_0>", "<extra_id_1>"], CLASSES["t5"])
+    task = new_task(base)
+    model, tokenizer = load_base(task.recipe, task)[0].eval(), task.tokenizer
+    gap, following = tokenizer.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_1>"])
+    with torch.no_grad():
+        found = task.loss(model, batch_of(task, ROWS))[1]
+        for row, scores in zip(ROWS, found, strict=True):
+            text = [*spell(tokenizer, f"{row['text']} w60 w61"), gap, *spell(tokenizer, "w62"), tokenizer.eos_token_id]
+            for label, word in ((0, "w10"), (2, "w11 w14 w15")):
+                target = torch.tensor([[gap, *spell(tokenizer, word), following]])
+                losses = F.cross_entropy(
+                    model(input_ids=torch.tensor([text]), labels=target).logits[0], target[0], reduction="none"
+                )
+                assert scores[label].item() == pytest.approx(-losses[1:].sum().item(), rel=1e-4)
+
+
+def test_bart_writes_the_whole_text(tmp_path):
+    base = tiny.save(tmp_path / "bart", "bart", WORDS, CLASSES["bart"])
+    transformers.AutoTokenizer.from_pretrained(base, mask_token="[MASK]").save_pretrained(base)
+    task = new_task(base)
+    model, tokenizer = load_base(task.recipe, task)[0].eval(), task.tokenizer
+    end = tokenizer.eos_token_id
+    with torch.no_grad():
+        found = task.loss(model, batch_of(task, ROWS))[1]
+        for row, scores in zip(ROWS, found, strict=True):
+            before, after = spell(tokenizer, f"{row['text']} w60 w61"), [*spell(tokenizer, "w62"), end]
+            text = torch.tensor([[*before, tokenizer.mask_token_id, *after]])
+            for label, word in ((0, "w10"), (2, "w11 w14 w15")):
+                target = torch.tensor([[*before, *spell(tokenizer, word), *after]])
+                losses = F.cross_entropy(model(input_ids=text, labels=target).logits[0], target[0], reduction="none")
+                assert scores[label].item() == pytest.approx(-losses[len(before) :].sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_only_the_logits_that_are_needed(kind, bases):
+    task = new_task(bases[kind], TEMPLATE if kind not in ("t5", "bart") else "{text}")
+    model = load_base(task.recipe, task)[0].eval()
+    batch, seen = batch_of(task, ROWS), []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    task.loss(model, batch)
+    longest = batch["decoder_input_ids" if kind in ("t5", "bart") else "input_ids"].shape[1]
+    assert seen == [longest if kind in ("t5", "bart") else batch["positions"].shape[1]]
+    assert seen[0] < longest or kind in ("t5", "bart")
+
+
+def test_places_are_read_from_the_right_row(bases):
+    model = load_base(*(lambda task: (task.recipe, task))(new_task(bases["gpt2"])))[0].eval()
+    ids, positions = tiny.ids(3, 9), torch.tensor([[0, 8], [5, 2], [3, 3]])
+    everywhere = model(input_ids=ids).logits
+    found = logits_at(model, {"input_ids": ids}, positions, "input_ids")
+    torch.testing.assert_close(found, torch.stack([row[at] for row, at in zip(everywhere, positions, strict=True)]))
+    assert not model.base_model._forward_hooks
+
+
+def test_one_input_serves_words_that_begin_alike(bases):
+    columns = {"text": ["w1 w2"], "label": ["a"]}
+    end = "{text} w60 {mask}"
+    causal = new_task(bases["gpt2"], end).features(columns, [0], True)
+    # After "w1 w2 w60" nothing, "w12" and "w11 w14": the first is the beginning of the others, "w11" of the last.
+    assert [len(ids) for ids in causal["input_ids"][0]] == [5, 4]
+    assert causal["variants"][0] == [0, 0, 1, 0]
+    masked = new_task(bases["bert"], end).features(columns, [0], True)
+    assert sorted(len(ids) for ids in masked["input_ids"][0]) == [6, 7, 8]
