@@ -155,6 +155,8 @@ def _parse(text: str) -> Iterator[Piece]:
             for _ in range(_count(options, place)):
                 yield VirtualToken(count)
                 count += 1
+        if count > _MAX_COUNT:
+            _fail(place, f"there are more than {_MAX_COUNT} virtual tokens")
     if words:
         yield Text(words)
 

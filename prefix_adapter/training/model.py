@@ -165,7 +165,7 @@ def _fit_tokenizer(recipe: Recipe, task: Task, model: Any) -> None:
 
 
 def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
-    """The PEFT configuration of a recipe; `None` for FULL and HEAD.
+    """The PEFT configuration of a recipe; `None` for FULL, HEAD and NONE.
 
     Raises:
         RecipeError: if the method or a setting does not exist, or a value is invalid.
@@ -173,8 +173,7 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
     settings = dict(recipe.adapter)
     kind = settings.pop("peft_type")
     if kind in NO_ADAPTER:
-        if task.placeholder_token_ids:
-            raise RecipeError(_no_virtual_tokens(kind))
+        check_virtual_tokens(recipe, task, None)
         if settings:
             raise RecipeError(f"`adapter.{next(iter(settings))}`: {kind} has no settings.")
         return None
@@ -183,8 +182,6 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
         known = sorted(str(getattr(name, "value", name)) for name in PEFT_TYPE_TO_CONFIG_MAPPING)
         raise RecipeError(f"`adapter.peft_type`: there is no method {kind!r}; there are {[*known, *NO_ADAPTER]}.")
     fields = {each.name for each in dataclasses.fields(config_class)}
-    if task.placeholder_token_ids and "placeholder_token_ids" not in fields:
-        raise RecipeError(_no_virtual_tokens(kind))
     for key in settings:
         if key not in fields:
             raise RecipeError(
@@ -192,7 +189,7 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
             )
     if kind == "PREFIX_TUNING_V2" and task.has_head and not settings.get("prefix_projection"):
         settings.setdefault("init_std", _TABLE_STD)
-    if task.placeholder_token_ids:
+    if "placeholder_token_ids" in fields and task.placeholder_token_ids:
         settings.setdefault("placeholder_token_ids", list(task.placeholder_token_ids))
     if recipe.init_text is not None:
         count = len(token_ids(recipe.init_text, task.tokenizer))
@@ -209,6 +206,7 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
         config = config_class(**settings)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"`adapter`: {error}") from error
+    check_virtual_tokens(recipe, task, config)
     if config.is_prompt_learning and config.task_type is None:
         raise RecipeError(
             f"`adapter.peft_type`: PEFT's {kind} needs an `adapter.task_type`, and has none for this task."
@@ -216,11 +214,27 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
     return config
 
 
-def _no_virtual_tokens(kind: str) -> str:
-    return (
-        f"`task_kwargs.template` has virtual tokens (`{{p}}`), which {kind} does not train: leave them out, or set "
-        "another `adapter.peft_type`."
-    )
+def check_virtual_tokens(recipe: Recipe, task: Task, config: PeftConfig | None) -> None:
+    """Check that an adapter trains the virtual tokens of the task's template.
+
+    Args:
+        recipe: the recipe.
+        task: the recipe's task.
+        config: the PEFT configuration of the adapter; `None` if there is none.
+
+    Raises:
+        RecipeError: if it does not, or if it has other token ids for them.
+    """
+    ids = list(getattr(config, "placeholder_token_ids", None) or ())
+    if task.placeholder_token_ids and not ids:
+        raise RecipeError(
+            f"`task_kwargs.template` has virtual tokens (`{{p}}`), which {recipe.adapter['peft_type']} does not "
+            "train: leave them out, or set another `adapter.peft_type`."
+        )
+    if task.placeholder_token_ids != ids:
+        raise RecipeError(
+            f"`adapter.placeholder_token_ids`: the adapter has {ids}, and the template {task.placeholder_token_ids}."
+        )
 
 
 def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> nn.Module:
@@ -256,6 +270,14 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> n
         base.base_model.requires_grad_(False)
         for name in new:
             base.get_submodule(name).requires_grad_(True)
+    elif recipe.adapter["peft_type"] == "NONE":
+        if new:
+            raise RecipeError(
+                f"`adapter.peft_type`: with NONE nothing is trained, and {', '.join(new)} of {recipe.model} would "
+                "have random weights."
+            )
+        base.requires_grad_(False)
+        return base
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RecipeError(f"`adapter.peft_type`: {recipe.model} has no head for {recipe.task} to train.")
     if recipe.gradient_checkpointing:
@@ -354,6 +376,7 @@ def new_optimizer(recipe: Recipe, model: nn.Module, fused: bool = False) -> torc
         for part, parameters in groups.items()
         if parameters
     ]
+    settings = settings or [{"params": [], "lr": rate, "name": "adapter"}]  # AdamW needs a group
     return torch.optim.AdamW(settings, weight_decay=recipe.weight_decay, fused=fused or None)
 
 

@@ -1,6 +1,7 @@
 """Cloze tasks: the words' scores against plain log-probabilities row by row, bad settings, and runs."""
 
 import json
+from functools import partial
 
 import pytest
 import tiny
@@ -217,3 +218,216 @@ def test_one_input_serves_words_that_begin_alike(bases):
     assert causal["variants"][0] == [0, 0, 1, 0]
     masked = new_task(bases["bert"], end).features(columns, [0], True)
     assert sorted(len(ids) for ids in masked["input_ids"][0]) == [6, 7, 8]
+
+
+# Labels, words and settings
+
+
+def test_labels_come_from_the_verbalizer(bases):
+    rows = Dataset.from_list([{"text": "w1", "label": 3}, {"text": "w1", "label": 1}])
+    task = new_task(bases["gpt2"], verbalizer={1: "w1", "2": "w2", 3: ["w3", "w4"]}, learn=False)
+    assert task.labels is None
+    task.learn_labels(rows, "rows")
+    assert task.labels == [1, 2, 3]  # the label that no row has is known too
+    assert task.problem({"text": "w1", "label": 4}, True).startswith("the label 4 is not among")
+    by_name = new_task(bases["gpt2"], verbalizer=None, labels=["w7", "w5"], learn=False)
+    assert by_name.words == [spell(by_name.tokenizer, "w7"), spell(by_name.tokenizer, "w5")]
+
+
+def test_class_weights(bases):
+    weighted, plain = (
+        new_task(bases["gpt2"], task_kwargs={"class_weights": each}) for each in ({"a": 3, "b": 0}, None)
+    )
+    model = load_base(plain.recipe, plain)[0].eval()
+    scores = plain.loss(model, batch_of(plain, ROWS))[1]
+    losses = F.cross_entropy(scores, torch.tensor([0, 1, 2, 1]), reduction="none")
+    found = weighted.loss(model, batch_of(weighted, ROWS))[0]
+    torch.testing.assert_close(found, (3 * losses[0] + losses[2]) / 4)
+    with torch.no_grad():
+        torch.testing.assert_close(weighted.loss(model, batch_of(weighted, ROWS))[0], losses.mean())
+
+
+@pytest.mark.parametrize(
+    ("kind", "template", "verbalizer", "changes", "message"),
+    [
+        ("gpt2", None, VERBALIZER, {}, "`task_kwargs.template` is missing"),
+        ("gpt2", "{text} {mask", VERBALIZER, {}, r"`task_kwargs.template`: character 8 .*not closed"),
+        ("gpt2", "{text}", VERBALIZER, {}, r"a causal language model needs one `\{mask\}`"),
+        ("gpt2", "{mask}", VERBALIZER, {}, r"needs a token before `\{mask\}`"),
+        ("bert", "{text}", VERBALIZER, {}, r"a masked language model needs one `\{mask\}`"),
+        ("bart", "{text} {mask}", VERBALIZER, {}, "has no mask token. Leave out"),
+        ("gpt2", TEMPLATE, "w1", {}, "must be a mapping from labels to words, got 'w1'"),
+        ("gpt2", TEMPLATE, {"a": True, "b": "w1"}, {}, "`task_kwargs.verbalizer.a` must be a word .*YAML"),
+        ("gpt2", TEMPLATE, {True: "w1", "b": "w1"}, {}, "a label must be a text or an integer.*YAML"),
+        ("gpt2", TEMPLATE, {"a": [], "b": "w1"}, {}, "`task_kwargs.verbalizer.a` must be a word"),
+        ("gpt2", TEMPLATE, {"a": "w1", "b": "w2 w1", "c": ["w4", "w1"]}, {}, "'w1' of the label 'c' .* a word of 'a'"),
+        ("gpt2", TEMPLATE, {"a": "w1", "b": "never", "c": "w2"}, {}, "does not know the word 'never'"),
+        ("gpt2", TEMPLATE, VERBALIZER, {"labels": ["a", "b"]}, r"has words for \['a', 'b', 'c'\], and the labels are"),
+        ("gpt2", TEMPLATE, VERBALIZER, {"max_length": 5}, "the template has 6 tokens without the texts of a row"),
+        ("gpt2", TEMPLATE, VERBALIZER, {"task_kwargs": {"score": "max"}}, "`task_kwargs.score` must be sum or mean"),
+        (
+            "gpt2",
+            TEMPLATE,
+            VERBALIZER,
+            {"task_kwargs": {"language_model": "big"}},
+            "`task_kwargs.language_model` must",
+        ),
+        ("gpt2", TEMPLATE, VERBALIZER, {"task_kwargs": {"language_model": "masked"}}, "has no mask token"),
+    ],
+)
+def test_bad_settings(kind, template, verbalizer, changes, message, bases):
+    with pytest.raises(RecipeError, match=message):
+        new_task(bases[kind], template, verbalizer, **changes)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": None}, "'text' must be a text"),
+        ({"text": "  "}, "'text': there is no text"),
+        ({"text": "w1 " * 20}, "more than the maximum of 12"),
+        ({"text": "w1", "label": None}, "'label' is missing"),
+        ({"text": "w1", "label": "d"}, "'d' is not among the labels"),
+    ],
+)
+def test_bad_rows(row, message, bases):
+    task = new_task(bases["gpt2"], "{text:whole} w60 {mask}", max_length=12)
+    assert task.problem({"text": "w1 w2", "label": "a"}, True) is None
+    assert message in task.problem({"label": "a", **row}, True)
+
+
+def test_a_text_before_the_answer_of_a_decoder(bases):
+    task = new_task(bases["gpt2"], "{a}{mask} {b}")
+    assert "no token before `{mask}`" in task.problem({"a": "", "b": "w1"}, False)
+    assert task.problem({"a": "w1", "b": ""}, False) is None
+
+
+def test_a_head_that_was_not_trained(tiny_bert):
+    task = new_task(tiny_bert)
+    with pytest.raises(RecipeError, match=r"lacks cls\.predictions.*trains no head of its own"):
+        load_base(task.recipe, task)
+
+
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING_V2", "LORA", "FULL", "NONE"])
+def test_virtual_tokens_need_an_adapter_that_trains_them(kind, bases):
+    task = new_task(bases["gpt2"], "{text} {p:2} {mask}", adapter={"peft_type": kind})
+    assert task.placeholder_token_ids == [len(task.tokenizer), len(task.tokenizer) + 1]
+    with pytest.raises(RecipeError, match=rf"virtual tokens .*which {kind} does not train"):
+        wrap(task.recipe, task, *load_base(task.recipe, task))
+
+
+# Runs
+
+
+def word_rows(count: int, start: int = 0) -> list[dict]:
+    """Texts of words `w0` to `w4` with the label `yes`, and of `w40` to `w44` with the label `no`."""
+    return [
+        {
+            "text": " ".join(f"w{40 * (i % 2) + (i * 7 + j * 3) % 5}" for j in range(3 + i % 4)),
+            "label": ("yes", "no")[i % 2],
+        }
+        for i in range(start, start + count)
+    ]
+
+
+@pytest.fixture
+def words(tmp_path):
+    return {
+        "train": write_rows(tmp_path / "train.jsonl", word_rows(48)),
+        "validation": write_rows(tmp_path / "validation.jsonl", word_rows(19, 100)),
+    }
+
+
+ADAPTERS = {
+    "prefix": ({"num_virtual_tokens": 4, "init_std": 0.5}, 0.1),
+    "lora": ({"peft_type": "LORA", "r": 4, "target_modules": "all-linear"}, 1e-2),
+    "full": ({"peft_type": "FULL"}, 3e-3),
+    "none": ({"peft_type": "NONE"}, None),
+}
+
+
+def run_recipe(base, words, output, **changes) -> Recipe:
+    settings = {
+        "task": "cloze",
+        "model": base,
+        "output_dir": str(output),
+        "data": Data(**words),
+        "task_kwargs": {"template": "{text} w60 {mask}", "verbalizer": {"no": "w20 w21", "yes": ["w22", "w23"]}},
+        "batch_size": 8,
+        "max_length": 16,
+        "num_train_epochs": 6,
+    }
+    return Recipe(**{**settings, **changes})
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapter"),
+    [("gpt2", "prefix"), ("bert", "prefix"), ("t5", "prefix"), ("gpt2", "lora"), ("bert", "full"), ("gpt2", "none")],
+)
+def test_a_run(kind, adapter, bases, words, tmp_path):
+    settings, rate = ADAPTERS[adapter]
+    changes = {"adapter": settings, "learning_rate": rate}
+    if kind == "t5":
+        changes["task_kwargs"] = {"template": "{text} w60", "verbalizer": {"no": "w20 w21", "yes": ["w22", "w23"]}}
+    recipe = run_recipe(bases[kind], words, tmp_path / "out", **changes)
+    results = train(recipe, quiet=True)
+    assert results["metric"] == "accuracy" and set(results["validation"]) >= {"loss", "f1_macro"}
+    if adapter == "none":
+        assert results["trained_parameters"] == 0
+    elif kind != "t5":  # the tiny T5 has weights that are too large to learn in a few steps
+        assert results["validation"]["accuracy"] > 0.9
+    metrics = evaluate_adapter(tmp_path / "out")
+    assert metrics == pytest.approx(results["validation"])
+    rows = word_rows(19, 100)
+    source = write_rows(tmp_path / "rows.jsonl", [{"text": row["text"]} for row in rows])
+    assert predict(tmp_path / "out", source, tmp_path / "answers.jsonl") == 19
+    answers = list(map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines()))
+    assert all(0 <= answer["probability"] <= 1 for answer in answers)
+    right = [answer["prediction"] == row["label"] for answer, row in zip(answers, rows, strict=True)]
+    assert sum(right) / 19 == pytest.approx(metrics["accuracy"])
+    saved = {path.name for path in (tmp_path / "out").iterdir()}
+    weights = {"none": set(), "full": {"trained.safetensors"}}.get(adapter, {"adapter_model.safetensors"})
+    assert {name for name in saved if name.endswith("safetensors")} == weights
+    if adapter == "none":
+        assert (results["steps"], results["best_step"]) == (0, 0)
+        assert train(recipe, quiet=True, resume=True)["validation"] == results["validation"]
+
+
+def test_a_run_without_training_is_the_base_model(bases, words, tmp_path):
+    made = run_recipe(bases["bert"], words, tmp_path / "out", adapter={"peft_type": "NONE"})
+    found = train(made, quiet=True)["validation"]["loss"]
+    task = Cloze(made, load_tokenizer(made))
+    model = load_base(made, task)[0].eval()
+    losses = []
+    with torch.no_grad():
+        for row in word_rows(19, 100):
+            score = partial(log_probability, model, "bert", task.tokenizer, f"{row['text']} w60", after="")
+            scores = torch.stack([score("w20 w21"), (score("w22") + score("w23")) / 2])
+            losses.append(F.cross_entropy(scores, torch.tensor(row["label"] == "yes", dtype=torch.long)))
+    assert found == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+
+
+def test_a_new_head_cannot_be_evaluated_without_training(tiny_bert, topics, tmp_path):
+    recipe = Recipe("sequence-classification", tiny_bert, str(tmp_path), Data(**topics), {"peft_type": "none"})
+    recipe.output_dir = str(tmp_path / "out")
+    with pytest.raises(RecipeError, match="with NONE nothing is trained, and classifier"):
+        train(recipe, quiet=True)
+
+
+def test_a_resumed_run_is_the_same(bases, words, tmp_path):
+    whole = run_recipe(bases["gpt2"], words, tmp_path / "whole", adapter={"num_virtual_tokens": 2}, max_steps=4)
+    changes = {"lr_scheduler_type": "constant", "eval_steps": 2}
+    whole = whole.with_values(changes)
+    train(whole, quiet=True)
+    part = whole.with_values({"output_dir": str(tmp_path / "part"), "max_steps": 2})
+    train(part, quiet=True)
+    train(part.with_values({"max_steps": 4}), quiet=True, resume=True)
+    first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "part"))
+    assert first == second
+
+
+def test_a_dry_run_shows_the_texts(bases, words, tmp_path, capsys):
+    made = run_recipe(bases["bert"], words, tmp_path / "out", adapter={"num_virtual_tokens": 2})
+    assert train(made, dry_run=True) == {} and not (tmp_path / "out").exists()
+    shown = capsys.readouterr().err
+    assert "labels: no, yes" in shown and "w60 [MASK] [SEP]" in shown and "w60 [MASK] [MASK] [SEP]" in shown
