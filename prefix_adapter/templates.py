@@ -248,6 +248,7 @@ class TemplateEncoder:
 
     The tokens are those of the whole text with the row's texts in it: the spaces in the template join the words,
     whatever the tokenizer does with spaces. An answer or a virtual token counts as a word, with the spaces before it.
+    No token spans an answer and the text beside it, so the text has the same tokens around each answer.
 
     A text that is too long loses tokens of its fields, one after the other from the field that is longest. The
     template's own words, the answer and the virtual tokens are never cut.
@@ -331,8 +332,11 @@ class TemplateEncoder:
         spaces = len(last.text) - len(last.text.rstrip(" ")) if isinstance(last, Text) else 0
         if Separator() in before:  # another text begins there
             before = before[before.index(Separator()) + 1 :]
-        left = Mask if _has_text(before) else None
-        found = self._tokenize(" " * spaces + word.strip(), left, None)
+        left: tuple[str, ...] = ("",)
+        if _has_text(before):
+            beside = last.text[-1] if isinstance(last, Text) and not spaces else "x"
+            left = (beside, ",", "x")
+        found = self._tokenize(" " * spaces + word.strip(), left, ("",))
         ids = [token for token, _, _ in found]
         if not ids or self.tokenizer.unk_token_id in ids:
             raise TemplateError(f"the tokenizer does not know the word {word!r}.")
@@ -396,7 +400,8 @@ class TemplateEncoder:
                     owner += [fields if isinstance(part, Field) else -1] * len(value)
                     fields += isinstance(part, Field)
                     text += value
-                parts = self._tokenize(text, item.left, item.right)
+                left, right = _stand_ins(item.left, text[:1]), _stand_ins(item.right, text[-1:])
+                parts = self._tokenize(text, left, right)
                 found = [(token, _owner(text, owner, start, end)) for token, start, end in parts]
             elif isinstance(item, VirtualToken):
                 found = [(self.placeholder_token_ids[item.index], -1)]
@@ -442,18 +447,25 @@ class TemplateEncoder:
             kept.append(place)
         return kept
 
-    def _tokenize(self, text: str, left: type | None, right: type | None) -> list[tuple[int, int, int]]:
+    def _tokenize(self, text: str, left: Sequence[str], right: Sequence[str]) -> list[tuple[int, int, int]]:
         """The tokens of a part of a text, each with its place in `text`, as they are beside other words.
 
         A short word stands for what is on each side, because tokenizers treat the start and the end of a text in their
-        own ways. If a token reaches into that word, another one is taken.
+        own ways. If a token reaches into that word, the next one is taken.
+
+        Args:
+            text: The text.
+            left: The words to put before it; an empty text if the whole text starts here.
+            right: The words to put after it.
         """
         if not text:
             return []
         # Spaces before an answer or a virtual token belong to it.
-        length = len(text if right is None else text.rstrip(" "))
-        sides = itertools.product(_stand_ins(left, text[:1]), _stand_ins(right, text[-1:]))
-        for before, after in (*sides, ("", "")):  # without such words if there is no other way
+        length = len(text.rstrip(" ") if any(right) else text)
+        for before, after in (
+            *itertools.product(left, right),
+            ("", ""),
+        ):  # without such words if there is no other way
             encoded = self.tokenizer(
                 before + text + after, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
