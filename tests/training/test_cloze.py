@@ -11,7 +11,16 @@ from conftest import WORDS, save_base, write_rows
 from datasets import Dataset
 from torch.nn import functional as F
 
-from prefix_adapter.training import Data, Recipe, RecipeError, evaluate_adapter, predict, train
+from prefix_adapter.training import (
+    Data,
+    JointRecipe,
+    Recipe,
+    RecipeError,
+    evaluate_adapter,
+    predict,
+    train,
+    train_together,
+)
 from prefix_adapter.training.evaluation import rows_of
 from prefix_adapter.training.model import load_base, load_tokenizer, wrap
 from prefix_adapter.training.tasks.cloze import Cloze, logits_at
@@ -338,6 +347,7 @@ def words(tmp_path):
     }
 
 
+WORDED = {"no": "w20 w21", "yes": ["w22", "w23"]}
 ADAPTERS = {
     "prefix": ({"num_virtual_tokens": 4, "init_std": 0.5}, 0.1),
     "lora": ({"peft_type": "LORA", "r": 4, "target_modules": "all-linear"}, 1e-2),
@@ -352,7 +362,7 @@ def run_recipe(base, words, output, **changes) -> Recipe:
         "model": base,
         "output_dir": str(output),
         "data": Data(**words),
-        "task_kwargs": {"template": "{text} w60 {mask}", "verbalizer": {"no": "w20 w21", "yes": ["w22", "w23"]}},
+        "task_kwargs": {"template": "{text} w60 {mask}", "verbalizer": WORDED},
         "batch_size": 8,
         "max_length": 16,
         "num_train_epochs": 6,
@@ -368,7 +378,7 @@ def test_a_run(kind, adapter, bases, words, tmp_path):
     settings, rate = ADAPTERS[adapter]
     changes = {"adapter": settings, "learning_rate": rate}
     if kind == "t5":
-        changes["task_kwargs"] = {"template": "{text} w60", "verbalizer": {"no": "w20 w21", "yes": ["w22", "w23"]}}
+        changes["task_kwargs"] = {"template": "{text} w60", "verbalizer": WORDED}
     recipe = run_recipe(bases[kind], words, tmp_path / "out", **changes)
     results = train(recipe, quiet=True)
     assert results["metric"] == "accuracy" and set(results["validation"]) >= {"loss", "f1_macro"}
@@ -424,6 +434,24 @@ def test_a_resumed_run_is_the_same(bases, words, tmp_path):
     train(part.with_values({"max_steps": 4}), quiet=True, resume=True)
     first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "part"))
     assert first == second
+
+
+def test_a_prefix_for_two_tasks(bases, words, tmp_path):
+    task = {"data": words, "max_length": 16}
+    recipe = JointRecipe.from_dict(
+        {
+            "model": bases["bert"],
+            "output_dir": str(tmp_path / "out"),
+            "adapter": {"num_virtual_tokens": 2},
+            "max_steps": 4,
+            "tasks": {
+                "cloze": {**task, "task": "cloze", "task_kwargs": {"template": "{text} {mask}", "verbalizer": WORDED}},
+                "head": {**task, "task": "sequence-classification"},
+            },
+        }
+    )
+    results = train_together(recipe, quiet=True)["tasks"]
+    assert evaluate_adapter(tmp_path / "out" / "cloze") == pytest.approx(results["cloze"]["validation"])
 
 
 def test_a_dry_run_shows_the_texts(bases, words, tmp_path, capsys):

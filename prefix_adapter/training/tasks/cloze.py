@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -462,7 +462,7 @@ def logits_at(model: Any, inputs: dict[str, Tensor], positions: Tensor, main: st
     Returns:
         The logits, `[batch, places, vocabulary]`.
     """
-    own = extract_model_from_parallel(model)
+    own = extract_model_from_parallel(getattr(model, "module", model))
     base = own.get_base_model() if hasattr(own, "get_base_model") else own
     backbone = base.base_model
     length, count = inputs[main].shape[1], positions.shape[1]
@@ -481,7 +481,9 @@ def logits_at(model: Any, inputs: dict[str, Tensor], positions: Tensor, main: st
         output["last_hidden_state"] = take(output["last_hidden_state"])
         return output
 
-    handle = None if backbone is base else backbone.register_forward_hook(keep)
+    # A compiled model would keep the hook of its first batch.
+    can_hook = backbone is not base and not is_compiled_module(own)
+    handle = backbone.register_forward_hook(keep) if can_hook else None
     try:
         logits: Tensor = model(**inputs).logits
     finally:
