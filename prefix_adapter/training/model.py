@@ -191,6 +191,7 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
         settings.setdefault("init_std", _TABLE_STD)
     if "placeholder_token_ids" in fields and task.placeholder_token_ids:
         settings.setdefault("placeholder_token_ids", list(task.placeholder_token_ids))
+        settings.setdefault("num_virtual_tokens", len(task.placeholder_token_ids))
     if recipe.init_text is not None:
         count = len(token_ids(recipe.init_text, task.tokenizer))
         if settings.setdefault("num_virtual_tokens", count) != count:
@@ -225,16 +226,17 @@ def check_virtual_tokens(recipe: Recipe, task: Task, config: PeftConfig | None) 
     Raises:
         RecipeError: if it does not, or if it has other token ids for them.
     """
-    ids = list(getattr(config, "placeholder_token_ids", None) or ())
-    if task.placeholder_token_ids and not ids:
+    ids = getattr(config, "placeholder_token_ids", None)
+    if not task.placeholder_token_ids or ids == task.placeholder_token_ids:
+        return
+    if ids is None:
         raise RecipeError(
             f"`task_kwargs.template` has virtual tokens (`{{p}}`), which {recipe.adapter['peft_type']} does not "
             "train: leave them out, or set another `adapter.peft_type`."
         )
-    if task.placeholder_token_ids != ids:
-        raise RecipeError(
-            f"`adapter.placeholder_token_ids`: the adapter has {ids}, and the template {task.placeholder_token_ids}."
-        )
+    raise RecipeError(
+        f"`adapter.placeholder_token_ids`: the adapter has {ids}, and the template {task.placeholder_token_ids}."
+    )
 
 
 def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> nn.Module:
