@@ -12,6 +12,7 @@ ROOMS = [
     "version",
     "private",
     "messages",
+    "templates",
     "files",
     "backbone",
     "tuner",

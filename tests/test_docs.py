@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import prefix_adapter
+import prefix_adapter.templates
 import prefix_adapter.training
 from prefix_adapter import PeftConfig, PrefixTuningV2Config, PTuningConfig
 from prefix_adapter.training import Recipe
@@ -20,6 +21,7 @@ from prefix_adapter.training.settings import TASK_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs" / "reference"
+PAGES = ("adapter.md", "training.md", "recipe.md", "templates.md")
 
 
 def text_of(page: str) -> str:
@@ -40,6 +42,8 @@ def test_the_reference_has_every_public_name():
     assert {getattr(prefix_adapter, name).__module__.partition(".")[0] for name in of_peft} == {"peft"}
     training = {name for name in objects_of("training.md", "recipe.md") if "settings" not in name}
     assert training == {f"prefix_adapter.training.{name}" for name in prefix_adapter.training.__all__}
+    names = {f"prefix_adapter.templates.{name}" for name in prefix_adapter.templates.__all__}
+    assert objects_of("templates.md") == names
 
 
 def is_called(name: str) -> bool:
@@ -48,7 +52,7 @@ def is_called(name: str) -> bool:
     return not (isinstance(shown, type) and issubclass(shown, (Exception, Enum)))
 
 
-@pytest.mark.parametrize("name", sorted(filter(is_called, objects_of("adapter.md", "training.md", "recipe.md"))))
+@pytest.mark.parametrize("name", sorted(filter(is_called, objects_of(*PAGES))))
 def test_a_docstring_has_every_argument(name):
     """mkdocstrings shows the part `Args` of a docstring: each argument, field or key of a recipe stands there."""
     shown = pkgutil.resolve_name(name)

@@ -24,6 +24,8 @@ _GENERATION_KWARGS = (
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"),
     *("no_repeat_ngram_size", "early_stopping", "min_new_tokens", "renormalize_logits"),
 )
+_OF_LABELS = ("class_weights", "verbalizer")
+"""The keys of `task_kwargs` that may be mappings: from labels to texts or numbers, or to lists of these."""
 _LIMITS = {"eval_batch_size": 1024, "max_length": 1_000_000, "num_beams": 64, "max_answer_length": 1000}
 _DEFAULT_LIMIT = 100_000
 """The largest number for keys that are not in `_LIMITS`."""
@@ -107,10 +109,19 @@ def _check_task_kwargs(settings: dict[str, Any]) -> None:
                 if name not in _GENERATION_KWARGS or not isinstance(each, (bool, int, float)):
                     raise _rejection(f"task_kwargs.generation_kwargs.{name}", each)
                 _check_limit(f"task_kwargs.generation_kwargs.{name}", each)
-        elif value is None or isinstance(value, (bool, int, float, str)):
-            _check_limit(f"task_kwargs.{key}", value)
+        elif key in _OF_LABELS and isinstance(value, dict):
+            for label, each in value.items():
+                for one in each if isinstance(each, list) else [each]:
+                    _check_plain(f"task_kwargs.{key}.{label}", one)
         else:
-            raise _rejection(f"task_kwargs.{key}", value)
+            _check_plain(f"task_kwargs.{key}", value)
+
+
+def _check_plain(key: str, value: Any) -> None:
+    """Check that a value is a text or a number within limits."""
+    if value is not None and not isinstance(value, (bool, int, float, str)):
+        raise _rejection(key, value)
+    _check_limit(key, value)
 
 
 def _check_limit(key: str, value: Any) -> None:

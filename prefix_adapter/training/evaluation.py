@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .data import rows_of
+from .tasks.task import input_length
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -94,7 +95,7 @@ def _predict(
     columns = task.features(rows, list(range(count)), with_targets)
     features = rows_of(columns)
     # Features of similar length share a batch.
-    order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))
+    order = sorted(range(len(features)), key=lambda i: input_length(features[i]["input_ids"]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     records: list[Any] = [None] * len(features)
     loss, items = 0.0, 0

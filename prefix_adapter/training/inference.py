@@ -25,7 +25,7 @@ from .data import DataError, divide, load_rows
 from .evaluation import answer_rows, evaluate
 from .files import atomic_write, check_new, fsync_path
 from .loop import training_accelerator
-from .model import load_base, load_tokenizer, wrap
+from .model import check_virtual_tokens, load_base, load_tokenizer, trained_parameters, wrap
 from .recipe import NO_ADAPTER, Recipe, RecipeError, load_recipe, say
 from .tasks import TASK_CLASSES
 
@@ -75,7 +75,8 @@ def load_trained(
     base, new = load_base(recipe, task)
     if recipe.adapter["peft_type"] in NO_ADAPTER:
         whole = wrap(recipe, task, base, new)
-        checkpoint.load_weights(whole, Path(adapter))
+        if trained_parameters(whole):
+            checkpoint.load_weights(whole, Path(adapter))
         return recipe, task, whole.eval()
     try:
         if getattr(PeftConfig.from_pretrained(str(adapter), revision=revision), "megatron_config", None):
@@ -83,6 +84,7 @@ def load_trained(
         wrapped = PeftModel.from_pretrained(base, str(adapter), revision=revision)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{adapter}: there is no finished adapter to load: {error}") from error
+    check_virtual_tokens(recipe, task, wrapped.active_peft_config)
     return recipe, task, wrapped.eval()
 
 

@@ -141,8 +141,10 @@ class Loop:
         self.steps = min(self.steps, recipe.max_steps or self.steps)
         self.eval_steps = recipe.eval_steps or self.batches.steps_per_epoch
         self.model, self.optimizer, optimizer = objective.prepare(model)
-        self.scheduler = new_scheduler(recipe, optimizer, self.steps, self.batches.steps_per_epoch)
         self.parameters = list(trained_parameters(self.model).values())
+        if not self.parameters:  # the run only evaluates
+            self.steps = 0
+        self.scheduler = new_scheduler(recipe, optimizer, self.steps, self.batches.steps_per_epoch)
         self.state: dict[str, Any] = {"best_step": None, "best_metrics": None, "evaluations_since_best": 0}
         self.step, self._loss_sum, self._loss_count = 0, 0.0, 0
         self._pending: Tensor | None = None
@@ -215,6 +217,8 @@ class Loop:
         previous = self._catch_signals()
         self._progress = progress = Progress(self.steps, self.step, self._shown)
         try:
+            if not self.steps:
+                self._evaluate()
             while self.step < self.steps and not self._patience_is_over():
                 rates = self._rates()
                 loss = self._train_step(self.batches[self.step])

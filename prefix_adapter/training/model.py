@@ -19,6 +19,7 @@ from ..adapters.start import init_from, init_from_text, token_ids
 # Not from peft: this import registers our method with PEFT.
 from ..api import PeftModel, get_peft_model, turn_off_dropout
 from ..files.contents import PEFT_HEADS
+from ..messages import join_names
 from ..prefix.layer import PrefixTuningV2Layer, find_prefix_layer
 from .recipe import NO_ADAPTER, RecipeError, say
 
@@ -109,6 +110,11 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, list[str]]:
     ]
     heads = outside if task.has_head and model.base_model is not model else []
     _check_sizes(recipe, found["mismatched_keys"], heads)
+    if found["missing_keys"] and not task.trains_new_modules:
+        raise RecipeError(
+            f"`model`: the checkpoint of {recipe.model!r} lacks {join_names(found['missing_keys'])}, so it is no "
+            f"{task.auto_class} that was trained. {recipe.task} trains no head of its own."
+        )
     missing = sorted({name.rpartition(".")[0] for name in found["missing_keys"]})
     _fit_tokenizer(recipe, task, model)
     return model, [*heads, *(name for name in missing if not name.startswith(tuple(f"{head}." for head in heads)))]
@@ -159,7 +165,7 @@ def _fit_tokenizer(recipe: Recipe, task: Task, model: Any) -> None:
 
 
 def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
-    """The PEFT configuration of a recipe; `None` for FULL and HEAD.
+    """The PEFT configuration of a recipe; `None` for FULL, HEAD and NONE.
 
     Raises:
         RecipeError: if the method or a setting does not exist, or a value is invalid.
@@ -167,6 +173,7 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
     settings = dict(recipe.adapter)
     kind = settings.pop("peft_type")
     if kind in NO_ADAPTER:
+        check_virtual_tokens(recipe, task, None)
         if settings:
             raise RecipeError(f"`adapter.{next(iter(settings))}`: {kind} has no settings.")
         return None
@@ -182,6 +189,9 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
             )
     if kind == "PREFIX_TUNING_V2" and task.has_head and not settings.get("prefix_projection"):
         settings.setdefault("init_std", _TABLE_STD)
+    if "placeholder_token_ids" in fields and task.placeholder_token_ids:
+        settings.setdefault("placeholder_token_ids", list(task.placeholder_token_ids))
+        settings.setdefault("num_virtual_tokens", len(task.placeholder_token_ids))
     if recipe.init_text is not None:
         count = len(token_ids(recipe.init_text, task.tokenizer))
         if settings.setdefault("num_virtual_tokens", count) != count:
@@ -197,11 +207,36 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
         config = config_class(**settings)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"`adapter`: {error}") from error
+    check_virtual_tokens(recipe, task, config)
     if config.is_prompt_learning and config.task_type is None:
         raise RecipeError(
             f"`adapter.peft_type`: PEFT's {kind} needs an `adapter.task_type`, and has none for this task."
         )
     return config
+
+
+def check_virtual_tokens(recipe: Recipe, task: Task, config: PeftConfig | None) -> None:
+    """Check that an adapter trains the virtual tokens of the task's template.
+
+    Args:
+        recipe: the recipe.
+        task: the recipe's task.
+        config: the PEFT configuration of the adapter; `None` if there is none.
+
+    Raises:
+        RecipeError: if it does not, or if it has other token ids for them.
+    """
+    ids = getattr(config, "placeholder_token_ids", None)
+    if not task.placeholder_token_ids or ids == task.placeholder_token_ids:
+        return
+    if ids is None:
+        raise RecipeError(
+            f"`task_kwargs.template` has virtual tokens (`{{p}}`), which {recipe.adapter['peft_type']} does not "
+            "train: leave them out, or set another `adapter.peft_type`."
+        )
+    raise RecipeError(
+        f"`adapter.placeholder_token_ids`: the adapter has {ids}, and the template {task.placeholder_token_ids}."
+    )
 
 
 def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> nn.Module:
@@ -237,6 +272,14 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> n
         base.base_model.requires_grad_(False)
         for name in new:
             base.get_submodule(name).requires_grad_(True)
+    elif recipe.adapter["peft_type"] == "NONE":
+        if new:
+            raise RecipeError(
+                f"`adapter.peft_type`: with NONE nothing is trained, and {', '.join(new)} of {recipe.model} would "
+                "have random weights."
+            )
+        base.requires_grad_(False)
+        return base
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RecipeError(f"`adapter.peft_type`: {recipe.model} has no head for {recipe.task} to train.")
     if recipe.gradient_checkpointing:
@@ -335,6 +378,7 @@ def new_optimizer(recipe: Recipe, model: nn.Module, fused: bool = False) -> torc
         for part, parameters in groups.items()
         if parameters
     ]
+    settings = settings or [{"params": [], "lr": rate, "name": "adapter"}]  # AdamW needs a group
     return torch.optim.AdamW(settings, weight_decay=recipe.weight_decay, fused=fused or None)
 
 

@@ -14,12 +14,11 @@ import re
 import shutil
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, extract_model_from_parallel
 from torch import nn
 
 from ..files.whole import new_folder
@@ -224,6 +223,26 @@ class SharedPrefix(nn.Module):
         return self.models[task](**inputs)
 
 
+class TaskModel:
+    """The model of one task of a `SharedPrefix`, called through Accelerate's wrapper.
+
+    Args:
+        model: the `SharedPrefix`, which Accelerate may have wrapped.
+        task: the position of the task.
+
+    Attributes:
+        module: the model of the task, without a wrapper.
+    """
+
+    def __init__(self, model: Any, task: int) -> None:
+        self.model, self.task = model, task
+        self.module = extract_model_from_parallel(model).models[task]
+
+    def __call__(self, **inputs: Any) -> Any:
+        """The output of the model of the task."""
+        return self.model(self.task, **inputs)
+
+
 def _prefix_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in trained_parameters(model).items() if "modules_to_save" not in name}
 
@@ -288,7 +307,7 @@ class JointObjective:
     def loss(self, model: Any, features: list[int]) -> Tensor:
         """See `TrainingObjective.loss`; the features must be of one task."""
         task, own = self.batches.split_index(features)
-        return self._in_order[task].loss(partial(model, task), own)
+        return self._in_order[task].loss(TaskModel(model, task), own)
 
     def evaluate(self, model: SharedPrefix) -> dict[str, float]:
         """See `TrainingObjective.evaluate`."""

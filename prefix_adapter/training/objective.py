@@ -11,6 +11,7 @@ from .data import DataError, rows_of
 from .distributed import prepare_for_training
 from .evaluation import evaluate, make_features
 from .recipe import RecipeError
+from .tasks.task import input_length
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -85,7 +86,7 @@ class TaskObjective:
         if not items:
             raise DataError("No training row contributes to the loss: `max_length` may be too small.")
         self.features, self.items = features, items
-        lengths = [len(ids) for ids in features["input_ids"]] if recipe.group_by_length else None
+        lengths = [input_length(ids) for ids in features["input_ids"]] if recipe.group_by_length else None
         self.batches = Batches(len(items), recipe.batch_size, recipe.seed, lengths)
         self.metric = recipe.metric_for_best_model or task.default_metric
         self.lower_is_better = self.metric in task.lower_is_better
@@ -96,7 +97,7 @@ class TaskObjective:
 
     def dry_run(self, model: Any) -> None:
         """See `TrainingObjective.dry_run`."""
-        lengths = [len(ids) for ids in self.features["input_ids"]]
+        lengths = [input_length(ids) for ids in self.features["input_ids"]]
         try:
             with torch.no_grad():
                 self.loss(model.eval(), [lengths.index(max(lengths))])

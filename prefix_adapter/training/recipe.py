@@ -30,9 +30,10 @@ TASKS = (
     "causal-lm",
     "chat",
     "seq2seq-lm",
+    "cloze",
 )
-NO_ADAPTER = ("FULL", "HEAD")
-"""Values of `adapter.peft_type` that are no PEFT methods: full fine-tuning, or training the task head alone."""
+NO_ADAPTER = ("FULL", "HEAD", "NONE")
+"""Values of `adapter.peft_type` that are no PEFT methods: full fine-tuning, the task head alone, or no training."""
 _KERNEL_KWARGS = ("allow_all_kernels", "use_kernels", "kernel_config")
 """Arguments of `from_pretrained` that make transformers download and run kernels."""
 _HOW_TO_TRUST = (
@@ -106,7 +107,8 @@ class Recipe:
         adapter: A PEFT configuration as a mapping. The default `peft_type` is PREFIX_TUNING_V2. The other keys are
             fields of the configuration (`num_virtual_tokens`, `prefix_projection`, ...) and have its defaults, except
             that a table next to a new task head starts at `init_std: 0.5`. For comparison, `peft_type` can be any
-            other PEFT method, FULL (full fine-tuning) or HEAD (the task head alone).
+            other PEFT method, FULL (full fine-tuning) or HEAD (the task head alone). With NONE the run trains nothing
+            and only evaluates the base model, in a task without a new head.
         init_from: A saved adapter (folder or name on the Hub). The prefix starts as a copy of its prefix, so `adapter`
             must set the same `num_virtual_tokens` and other settings of its shape. The task head starts from random
             weights.

@@ -188,7 +188,7 @@ Versions: {versions}."""
 _SINGLE_RUN = (
     "`recipe.yaml` in this repository repeats the run: `prefix-adapter train --config recipe.yaml --output_dir ...`."
 )
-_LOAD_WITHOUT_PEFT = f"""There is no PEFT adapter in this folder. The package `prefix-adapter` loads its weights:
+_LOAD_WITHOUT_PEFT = f"""There is no PEFT adapter in this folder. The package `prefix-adapter` loads what it has:
 
 ```bash
 pip install "prefix-adapter[train]"
@@ -286,7 +286,11 @@ def _card_without_training(folder: Path, recipe: Recipe) -> OwnCard:
     labels = None if recipe.labels is None else [str(label) for label in recipe.labels]
     kind = recipe.adapter["peft_type"]
     if not (folder / CONFIG_NAME).is_file():  # PEFT's file of a prompt method would lack the task head
-        methods = {"FULL": "A model that was fine-tuned in full", "HEAD": "A trained task head"}
+        methods = {
+            "FULL": "A model that was fine-tuned in full",
+            "HEAD": "A trained task head",
+            "NONE": "The base model without an adapter",
+        }
         method = methods.get(kind, f"The weights of a {kind} adapter")
         return adapter_card(recipe.model, method, _LOAD_WITHOUT_PEFT, labels=labels, of_peft=False)
     config = PeftConfig.from_pretrained(str(folder))

@@ -207,7 +207,7 @@ class TrainingRun:
             model, objective = self.join(models, objectives, accelerator)
             if not (resume and checkpoint.saved_steps(self.checkpoints)):
                 first = next(iter(self.recipes))
-                inputs = objectives[first].features["input_ids"]
+                inputs = objectives[first].task.start_tokens(objectives[first].features)
                 initialize_prefix(self.settings, objectives[first].task, models[first], inputs)
         # Counted now, before Accelerate shards the model.
         sizes = {name: trained_size(each) for name, each in models.items()}
@@ -240,8 +240,9 @@ class TrainingRun:
         log.start(loop.step)
         loop.run()
 
-        best = checkpoint.step_folder(self.checkpoints, loop.state["best_step"])
-        checkpoint.load_weights(loop.unwrapped_model(), best)
+        if loop.steps:
+            best = checkpoint.step_folder(self.checkpoints, loop.state["best_step"])
+            checkpoint.load_weights(loop.unwrapped_model(), best)
         results = self._collect_results(loop, models, objectives, sizes)
         results["seconds"] = round(time.perf_counter() - started, 1)
         self.write_outputs(models, results, log, accelerator)
@@ -383,7 +384,7 @@ def write_adapter(recipe: Recipe, best: Path, lines: list[dict[str, Any]], resul
 
     Args:
         recipe: the recipe of the task.
-        best: the checkpoint of the best step.
+        best: the checkpoint of the best step; there is none if nothing was trained.
         lines: the recorded metrics, for the plot.
         results: the contents of `results.json`.
 
@@ -397,7 +398,7 @@ def write_adapter(recipe: Recipe, best: Path, lines: list[dict[str, Any]], resul
             fold(best, export)
         else:
             export.mkdir()
-            for path in best.iterdir():
+            for path in best.iterdir() if results["steps"] else ():
                 if path.name not in checkpoint.RESUME_FILES:
                     shutil.copyfile(path, export / path.name)
         recipe.save(export / outputs.RECIPE)

@@ -9,6 +9,8 @@ from .recipe import RecipeError
 
 KINDS = ("single_label_classification", "multi_label_classification", "regression")
 """The kinds of sequence classification; transformers calls them `problem_type`."""
+LANGUAGE_MODELS = ("masked", "causal", "seq2seq")
+"""The kinds of language models of a cloze task."""
 
 _GENERATION_KWARGS: dict[str, tuple[Any, str]] = {
     "generation_kwargs": ({}, "Further settings of transformers' GenerationConfig (`no_repeat_ngram_size`, ...)."),
@@ -60,6 +62,17 @@ TASK_SETTINGS: dict[str, dict[str, tuple[Any, str]]] = {
         "num_beams": (1, "Beams of beam search; 1 is greedy search."),
         **_GENERATION_KWARGS,
         "max_new_tokens": (None, "Maximum tokens to generate; by default `max_target_length`."),
+    },
+    "cloze": {
+        "template": (None, "The text of a row, with columns in braces: `{premise} Question: {hypothesis}? {mask}.`"),
+        "verbalizer": (
+            None,
+            "The word of each label, or a list of words: `{entailment: 'Yes', contradiction: 'No'}`; by default the "
+            "names of the labels.",
+        ),
+        "language_model": (None, f"One of {', '.join(LANGUAGE_MODELS)}; by default inferred from the base model."),
+        "score": ("sum", "Score of a word of several tokens: the sum or the mean of their log-probabilities."),
+        **_CLASS_WEIGHTS,
     },
 }
 """The `task_kwargs` of each task: `{name: (default, help)}`."""

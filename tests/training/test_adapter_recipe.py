@@ -192,6 +192,15 @@ def test_what_is_taken_from_an_adapters_folder(tmp_path):
     assert load_adapter_recipe(tmp_path / "recipe.yaml", model="mine").model == "mine"
 
 
+def test_mappings_of_labels_are_taken(tmp_path):
+    for task, settings in (
+        ("cloze", {"template": "{text} {mask}", "verbalizer": {"a": "x", 1: ["y", "z"]}}),
+        ("sequence-classification", {"class_weights": {"a": 0.5, "b": 2}}),
+    ):
+        path = write_recipe(tmp_path, task=task, task_kwargs=settings)
+        assert load_adapter_recipe(path).task_kwargs == settings
+
+
 @pytest.mark.parametrize(
     ("values", "named"),
     [
@@ -212,6 +221,9 @@ def test_what_is_taken_from_an_adapters_folder(tmp_path):
         ({"task_kwargs": {"num_beams": 1000}}, "task_kwargs.num_beams"),
         ({"task_kwargs": {"stride": float("inf")}}, "task_kwargs.stride"),
         ({"task_kwargs": {"stride": [1]}}, "task_kwargs.stride"),
+        ({"task_kwargs": {"stride": {"a": 1}}}, "task_kwargs.stride"),
+        ({"task_kwargs": {"verbalizer": {"a": [["x"]]}}}, "task_kwargs.verbalizer.a"),
+        ({"task_kwargs": {"class_weights": {"a": 10**9}}}, "task_kwargs.class_weights.a"),
         ({"task_kwargs": 3}, "task_kwargs"),
         (
             {"task_kwargs": {"generation_kwargs": {"assistant_model": "x"}}},

@@ -5,20 +5,34 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import yaml
-from conftest import WORDS, save_base
+from conftest import WORDS
 from datasets import ClassLabel, Dataset, Features, List, Value
 from jsonargparse import ArgumentError, ArgumentParser
 from transformers import AutoTokenizer
 
 from prefix_adapter import PrefixTuningV2Config
+from prefix_adapter.templates import Template
 from prefix_adapter.training import Data, Recipe, RecipeError, load_recipe, recipe_names, train
 from prefix_adapter.training.model import adapter_config, load_base, new_scheduler, wrap
 from prefix_adapter.training.recipe import TASKS, add_recipe_arguments, recipe_from, recipe_path
 from prefix_adapter.training.tasks import TASK_CLASSES
 
 WITH_LORA = "sequence-classification-lora"
+# Transcribed from https://github.com/THUDM/P-tuning, PT-Fewshot/data_utils/task_pvps.py: the text with a word and with
+# one virtual token (`the` there), for the fields A, B and C, and the words in the order of the labels.
+CLOZE = {
+    "cloze-rte": ("A Question: B? <p> Answer: Yes.", {"entailment": "Yes", "not_entailment": "No"}),
+    "cloze-boolq": ("A. <p> Question: B? Answer: Yes.", {"False": "No", "True": "Yes"}),
+    "cloze-cb": (
+        "A [SEP] B? <p> answer: Yes",
+        {"entailment": "Yes", "contradiction": "No", "neutral": "Maybe"},
+    ),
+    "cloze-wic": ("A [SEP] B <p> *C *? Yes", {"False": "No", "True": "Yes"}),
+}
+KLUE_CLOZE = "klue-nli-cloze"
 # Transcribed from the run scripts of https://github.com/THUDM/P-tuning-v2: length, rate, epochs, batch, dropout.
 PUBLISHED = {
     "bert-large-boolq": (40, 5e-3, 100, 32, 0.1),
@@ -52,7 +66,8 @@ KLUE_NLI = {
     "klue-nli-prefix-200-mlp-768": (200, 768, "0.698"),
 }
 DOCUMENTATION = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
-KINDS = {"causal-lm": "gpt2", "chat": "gpt2", "seq2seq-lm": "t5"}
+KINDS = {"causal-lm": "gpt2", "chat": "gpt2", "seq2seq-lm": "t5", "cloze": "gpt2"}
+CLOZE_WORDS = ["Yes", "No", "Maybe", "예", "아니요", "아마"]
 BASE = "task: sequence-classification\nmodel: m\noutput_dir: o\n"
 
 
@@ -79,7 +94,7 @@ def recipe_file(tmp_path):
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("bases")
-    found = {kind: save_base(folder / kind, kind) for kind in ("bert", "gpt2", "t5")}
+    found = {kind: tiny.save(folder / kind, kind, [*WORDS, *CLOZE_WORDS]) for kind in ("bert", "gpt2", "t5")}
     tokenizer = AutoTokenizer.from_pretrained(found["gpt2"])
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"  # for the task chat
     tokenizer.save_pretrained(found["gpt2"])
@@ -87,14 +102,14 @@ def bases(tmp_path_factory) -> dict[str, str]:
 
 
 def test_names_of_the_recipes():
-    assert set(recipe_names()) == {*PUBLISHED, *KLUE_NLI, *TASKS, WITH_LORA}
+    assert set(recipe_names()) == {*PUBLISHED, *KLUE_NLI, *TASKS, WITH_LORA, *CLOZE, KLUE_CLOZE}
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_each_recipe_can_be_used(name, bases):
     recipe = load_recipe(name)
     assert Path(recipe.output_dir) == Path("runs") / name
-    recipe.model = bases[KINDS.get(recipe.task, "bert")]
+    recipe.model = bases[KINDS.get(name if recipe.task == "cloze" else recipe.task, "bert")]
     task = TASK_CLASSES[recipe.task](recipe, AutoTokenizer.from_pretrained(recipe.model))
     assert task.max_length == recipe.max_length
     assert set(recipe.data.columns) <= {*task.columns, *task.optional_columns, task.target}
@@ -143,6 +158,24 @@ def test_published_settings(name):
     script = {"squad2": "squad_v2"}.get(corpus, corpus)
     assert f"run_script/run_{script}_{size.removesuffix('-large')}.sh" in comment_of(name)
     assert "arXiv:2110.07602" in comment_of(name)
+
+
+@pytest.mark.parametrize("name", CLOZE)
+def test_cloze_recipes_have_the_published_templates(name):
+    recipe = load_recipe(name)
+    text, words = CLOZE[name]
+    assert recipe.task_kwargs["verbalizer"] == words
+    for given, expected in (
+        (re.search(r"#   (\{.*)", Path(recipe_path(name)).read_text())[1], text),
+        (recipe.task_kwargs["template"], text.replace(" <p>", "")),
+    ):
+        letters = iter("ABC")
+        fields = {field: next(letters) for field in Template(given).fields}
+        for field, letter in (*fields.items(), ("mask", "Yes"), ("sep", "[SEP]"), ("p", "<p>")):
+            given = re.sub(rf"\{{{field}(:\w+)?\}}", letter, given)
+        assert given == expected
+    assert (recipe.data.max_train_rows, recipe.data.max_validation_rows, recipe.max_length) == (32, 32, 256)
+    assert "arXiv:2103.10385" in comment_of(name) and "This project has not run it." in comment_of(name)
 
 
 @pytest.mark.parametrize("name", KLUE_NLI)

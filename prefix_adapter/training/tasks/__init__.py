@@ -2,6 +2,7 @@
 
 from .causal_lm import CausalLM
 from .chat import Chat
+from .cloze import Cloze
 from .multiple_choice import MultipleChoice
 from .question_answering import QuestionAnswering
 from .seq2seq_lm import Seq2SeqLM
@@ -17,6 +18,7 @@ TASK_CLASSES: dict[str, type[Task]] = {
     "causal-lm": CausalLM,
     "chat": Chat,
     "seq2seq-lm": Seq2SeqLM,
+    "cloze": Cloze,
 }
 
 __all__ = ["TASK_CLASSES", "Task"]

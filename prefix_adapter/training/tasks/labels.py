@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from sklearn import metrics
 from torch import Tensor
 
 from ..data import DataError
@@ -72,13 +73,23 @@ class WeightedLabels(Task):
             raise RecipeError("`task_kwargs.class_weights` weighs all labels 0: there is nothing to learn.")
 
     def loss(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Any]:
-        if self._weights is None or not torch.is_grad_enabled():  # only training has gradients
+        if self._weights is None or not torch.is_grad_enabled():
             return super().loss(model, batch)
         output = model(**{key: value for key, value in batch.items() if key != "labels"})
-        logits, labels = output.logits.flatten(0, -2).float(), batch["labels"].flatten()
-        weights = torch.tensor(self._weights, device=logits.device)
+        return self.weighted_loss(output.logits.flatten(0, -2).float(), batch["labels"].flatten()), output
+
+    def weighted_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss, with the weights of the labels in training.
+
+        Args:
+            logits: The logits of the labels, `[items, labels]`.
+            labels: The number of the label of each item, `[items]`; -100 for none.
+        """
+        weights = None
+        if self._weights is not None and torch.is_grad_enabled():  # only training has gradients
+            weights = torch.tensor(self._weights, device=logits.device)
         losses = F.cross_entropy(logits, labels, weights, reduction="none", ignore_index=-100)
-        return losses.sum() / (labels != -100).sum(), output
+        return losses.sum() / (labels != -100).sum()
 
 
 def _is_weight(weight: Any) -> bool:
@@ -128,3 +139,19 @@ def label_config(labels: list[str | int] | None) -> dict[str, Any]:
     assert labels is not None
     names = [str(label) for label in labels]
     return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def most_probable(labels: list[str | int], probabilities: list[float]) -> dict[str, Any]:
+    """The answer for a row with one label: the most probable label, and its probability."""
+    best = max(range(len(probabilities)), key=probabilities.__getitem__)
+    return {"prediction": labels[best], "probability": probabilities[best]}
+
+
+def classification_metrics(labels: list[str | int], predictions: list[Any], targets: list[Any]) -> dict[str, float]:
+    """The metrics of rows with one label each."""
+    names, targets, predictions = (list(map(str, each)) for each in (labels, targets, predictions))
+    return {
+        "accuracy": float(metrics.accuracy_score(targets, predictions)),
+        "f1_macro": float(metrics.f1_score(targets, predictions, labels=names, average="macro", zero_division=0.0)),
+        "matthews_correlation": float(metrics.matthews_corrcoef(targets, predictions)),
+    }

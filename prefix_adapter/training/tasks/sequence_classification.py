@@ -10,7 +10,15 @@ from sklearn import metrics
 from ..data import DataError
 from ..recipe import RecipeError
 from ..settings import KINDS, TASK_SETTINGS
-from .labels import WeightedLabels, distinct_labels, label_config, sort_labels, unknown_label_problem
+from .labels import (
+    WeightedLabels,
+    classification_metrics,
+    distinct_labels,
+    label_config,
+    most_probable,
+    sort_labels,
+    unknown_label_problem,
+)
 from .task import Columns, Row, text_problem
 
 if TYPE_CHECKING:
@@ -131,8 +139,7 @@ class SequenceClassification(WeightedLabels):
                 label for label, score in zip(self.labels, scores, strict=True) if score >= self.kwargs["threshold"]
             ]
             return {"prediction": chosen, "probabilities": dict(zip(map(str, self.labels), scores, strict=True))}
-        best = max(range(len(scores)), key=scores.__getitem__)
-        return {"prediction": self.labels[best], "probability": scores[best]}
+        return most_probable(self.labels, scores)
 
     @property
     def default_metric(self) -> str:
@@ -151,20 +158,14 @@ class SequenceClassification(WeightedLabels):
                 "spearman": _correlation("spearmanr", targets, predictions),
             }
         assert self.labels is not None
-        options = {"average": "macro", "zero_division": 0.0}
         if self.problem_type == "multi_label_classification":
             true, guess = ([self._multi_hot(each) for each in part] for part in (targets, predictions))
             return {
                 "accuracy": float(metrics.accuracy_score(true, guess)),
-                "f1_macro": float(metrics.f1_score(true, guess, **options)),
+                "f1_macro": float(metrics.f1_score(true, guess, average="macro", zero_division=0.0)),
                 "f1_micro": float(metrics.f1_score(true, guess, average="micro", zero_division=0.0)),
             }
-        names, targets, predictions = (list(map(str, each)) for each in (self.labels, targets, predictions))
-        return {
-            "accuracy": float(metrics.accuracy_score(targets, predictions)),
-            "f1_macro": float(metrics.f1_score(targets, predictions, labels=names, **options)),
-            "matthews_correlation": float(metrics.matthews_corrcoef(targets, predictions)),
-        }
+        return classification_metrics(self.labels, predictions, targets)
 
 
 def _correlation(name: str, targets: list[float], predictions: list[float]) -> float:

@@ -50,15 +50,17 @@ class Task:
         >>> features = task.features({"text": ["a text"]}, [0], with_targets=False)
     """
 
-    auto_class: ClassVar[str]
+    auto_class: str
     """The class of transformers that loads the base model with the head of this task."""
-    peft_task_type: ClassVar[str | None]
+    peft_task_type: str | None
     """PEFT's `task_type`; `None` if there is none for this task."""
     has_head: ClassVar[bool] = True
     """Whether the task has a head of its own. Generation uses the language model's."""
     modules_to_save: ClassVar[list[str] | None] = None
     """Names of the head's modules, if PEFT does not derive them from the task type."""
-    columns: ClassVar[dict[str, str]]
+    trains_new_modules: ClassVar[bool] = True
+    """Whether modules that the base model's checkpoint has no weights for are trained. They are an error otherwise."""
+    columns: dict[str, str]
     """The columns that a row needs for a prediction, `{name: description}`."""
     target: ClassVar[str]
     """The column with the target of a row: its label, labels or target text."""
@@ -102,6 +104,8 @@ class Task:
                     f"`model`: the tokenizer of {recipe.model} has neither a padding nor an end-of-sequence token."
                 )
             tokenizer.pad_token = tokenizer.eos_token  # GPT-like models have no padding token; padding is masked
+        self.placeholder_token_ids: list[int] = []
+        """The token ids of virtual tokens in the inputs. The adapter replaces them before they are looked up."""
         self.embeddings: int | None = None
         """The number of tokens that the model has embeddings for; set when the model is loaded."""
 
@@ -199,6 +203,10 @@ class Task:
         """Tokenize rows for training only. Unlike in `features`, one feature can combine several rows."""
         return self.features(rows, indices, with_targets)
 
+    def start_tokens(self, features: Dataset) -> Sequence[list[int]]:
+        """Return the token ids of each feature, without virtual tokens: a prefix can start from some of them."""
+        return features["input_ids"]
+
     def check_tokens(self, features: Dataset, source: str) -> None:
         """Check that the tokenizer knows the words of the rows, and that the model has an embedding for every token.
 
@@ -212,6 +220,9 @@ class Task:
         column = features.data.column("input_ids")
         while hasattr(column.type, "value_type"):  # a list of tokens, or a list of such lists for multiple choice
             column = compute.list_flatten(column)
+        if self.placeholder_token_ids:
+            placeholders = pyarrow.array(self.placeholder_token_ids, column.type)
+            column = column.filter(compute.invert(compute.is_in(column, placeholders)))
         largest = compute.max(column).as_py()
         if self.embeddings is not None and largest >= self.embeddings:
             token = self.tokenizer.convert_ids_to_tokens(largest)
@@ -321,3 +332,8 @@ def text_problem(row: Row, name: str, may_be_empty: bool = False) -> str | None:
     if not isinstance(text, str):
         return f"{name!r} must be a text, got {text!r}."
     return None if may_be_empty or text.strip() else f"{name!r} is empty."
+
+
+def input_length(ids: list[Any]) -> int:
+    """The number of tokens of a feature; of the longest of its inputs, if it has several."""
+    return max(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
