@@ -23,6 +23,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
+from .adapters.engine import export_kv
 from .adapters.exchange import export_peft, import_peft
 from .adapters.hub import push_to_hub
 from .adapters.pool import AdapterPool, LoadedAdapter

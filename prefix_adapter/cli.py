@@ -232,6 +232,21 @@ def _export(options: Any) -> None:
     print(f"Exported to {export_peft(options.source, options.target, options.model)}.")
 
 
+def _export_kv(options: Any) -> None:
+    """Export a saved adapter of a decoder as ready keys and values, for an inference engine.
+
+      prefix-adapter export-kv runs/writer writer.safetensors --dtype bfloat16
+
+    The engine puts the keys and values of the file into its cache at the positions 0 to n-1, and the prompt at n. The
+    base model is loaded in float32, and its outputs behind a plain cache with these keys and values must be those of
+    the adapter. If they cannot be, the error gives the reason and nothing is written.
+    """
+    from .adapters.engine import export_kv
+
+    dtype, limit = options.dtype, options.max_tokens
+    print(f"Exported to {export_kv(options.source, options.target, options.model, dtype, limit)}.")
+
+
 def _push(options: Any) -> None:
     """Upload the folder of an adapter to the Hub, without checkpoints and logs."""
     from .adapters.hub import push_to_hub
@@ -400,6 +415,25 @@ def _export_arguments(parser: Any) -> None:
     parser.add_argument("--model", help="Base model: a folder or a name on the Hub; overrides the adapter.")
 
 
+def _export_kv_arguments(parser: Any) -> None:
+    parser.add_argument("source", help="Folder of an adapter, or an adapter on the Hub (user/name).")
+    parser.add_argument("target", help="File to write (.safetensors); it must not exist yet.")
+    parser.add_argument("--model", help="Base model: a folder or a name on the Hub; overrides the adapter.")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        default="float32",
+        help="Dtype of the keys and values in the file (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--max_tokens",
+        type=_positive_int,
+        metavar="TOKENS",
+        help="Largest number of tokens, prompt and answer, that the file will be used for (default: the whole "
+        "context). A model with a sliding window needs it.",
+    )
+
+
 def _new_folder_argument(parser: Any) -> None:
     parser.add_argument("target", help="Folder to create; it must not exist yet.")
 
@@ -451,6 +485,7 @@ COMMANDS = {
     "fold": _Command(_fold, _fold_arguments),
     "import": _Command(_import, _import_arguments),
     "export": _Command(_export, _export_arguments),
+    "export-kv": _Command(_export_kv, _export_kv_arguments),
     "push": _Command(_push, _push_arguments),
 }
 
