@@ -22,7 +22,7 @@ from .filled_cache import fill_cache, run_decoder
 from .key_values import KeyValues
 
 # Largest deviation of keys from those that a turn explains, and of the turn from a rotation, in units of the precision
-# in which the model computes the cosines of rotary embeddings.
+# in which the model computes the angles and cosines of rotary embeddings.
 _TOLERANCE = 8
 
 
@@ -67,7 +67,7 @@ def find_turns(model: nn.Module, targets: list[AttentionTarget], shift: int) -> 
     far = _record_calls(model, ids, targets, fill_cache(past))
     turns: dict[PrefixSlot, Tensor | None] = {}
     for target in targets:
-        turn = _find_turn(target, near[target.name], far[target.name])
+        turn = _find_turn(target, near[target.name], far[target.name], tokens + shift)
         turns.update(dict.fromkeys(target.slots.values(), turn))
     return turns
 
@@ -93,8 +93,8 @@ def _record_calls(
     return calls
 
 
-def _find_turn(target: AttentionTarget, near: ModuleCall, far: ModuleCall) -> Tensor | None:
-    """The turn of one module between two recorded calls."""
+def _find_turn(target: AttentionTarget, near: ModuleCall, far: ModuleCall, positions: int) -> Tensor | None:
+    """The turn of one module between two recorded calls, at fewer than `positions` positions."""
     states = near.get(near.names[0])
     generator = torch.Generator().manual_seed(0)
     # Random matrices and norms of one: the keys then determine the turn, whatever the real weights are, and quantized
@@ -114,7 +114,8 @@ def _find_turn(target: AttentionTarget, near: ModuleCall, far: ModuleCall) -> Te
     fitted = torch.linalg.lstsq(keys, moved_keys).solution.T
     left, _, right = torch.linalg.svd(fitted)
     turn = left @ right
-    bound = _TOLERANCE * max(torch.finfo(states.dtype).eps, torch.finfo(torch.float32).eps)
+    # Angles are computed in float32 and grow with the position.
+    bound = _TOLERANCE * max(torch.finfo(states.dtype).eps, torch.finfo(torch.float32).eps * positions)
     explained = (keys @ turn.T - moved_keys).abs().max() <= bound * moved_keys.abs().max()
     if not (explained and torch.equal(values, moved_values) and (fitted - turn).abs().max() <= bound):
         raise TurnError(

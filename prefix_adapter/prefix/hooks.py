@@ -23,6 +23,7 @@ from ..backbone.masks import widen_masks
 from ..backbone.own_mask import OwnMasks, WiderMask
 from ..private import get_forward_attribute, has_compiled_parts
 from .batch import AdapterInfo, BatchPlanner
+from .paged import PagedSessions
 from .plan import Row
 from .position_hooks import PositionHooks
 from .running import RunningCalls
@@ -75,6 +76,7 @@ class ModelHooks:
         self._unnamed_inputs = tuple({"input_ids", "inputs_embeds"} - {*self._names}) if parameter_names(model) else ()
         self._main_input = str(getattr(model, "main_input_name", "input_ids"))
         self._codebooks = count_codebooks(model)
+        self._paged = PagedSessions(model, found.targets, values, calls, get_rows)
         self._num_layers = getattr(get_text_config(model), "num_hidden_layers", None)
         self._handles: list[RemovableHandle] = []
         # Modules whose `forward` is wrapped, the attribute with the forward, and its former value on the instance.
@@ -92,6 +94,7 @@ class ModelHooks:
     def _register(self) -> None:
         self._add_pre_hook(self.model, self._note_replica)
         self._wrap_forward(self.model, self._run_model)
+        self._paged.install()
         for index, target in enumerate(self._targets):
             if target.entry is not None:
                 target.entry.install(target.module, partial(self._attend, index))
@@ -137,6 +140,7 @@ class ModelHooks:
                     delattr(module, name)
                 else:
                     setattr(module, name, before)
+        self._paged.remove()
         self._checkpointing.release()
         forget_graphs(self.model)
 
@@ -173,7 +177,8 @@ class ModelHooks:
         if torch.jit.is_tracing():
             # `torch.jit.trace` runs the model twice and compares: no run may use plans of an earlier one.
             self._planner.clear()
-        state = ForwardState([()] if self._removed else self._begin_forward())
+        rows: list[Row] = [()] if self._removed else self._begin_forward()
+        state = ForwardState(rows if compiling else self._paged.pin_rows(kwargs, rows))
         active = any(state.rows)
         if compiling:
             self._traced_calls.clear()

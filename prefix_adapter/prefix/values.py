@@ -72,7 +72,7 @@ class PrefixValues:
     def drop_outdated(self, call: AdapterCall) -> None:
         """Drop what a call has cached if a parameter of its adapters was written to since the last forward."""
         names = {active.adapter for row in call.rows for active in row}
-        written = {name: _get_writes(self.get_encoder(name)) for name in names}
+        written = {name: self.get_writes(name) for name in names}
         if call.written != written:
             call.tensors, call.written = {}, written
 
@@ -178,12 +178,12 @@ class PrefixValues:
         trained = is_trained and (encoder.output is not None or torch.is_grad_enabled())
         if trained or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
-        return _get_writes(encoder)
+        return self.get_writes(adapter_name)
 
-
-def _get_writes(encoder: PrefixEncoder) -> list[tuple[int, int]]:
-    """A value that changes whenever a parameter is written to or replaced."""
-    return [(parameter.data_ptr(), get_write_count(parameter)) for parameter in encoder.parameters()]
+    def get_writes(self, adapter_name: str) -> list[tuple[int, int]]:
+        """A value that changes whenever a parameter of an adapter is written to or replaced."""
+        parameters = self.get_encoder(adapter_name).parameters()
+        return [(parameter.data_ptr(), get_write_count(parameter)) for parameter in parameters]
 
 
 def _identity(tensor: Tensor) -> Tensor:
