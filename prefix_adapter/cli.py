@@ -247,6 +247,34 @@ def _export_kv(options: Any) -> None:
     print(f"Exported to {export_kv(options.source, options.target, options.model, dtype, limit)}.")
 
 
+def _run_module(options: Any) -> None:
+    """Run any Python module with the method known to PEFT, as `python -m MODULE` would.
+
+      prefix-adapter run -m lm_eval --model hf --model_args pretrained=BASE,peft=ADAPTER --tasks hellaswag
+
+    Programs that load adapters with PEFT know PREFIX_TUNING_V2 only after `import prefix_adapter`. This command
+    imports it, then runs the module with the arguments behind its name. The exit status is that of the module.
+    Processes that the module starts do not inherit the import.
+    """
+    import runpy
+    from importlib.util import find_spec
+
+    from . import api  # noqa: F401 (registers PREFIX_TUNING_V2)
+
+    if not options.module:
+        raise SystemExit("prefix-adapter run: -m needs the name of a module.")
+    name, *arguments = options.module
+    sys.path.insert(0, os.getcwd())  # as `python -m` does
+    try:
+        known = find_spec(name) is not None
+    except (ImportError, ValueError):  # a name with dots whose package is missing, or that is no name
+        known = False
+    if not known:
+        raise SystemExit(f"prefix-adapter run: no module named {name!r}.")
+    sys.argv = [name, *arguments]  # runpy replaces the first one by the module's file
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
 def _push(options: Any) -> None:
     """Upload the folder of an adapter to the Hub, without checkpoints and logs."""
     from .adapters.hub import push_to_hub
@@ -438,6 +466,16 @@ def _new_folder_argument(parser: Any) -> None:
     parser.add_argument("target", help="Folder to create; it must not exist yet.")
 
 
+def _run_module_arguments(parser: Any) -> None:
+    parser.add_argument(
+        "-m",
+        dest="module",
+        nargs=argparse.REMAINDER,
+        required=True,
+        help="The module to run (such as lm_eval), and all of its arguments.",
+    )
+
+
 def _push_arguments(parser: Any) -> None:
     parser.add_argument("folder", help="Folder that `train` wrote, or the folder of any saved adapter.")
     parser.add_argument("repo_id", help="Repository (user/name); created if it does not exist.")
@@ -463,11 +501,13 @@ class _Command(NamedTuple):
         run: The function that runs it. Its docstring is the command's help.
         add_arguments: The function that adds its arguments to a parser.
         has_recipe: Whether every key of a recipe is an option.
+        keeps_errors: Whether all errors keep their traceback, because they are those of another program.
     """
 
     run: Callable[[Any], None]
     add_arguments: Callable[[Any], None]
     has_recipe: bool = False
+    keeps_errors: bool = False
 
     @property
     def help(self) -> str:
@@ -487,6 +527,7 @@ COMMANDS = {
     "export": _Command(_export, _export_arguments),
     "export-kv": _Command(_export_kv, _export_kv_arguments),
     "push": _Command(_push, _push_arguments),
+    "run": _Command(_run_module, _run_module_arguments, keeps_errors=True),
 }
 
 
@@ -677,7 +718,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         COMMANDS[name].run(options)
     except Exception as error:
-        if debug or not _is_user_error(error):
+        if debug or COMMANDS[name].keeps_errors or not _is_user_error(error):
             raise
         _exit_with_message(name, error)
     except KeyboardInterrupt as error:
