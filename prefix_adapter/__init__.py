@@ -41,6 +41,7 @@ __all__ = [
     "UnsupportedBackboneError",
     "__version__",
     "example_inputs",
+    "export_kv",
     "export_peft",
     "fold",
     "get_peft_model",

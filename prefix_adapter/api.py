@@ -17,6 +17,7 @@ from peft import (
 )
 
 from . import methods
+from .adapters.engine import export_kv
 from .adapters.exchange import export_peft, import_peft
 from .adapters.hub import push_to_hub
 from .adapters.pool import AdapterPool, LoadedAdapter

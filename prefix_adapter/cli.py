@@ -239,6 +239,49 @@ def _export(options: Any) -> None:
     print(f"Exported to {export_peft(options.source, options.target, options.model)}.")
 
 
+def _export_kv(options: Any) -> None:
+    """Export a saved adapter of a decoder as ready keys and values, for an inference engine.
+
+      prefix-adapter export-kv runs/writer writer.safetensors --dtype bfloat16
+
+    The engine puts the keys and values of the file into its cache at the positions 0 to n-1, and the prompt at n. The
+    base model is loaded in float32, and its outputs behind a plain cache with these keys and values must be those of
+    the adapter. If they cannot be, the error gives the reason and nothing is written.
+    """
+    from .adapters.engine import export_kv
+
+    dtype, limit = options.dtype, options.max_tokens
+    print(f"Exported to {export_kv(options.source, options.target, options.model, dtype, limit)}.")
+
+
+def _run_module(options: Any) -> None:
+    """Run any Python module with the method known to PEFT, as `python -m MODULE` would.
+
+      prefix-adapter run -m lm_eval --model hf --model_args pretrained=BASE,peft=ADAPTER --tasks hellaswag
+
+    Programs that load adapters with PEFT know PREFIX_TUNING_V2 only after `import prefix_adapter`. This command
+    imports it, then runs the module with the arguments behind its name. The exit status is that of the module.
+    Processes that the module starts do not inherit the import.
+    """
+    import runpy
+    from importlib.util import find_spec
+
+    from . import api  # noqa: F401 (registers PREFIX_TUNING_V2)
+
+    if not options.module:
+        raise SystemExit("prefix-adapter run: -m needs the name of a module.")
+    name, *arguments = options.module
+    sys.path.insert(0, os.getcwd())  # as `python -m` does
+    try:
+        known = find_spec(name) is not None
+    except (ImportError, ValueError):  # a name with dots whose package is missing, or that is no name
+        known = False
+    if not known:
+        raise SystemExit(f"prefix-adapter run: no module named {name!r}.")
+    sys.argv = [name, *arguments]  # runpy replaces the first one by the module's file
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
 def _push(options: Any) -> None:
     """Upload the folder of an adapter to the Hub, without checkpoints and logs."""
     from .adapters.hub import push_to_hub
@@ -408,8 +451,37 @@ def _export_arguments(parser: Any) -> None:
     parser.add_argument("--model", help="Base model: a folder or a name on the Hub; overrides the adapter.")
 
 
+def _export_kv_arguments(parser: Any) -> None:
+    parser.add_argument("source", help="Folder of an adapter, or an adapter on the Hub (user/name).")
+    parser.add_argument("target", help="File to write (.safetensors); it must not exist yet.")
+    parser.add_argument("--model", help="Base model: a folder or a name on the Hub; overrides the adapter.")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        default="float32",
+        help="Dtype of the keys and values in the file (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--max_tokens",
+        type=_positive_int,
+        metavar="TOKENS",
+        help="Largest number of tokens, prompt and answer, that the file will be used for (default: the whole "
+        "context). A model with a sliding window needs it.",
+    )
+
+
 def _new_folder_argument(parser: Any) -> None:
     parser.add_argument("target", help="Folder to create; it must not exist yet.")
+
+
+def _run_module_arguments(parser: Any) -> None:
+    parser.add_argument(
+        "-m",
+        dest="module",
+        nargs=argparse.REMAINDER,
+        required=True,
+        help="The module to run (such as lm_eval), and all of its arguments.",
+    )
 
 
 def _push_arguments(parser: Any) -> None:
@@ -437,11 +509,13 @@ class _Command(NamedTuple):
         run: The function that runs it. Its docstring is the command's help.
         add_arguments: The function that adds its arguments to a parser.
         has_recipe: Whether every key of a recipe is an option.
+        keeps_errors: Whether all errors keep their traceback, because they are those of another program.
     """
 
     run: Callable[[Any], None]
     add_arguments: Callable[[Any], None]
     has_recipe: bool = False
+    keeps_errors: bool = False
 
     @property
     def help(self) -> str:
@@ -459,7 +533,9 @@ COMMANDS = {
     "fold": _Command(_fold, _fold_arguments),
     "import": _Command(_import, _import_arguments),
     "export": _Command(_export, _export_arguments),
+    "export-kv": _Command(_export_kv, _export_kv_arguments),
     "push": _Command(_push, _push_arguments),
+    "run": _Command(_run_module, _run_module_arguments, keeps_errors=True),
 }
 
 
@@ -650,7 +726,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         COMMANDS[name].run(options)
     except Exception as error:
-        if debug or not _is_user_error(error):
+        if debug or COMMANDS[name].keeps_errors or not _is_user_error(error):
             raise
         _exit_with_message(name, error)
     except KeyboardInterrupt as error:

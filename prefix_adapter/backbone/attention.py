@@ -23,6 +23,8 @@ EntryPoint = Literal["cache", "attention"]
 ENTRY_POINTS: tuple[str, ...] = get_args(EntryPoint)
 # Attention implementations whose masks masks.py can widen, by the start of their names in transformers.
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention")
+# The name that continuous batching gives eager attention. The masks are the same.
+PAGED_EAGER = "paged|eager"
 
 
 class AttentionEntry(ABC):
@@ -158,6 +160,8 @@ def check_implementation(config: Any) -> str:
         ValueError: If masks.py cannot widen the masks of that implementation.
     """
     implementation = get_attention_implementation(config) or "eager"
+    if implementation == PAGED_EAGER:
+        return "eager"
     if not implementation.startswith(IMPLEMENTATIONS):
         raise ValueError(
             f"attn_implementation={implementation!r} is not supported with a prefix. Load the model, or call "

@@ -272,6 +272,49 @@ for _name in vars(Cache):
         setattr(PrefixCache, _name, _delegate(_name))
 
 
+class PagedPrefixCache:
+    """`PrefixCache` for the cache of continuous batching (`generate_batch`), which is of another kind.
+
+    One call has the tokens of several requests side by side, as one row. Its mask shows each token the keys of its own
+    request. All requests see the prefix, so it stands in front once. Other attributes are those of the inner cache.
+
+    Args:
+        inner: The cache that the layer would have received.
+        length: The prefix length in tokens.
+        get_prefix: Returns the prefix.
+    """
+
+    def __init__(self, inner: Any, length: int, get_prefix: GetPrefix):
+        self._inner, self.length, self.get_prefix = inner, length, get_prefix
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]) -> KeyValues:
+        """Store new keys and values, and return those that the requests see, with the prefix in front.
+
+        Raises:
+            NotImplementedError: If attention itself is to read the cache, from a table of blocks (flash attention).
+        """
+        if kwargs.get("block_table") is not None:
+            raise NotImplementedError("a prefix in front of a table of blocks. Use attn_implementation='sdpa'.")
+        states: KeyValues = self._inner.update(key_states, value_states, layer_idx, kwargs)
+        prefix = self.get_prefix(*states, layer_idx)
+        return states if prefix is None else prepend(prefix, states)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether a cache is that of continuous batching."""
+    if cache is None or isinstance(cache, Cache) or not hasattr(cache, "update"):
+        return False
+    # A late import: it takes time, and who passes such a cache has it imported.
+    from transformers.generation.continuous_batching import PagedAttentionCache
+
+    return isinstance(cache, PagedAttentionCache)
+
+
 class PrefixEncoderDecoderCache(EncoderDecoderCache):
     """`PrefixCache` for a layer of an encoder-decoder model, whose cache has a part for self- and for cross-attention.
 
@@ -312,7 +355,7 @@ def view_with_prefix(
     get_prefix: GetPrefix,
     get_cross_prefix: GetPrefix | None = None,
     encoder_decoder: bool = False,
-) -> PrefixCache | PrefixEncoderDecoderCache:
+) -> PrefixCache | PagedPrefixCache | PrefixEncoderDecoderCache:
     """A view of a cache with a prefix in front.
 
     Args:
@@ -323,15 +366,15 @@ def view_with_prefix(
         encoder_decoder: Whether the view has two parts if `inner` is `None`.
 
     Raises:
-        TypeError: If `inner` is no transformers `Cache`.
+        TypeError: If `inner` is no cache of transformers.
     """
     if isinstance(inner, EncoderDecoderCache) or (inner is None and encoder_decoder):
         return PrefixEncoderDecoderCache(inner, length, get_prefix, get_cross_prefix)
+    if is_paged(inner):
+        return PagedPrefixCache(inner, length, get_prefix)
     if inner is not None and not isinstance(inner, Cache):
-        way_out = (
-            "Continuous batching (`generate_batch`) has another kind of cache, which takes no prefix: use `generate`."
-            if hasattr(inner, "update")
-            else "Build a `DynamicCache` from tuples of keys and values."
+        raise TypeError(
+            f"The cache must be a transformers `Cache`, got {type(inner).__name__}. Build a `DynamicCache` from "
+            "tuples of keys and values."
         )
-        raise TypeError(f"The cache must be a transformers `Cache`, got {type(inner).__name__}. {way_out}")
     return PrefixCache(inner, length, get_prefix)

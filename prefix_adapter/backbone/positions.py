@@ -111,6 +111,9 @@ class PositionTarget:
         tokens = given.shape[1] if given.dim() > 1 else len(given)
         if tokens + shift > self.limit and self.padding_idx is not None:
             tokens = int((given != self.padding_idx).sum(-1).max())
+        elif tokens + shift > self.limit and isinstance(self.module, nn.Embedding) and self.names == [_TABLE_ARGUMENT]:
+            # A row may hold several sequences, each with positions from the first one on.
+            tokens = int(given.max()) + 1 - (self.module.num_embeddings - self.limit)
         return tokens if tokens + shift > self.limit else 0
 
 
@@ -265,9 +268,23 @@ def check_fits_table(model: nn.Module, tokens: int, limit: int | None, shift: in
 
 
 def check_input_length(
-    model: nn.Module, ids: Tensor | None, tokens: int, positions: list[PositionTarget], shift: int
+    model: nn.Module,
+    ids: Tensor | None,
+    tokens: int,
+    positions: list[PositionTarget],
+    shift: int,
+    given: Tensor | None = None,
 ) -> None:
-    """`check_fits_table` for the input of a model with one stack. (An encoder-decoder has several inputs.)"""
+    """`check_fits_table` for the input of a model with one stack. (An encoder-decoder has several inputs.)
+
+    Args:
+        model: The model.
+        ids: Its token ids; `None` if it receives embeddings.
+        tokens: Their number in each row.
+        positions: Its position modules.
+        shift: The number of positions that the input is shifted by.
+        given: The positions that the caller passes. A row may hold several sequences, each with its own.
+    """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return
     for table in positions:
@@ -276,4 +293,6 @@ def check_input_length(
         needed = tokens
         if tokens + shift > table.limit and table.padding_idx is not None and ids is not None:
             needed = int((ids != table.padding_idx).sum(-1).max())
+        elif tokens + shift > table.limit and given is not None:
+            needed = int(given.max()) + 1
         check_fits_table(model, needed, table.limit, shift)

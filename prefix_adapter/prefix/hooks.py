@@ -25,6 +25,7 @@ from ..private import has_compiled_parts
 from ..tuner.running import Row, RunningCalls
 from ..tuner.wrapping import WrappedForward, WrappedForwards
 from .batch import AdapterInfo, BatchPlanner
+from .paged import PagedSessions
 from .position_hooks import PositionHooks
 from .state import CurrentForward, ForwardState
 from .usage import PrefixNotUsedError, UsageCheck
@@ -75,6 +76,7 @@ class ModelHooks:
         self._unnamed_inputs = tuple({"input_ids", "inputs_embeds"} - {*self._names}) if parameter_names(model) else ()
         self._main_input = str(getattr(model, "main_input_name", "input_ids"))
         self._codebooks = count_codebooks(model)
+        self._paged = PagedSessions(model, found.targets, values, calls, get_rows)
         self._num_layers = getattr(get_text_config(model), "num_hidden_layers", None)
         self._handles: list[RemovableHandle] = []
         self._wrapped = WrappedForwards()
@@ -90,6 +92,7 @@ class ModelHooks:
     def _register(self) -> None:
         self._add_pre_hook(self.model, self._note_replica)
         self._wrapped.wrap(self.model, self._run_model)
+        self._paged.install()
         for index, target in enumerate(self._targets):
             if target.entry is not None:
                 target.entry.install(target.module, partial(self._attend, index))
@@ -117,6 +120,7 @@ class ModelHooks:
             if target.entry is not None:
                 target.entry.uninstall(target.module)
         self._wrapped.remove()
+        self._paged.remove()
         self._checkpointing.release()
         forget_graphs(self.model)
 
@@ -153,7 +157,8 @@ class ModelHooks:
         if torch.jit.is_tracing():
             # `torch.jit.trace` runs the model twice and compares: no run may use plans of an earlier one.
             self._planner.clear()
-        state = ForwardState([()] if wrapped.is_removed else self._begin_forward())
+        rows: list[Row] = [()] if wrapped.is_removed else self._begin_forward()
+        state = ForwardState(rows if compiling else self._paged.pin_rows(kwargs, rows))
         active = any(state.rows)
         if compiling:
             self._traced_calls.clear()

@@ -80,7 +80,8 @@ class PositionHooks:
         ids, shape = get_sequences(call)
         if shape:
             shift = max(self._get_shifts(self._first_kind, state))
-            check_input_length(self._model, ids, shape[-1], self._targets, shift)
+            given = call.get(POSITIONS_ARGUMENT)
+            check_input_length(self._model, ids, shape[-1], self._targets, shift, given)
 
     def _register(self, limited: bool) -> None:
         # A table of positions has a limit to check. Other modules have hooks only if an adapter shifts positions.

@@ -72,7 +72,7 @@ class PrefixValues:
     def drop_outdated(self, call: AdapterCall) -> None:
         """Drop what a call has cached if a parameter of its adapters was written to since the last forward."""
         names = {active.adapter for row in call.rows for active in row}
-        written = {name: get_writes(self.get_encoder(name).parameters()) for name in names}
+        written = {name: self.get_writes(name) for name in names}
         if call.written != written:
             call.tensors, call.written = {}, written
 
@@ -178,7 +178,11 @@ class PrefixValues:
         trained = is_trained and (encoder.output is not None or torch.is_grad_enabled())
         if trained or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
-        return get_writes(encoder.parameters())
+        return self.get_writes(adapter_name)
+
+    def get_writes(self, adapter_name: str) -> list[tuple[int, int]]:
+        """A value that changes whenever a parameter of an adapter is written to or replaced."""
+        return get_writes(self.get_encoder(adapter_name).parameters())
 
 
 def _identity(tensor: Tensor) -> Tensor:
