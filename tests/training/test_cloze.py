@@ -353,7 +353,9 @@ ADAPTERS = {
     "lora": ({"peft_type": "LORA", "r": 4, "target_modules": "all-linear"}, 1e-2),
     "full": ({"peft_type": "FULL"}, 3e-3),
     "none": ({"peft_type": "NONE"}, None),
+    "ptuning": ({"peft_type": "PTUNING_V1", "encoder_reparameterization_type": None, "init_std": 1.0}, 0.1),
 }
+TEMPLATES = {"t5": "{text} w60", "ptuning": "{p:2} {text} {p:2} w60 {p} {mask}"}
 
 
 def run_recipe(base, words, output, **changes) -> Recipe:
@@ -372,13 +374,22 @@ def run_recipe(base, words, output, **changes) -> Recipe:
 
 @pytest.mark.parametrize(
     ("kind", "adapter"),
-    [("gpt2", "prefix"), ("bert", "prefix"), ("t5", "prefix"), ("gpt2", "lora"), ("bert", "full"), ("gpt2", "none")],
+    [
+        ("gpt2", "prefix"),
+        ("bert", "prefix"),
+        ("t5", "prefix"),
+        ("gpt2", "lora"),
+        ("bert", "full"),
+        ("gpt2", "none"),
+        ("gpt2", "ptuning"),
+    ],
 )
 def test_a_run(kind, adapter, bases, words, tmp_path):
     settings, rate = ADAPTERS[adapter]
     changes = {"adapter": settings, "learning_rate": rate}
-    if kind == "t5":
-        changes["task_kwargs"] = {"template": "{text} w60", "verbalizer": WORDED}
+    template = TEMPLATES.get(adapter) or TEMPLATES.get(kind)
+    if template:
+        changes["task_kwargs"] = {"template": template, "verbalizer": WORDED}
     recipe = run_recipe(bases[kind], words, tmp_path / "out", **changes)
     results = train(recipe, quiet=True)
     assert results["metric"] == "accuracy" and set(results["validation"]) >= {"loss", "f1_macro"}

@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from jsonargparse import ArgumentError, ArgumentParser
 from transformers import AutoTokenizer
 
-from prefix_adapter import PrefixTuningV2Config
+from prefix_adapter import PrefixTuningV2Config, PTuningConfig
 from prefix_adapter.templates import Template
 from prefix_adapter.training import Data, Recipe, RecipeError, load_recipe, recipe_names, train
 from prefix_adapter.training.model import adapter_config, load_base, new_scheduler, wrap
@@ -32,7 +32,7 @@ CLOZE = {
     ),
     "cloze-wic": ("A [SEP] B <p> *C *? Yes", {"False": "No", "True": "Yes"}),
 }
-KLUE_CLOZE = "klue-nli-cloze"
+KLUE_CLOZE, PTUNING = "klue-nli-cloze", "cloze-ptuning"
 # Transcribed from the run scripts of https://github.com/THUDM/P-tuning-v2: length, rate, epochs, batch, dropout.
 PUBLISHED = {
     "bert-large-boolq": (40, 5e-3, 100, 32, 0.1),
@@ -102,7 +102,7 @@ def bases(tmp_path_factory) -> dict[str, str]:
 
 
 def test_names_of_the_recipes():
-    assert set(recipe_names()) == {*PUBLISHED, *KLUE_NLI, *TASKS, WITH_LORA, *CLOZE, KLUE_CLOZE}
+    assert set(recipe_names()) == {*PUBLISHED, *KLUE_NLI, *TASKS, WITH_LORA, *CLOZE, KLUE_CLOZE, PTUNING}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -116,6 +116,8 @@ def test_each_recipe_can_be_used(name, bases):
     config = adapter_config(recipe, task)
     if recipe.adapter["peft_type"] == "FULL":
         assert config is None
+    elif name == PTUNING:
+        assert isinstance(config, PTuningConfig) and config.num_virtual_tokens == 9
     else:
         assert isinstance(config, PrefixTuningV2Config)
         assert config.to_dict().items() >= recipe.adapter.items()
