@@ -18,7 +18,7 @@ from ..backbone.find import find_targets
 from ..backbone.find_attention import find_attention_targets
 from ..backbone.linears import LinearLayer, find_linear_layers
 from ..backbone.masks import check_bias
-from ..backbone.parallel import check_no_tensor_parallelism
+from ..backbone.parallel import TensorParallelism, find_tensor_parallelism
 from ..backbone.positions import PositionTarget
 from ..backbone.unsupported import UnsupportedBackboneError
 from ..config import PrefixTuningV2Config
@@ -56,7 +56,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     Raises:
         UnsupportedBackboneError: If none of its attention modules takes a prefix.
-        ValueError: If its attention is divided over processes by tensor parallelism.
+        ValueError: If it is divided over processes in a way that a prefix cannot follow.
 
     Example:
         ```python
@@ -70,12 +70,12 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
 
     def __init__(self, model: nn.Module, entry_point: EntryPoint = "cache"):
         super().__init__()
-        check_no_tensor_parallelism(model)
         self.entry_point = entry_point
         try:
             self._found = find_attention_targets(model) if entry_point == "attention" else find_targets(model)
         except UnsupportedBackboneError as error:
             error.point_to_inner_model(model)
+            error.point_to_processes(find_tensor_parallelism(model))
             raise
         containers = [nn.ModuleDict() for _ in self.adapter_layer_names]
         for name, container in zip(self.adapter_layer_names, containers, strict=True):
@@ -89,7 +89,7 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         self.cast_input_dtype_enabled = True
         self._labels = LabelNames(model)
         self._calls = RunningCalls()
-        self._values = PrefixValues(containers, self._adapters)
+        self._values = PrefixValues(containers, self._adapters, self._found.parallelism)
         self._planner = BatchPlanner(self.targets, self._adapters)
         self._hooks = ModelHooks(
             model,
@@ -101,7 +101,9 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
             self.get_rows,
             self._begin_forward,
         )
-        self._low_rank = LowRankHooks(self._adapters, self.encoder_of, self._hooks.get_current_rows, self._calls)
+        self._low_rank = LowRankHooks(
+            self._adapters, self.encoder_of, self._hooks.get_current_rows, self._calls, self.parallelism
+        )
         self._linears: list[LinearLayer] | None = None
 
     @property
@@ -120,6 +122,11 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
     def positions(self) -> list[PositionTarget]:
         """The modules that compute or look up positions."""
         return self._found.positions
+
+    @property
+    def parallelism(self) -> TensorParallelism | None:
+        """The processes that share the work of the model; `None` if each computes the whole."""
+        return self._found.parallelism
 
     @property
     def kinds(self) -> set[str]:
@@ -219,6 +226,9 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
                 # PEFT's `low_cpu_mem_usage` creates modules on the meta device, and loads them later.
                 place = None if module.weight.is_meta else device
                 getattr(self, container)[adapter_name] = module.to(place, home.dtype).train(training)
+        if self.parallelism is not None and config.source is None and not on_meta:
+            # Each process has drawn numbers of its own.
+            self.parallelism.broadcast(encoder.parameters())
         self._adapters[adapter_name] = AdapterInfo(
             config.num_virtual_tokens,
             config.prefix_dropout,
@@ -245,7 +255,8 @@ class PrefixTuningV2Layer(nn.Module, BaseTunerLayer):
         if self._linears is None:
             # At the strength 0 the model is the base model.
             with self.run(self.new_call(strengths=0.0)):
-                self._linears = find_linear_layers(self.model, self.targets)
+                processes = self.parallelism.size if self.parallelism else 1
+                self._linears = find_linear_layers(self.model, self.targets, processes)
             self._low_rank.register(self._linears)
             forget_graphs(self.model)
         selected = [linear for linear in self._linears if any(slot in slots for slot in linear.target.slots.values())]
