@@ -1,7 +1,7 @@
 """torchrun ... tensor_parallel_worker.py FOLDER MODEL:CASE ...: a model over all processes, and in one process alone.
 
-`found-RANK.json` in the folder has what came out, by MODEL:CASE. A case is `refused`, `mixed`, `by hand`, `FSDP2`, or one
-of CASES, each of which trains an adapter. With a model of HEADS_WHOLE each process computes all heads.
+`found-RANK.json` in the folder has what came out, by MODEL:CASE. A case is `refused`, `mixed`, `by hand`, `FSDP2`, or
+one of CASES, each of which trains an adapter. With a model of HEADS_WHOLE each process computes all heads.
 """
 
 import json
