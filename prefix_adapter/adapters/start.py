@@ -189,6 +189,8 @@ def _compute_key_values(layer: PrefixTuningV2Layer, ids: list[int], start: int) 
         def no_prefix(keys: Tensor, values: Tensor, layer_idx: int | None) -> None:
             slot = target.get_slot(layer_idx)
             parts = [keys, values] if slot.shape.value_heads else [keys]
+            if layer.parallelism is not None and slot.share is not None:
+                parts = [layer.parallelism.join_heads(slot.share, part) for part in parts]
             found[slot] = torch.cat([part[0].transpose(0, 1).flatten(1) for part in parts], dim=1)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

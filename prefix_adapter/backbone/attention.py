@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..private import get_attention_implementation
 from .cache import GetPrefix, view_with_prefix
 from .calls import CACHE_ARGUMENTS, ModuleCall
-from .key_values import KeyValueShape
+from .key_values import HeadShare, KeyValues, KeyValueShape
 
 AttentionKind = Literal["encoder", "decoder", "cross"]
 KINDS: tuple[str, ...] = get_args(AttentionKind)
@@ -62,12 +62,22 @@ class PrefixSlot:
     Attributes:
         kind: `"encoder"`, `"decoder"` or `"cross"`.
         layer: The index that `layers_to_transform` knows it by.
-        shape: Heads and head sizes of its keys and values.
+        shape: Heads and head sizes of its keys and values, in all processes together.
+        share: The heads of this process; `None` without tensor parallelism.
     """
 
     kind: str
     layer: int
     shape: KeyValueShape
+    share: HeadShare | None = None
+
+    def split(self, prefix: Tensor) -> KeyValues:
+        """The keys and values of this process in a prefix `[batch, n, columns]`, as views."""
+        return self.cut(self.shape.split(prefix))
+
+    def cut(self, whole: KeyValues) -> KeyValues:
+        """The keys and values of this process in those of all heads."""
+        return whole if self.share is None else self.share.cut(whole)
 
 
 @dataclass
@@ -126,6 +136,12 @@ class AttentionTarget:
     def get_slot(self, layer_idx: int | None) -> PrefixSlot:
         """The slot for the layer index that the module passes to its cache."""
         return self.slots[layer_idx] if len(self.slots) > 1 else next(iter(self.slots.values()))
+
+    def divide(self, share: HeadShare) -> None:
+        """Note that this process computes a part of the heads: the slots have the shape of all heads from now on."""
+        self.slots = {
+            key: replace(slot, shape=slot.shape.times(share.parts), share=share) for key, slot in self.slots.items()
+        }
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModuleCall:
         """A call of the module, with its cache under the name that its `forward` has for it.

@@ -29,6 +29,7 @@ from .calls import (
     parameter_names,
 )
 from .key_values import KeyValueShape
+from .parallel import TensorParallelism, find_tensor_parallelism
 from .positions import PositionProbe, PositionTarget
 from .probe import ProbeError, innermost, probe, untouched
 from .unsupported import UnsupportedBackboneError
@@ -49,6 +50,7 @@ class FoundTargets:
         unreached: The names of attention modules that the probe did not reach, if the prefix enters through the
             attention function. They take no prefix.
         plain: The names of modules that compute attention themselves, in that case. They take no prefix either.
+        parallelism: The processes that share the work of the backbone; `None` if each computes the whole.
     """
 
     targets: list[AttentionTarget]
@@ -56,6 +58,7 @@ class FoundTargets:
     positions: list[PositionTarget]
     unreached: list[str] = field(default_factory=list)
     plain: list[str] = field(default_factory=list)
+    parallelism: TensorParallelism | None = None
 
 
 def find_targets(model: nn.Module) -> FoundTargets:
@@ -63,14 +66,16 @@ def find_targets(model: nn.Module) -> FoundTargets:
 
     Raises:
         UnsupportedBackboneError: If there are none, if one of them treats a prefix wrongly, or if the probe fails.
-        ValueError: If the attention implementation cannot show a prefix.
+        ValueError: If the attention implementation cannot show a prefix, or the model is divided over processes in a
+            way that a prefix cannot follow.
     """
+    parallelism = find_tensor_parallelism(model)
     with untouched(model):
         recorders, positions, output = _run_probe(model)
         targets = [_as_target(model, recorder) for recorder in recorders.values() if recorder.updates]
         _check_complete(model, targets, _get_cache(output))
         _find_biases(model, targets, recorders)
-        verifier = Verifier(model)
+        verifier = Verifier(model, parallelism)
         for target in targets:
             call = recorders[target.name].call
             if call is not None:
@@ -85,7 +90,8 @@ def find_targets(model: nn.Module) -> FoundTargets:
             followers.append((target, source))
     calls = [recorders[target.name].call for target in targets if target.kind != "cross"]
     lengths = {_get_attended(call, "self")[1] for call in calls if call is not None}
-    return FoundTargets(targets, followers, select_positions(model, positions, targets, lengths))
+    positions = select_positions(model, positions, targets, lengths)
+    return FoundTargets(targets, followers, positions, parallelism=parallelism)
 
 
 def find_cache_argument(module: nn.Module, known: tuple[str, ...] = CACHE_ARGUMENTS) -> str | None:

@@ -18,6 +18,7 @@ from .disentangled import find_entry
 from .find import FoundTargets, check_gradients, find_cache_argument, select_positions, sort_targets
 from .key_values import KeyValueShape
 from .masks import is_causal
+from .parallel import find_tensor_parallelism
 from .plain_attention import PlainAttentionWatch
 from .positions import PositionProbe, PositionTarget
 from .probe import ProbeError, innermost, probe, untouched
@@ -91,27 +92,30 @@ def find_attention_targets(model: nn.Module) -> FoundTargets:
 
     Raises:
         UnsupportedBackboneError: If there are none, if one of them treats a prefix wrongly, or if the probe fails.
-        ValueError: If the attention implementation cannot show a prefix.
+        ValueError: If the attention implementation cannot show a prefix, or the model is divided over processes in a
+            way that a prefix cannot follow.
     """
+    parallelism = find_tensor_parallelism(model)
     with untouched(model):
         recorders, positions, plain = _run_probe(model)
+        processes = parallelism.size if parallelism else 1
         called = [
             recorder
             for recorder in recorders
-            if any(within for *_, within in recorder.calls) and _is_over_tokens(recorder)
+            if any(within for *_, within in recorder.calls) and _is_over_tokens(recorder, processes)
         ]
         if not called:
             raise UnsupportedBackboneError(model, _NO_FUNCTION, "attention")
         for recorder in called:
             _complete_target(model, recorder)
         _number_layers(called)
-        verifier = Verifier(model)
+        verifier = Verifier(model, parallelism)
         for recorder in called:
             verifier.verify(recorder.target, recorder.calls[0][1])
     targets = [recorder.target for recorder in called]
     sort_targets(targets)
     unreached = [recorder.target.name for recorder in recorders if not recorder.calls]
-    return FoundTargets(targets, [], select_positions(model, positions, targets), unreached, plain)
+    return FoundTargets(targets, [], select_positions(model, positions, targets), unreached, plain, parallelism)
 
 
 def _run_probe(model: nn.Module) -> tuple[list[_Recorder], list[PositionTarget], list[str]]:
@@ -179,10 +183,14 @@ def _complete_target(model: nn.Module, recorder: _Recorder) -> None:
     target.dtype, target.windowed = calls[0].dtype, calls[0].windowed
 
 
-def _is_over_tokens(recorder: _Recorder) -> bool:
+def _is_over_tokens(recorder: _Recorder, processes: int) -> bool:
     """Whether a module attends to tokens: its number of query heads is a setting of the module or of its config.
 
     Some models use the attention interface for other things, such as a choice among earlier layers for each token.
+
+    Args:
+        recorder: The recorder of the module.
+        processes: The number of processes among which heads may be divided.
     """
     module = recorder.target.module
     parts = [vars(part) for part in (module, getattr(module, "config", None)) if part is not None]
@@ -190,7 +198,7 @@ def _is_over_tokens(recorder: _Recorder) -> bool:
     flat = [n for value in values for n in (value if isinstance(value, (list, tuple)) else [value])]
     numbers = {n for n in flat if isinstance(n, int)}
     heads = {call.query_heads for *_, within in recorder.calls for call in within}
-    return heads <= numbers
+    return heads <= numbers or {processes * each for each in heads} <= numbers
 
 
 def _number_layers(recorders: list[_Recorder]) -> None:

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 # Keys and values. One tensor in both places if the keys serve as values too.
 KeyValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """The heads that this process computes, if tensor parallelism divides the heads of an attention layer.
+
+    Attributes:
+        index: Which part of the heads.
+        parts: Number of parts; 1 if each process computes all heads.
+        key_copies: How many processes compute the same gradient of the keys of a prefix.
+        value_copies: The same for its values.
+    """
+
+    index: int
+    parts: int
+    key_copies: int
+    value_copies: int
+
+    def cut(self, whole: KeyValues) -> KeyValues:
+        """This process's part of keys and values `[batch, heads, n, size]`, as views."""
+        if self.parts == 1:
+            return whole
+        keys, values = (side.unflatten(1, (self.parts, -1))[:, self.index] for side in whole)
+        return (keys, keys) if whole[0] is whole[1] else (keys, values)
 
 
 @dataclass(frozen=True)
@@ -32,6 +56,10 @@ class KeyValueShape:
     def columns(self) -> int:
         """Numbers in the key and the value of one token."""
         return self.key_columns + self.value_heads * self.value_size
+
+    def times(self, parts: int) -> KeyValueShape:
+        """The shape with so many times the heads."""
+        return replace(self, key_heads=parts * self.key_heads, value_heads=parts * self.value_heads)
 
     def split(self, prefix: Tensor) -> KeyValues:
         """Views of a prefix `[batch, n, columns]`: keys `[batch, key_heads, n, key_size]`, and values likewise."""

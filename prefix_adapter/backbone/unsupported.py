@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 from ..version import __version__
 from .attention import EntryPoint
 from .disentangled import find_entry
+from .parallel import TensorParallelism
 
 _ALTERNATIVES = {
     "encoder": "BERT, RoBERTa, XLM-RoBERTa, ELECTRA or CamemBERT (all-MiniLM is a BERT of DistilBERT's size)",
@@ -81,6 +82,15 @@ class UnsupportedBackboneError(ValueError):
                 f"{type(model).__name__} is a module around {type(part).__name__} (`{name}`), and cannot be tried out "
                 f"with token ids alone. Add the adapter to the model inside: `model.{name} = "
                 f"get_peft_model(model.{name}, config)`. What came of trying: {self}",
+            )
+
+    def point_to_processes(self, parallelism: TensorParallelism | None) -> None:
+        """If tensor parallelism divides the model, say that its heads may be the cause."""
+        if parallelism is not None:
+            self.args = (
+                f"{self} Tensor parallelism divides the model over {parallelism.size} processes. If one process can "
+                "have the adapter, the number of key/value heads may be no multiple of the number of processes. A "
+                "`tp_plan` can have each process compute all heads (docs/distributed.md).",
             )
 
 

@@ -15,7 +15,7 @@ from ..backbone.find import find_targets
 from ..backbone.find_attention import find_attention_targets
 from ..backbone.linears import LinearLayer, find_linear_layers
 from ..backbone.masks import check_bias
-from ..backbone.parallel import check_no_tensor_parallelism
+from ..backbone.parallel import TensorParallelism, find_tensor_parallelism
 from ..backbone.positions import PositionTarget
 from ..backbone.unsupported import UnsupportedBackboneError
 from ..config import PrefixTuningV2Config
@@ -42,7 +42,7 @@ class PrefixTuningV2Layer(AdapterLayer[AdapterInfo]):
 
     Raises:
         UnsupportedBackboneError: If none of its attention modules takes a prefix.
-        ValueError: If its attention is divided over processes by tensor parallelism.
+        ValueError: If it is divided over processes in a way that a prefix cannot follow.
 
     Example:
         ```python
@@ -55,15 +55,15 @@ class PrefixTuningV2Layer(AdapterLayer[AdapterInfo]):
     adapter_layer_names = tuple(PREFIX + name for name in PrefixEncoder._fields)
 
     def __init__(self, model: nn.Module, entry_point: EntryPoint = "cache"):
-        check_no_tensor_parallelism(model)
         try:
             found = find_attention_targets(model) if entry_point == "attention" else find_targets(model)
         except UnsupportedBackboneError as error:
             error.point_to_inner_model(model)
+            error.point_to_processes(find_tensor_parallelism(model))
             raise
         super().__init__(model)
         self.entry_point, self._found = entry_point, found
-        self._values = PrefixValues(self.containers, self._adapters)
+        self._values = PrefixValues(self.containers, self._adapters, found.parallelism)
         self._planner = BatchPlanner(self.targets, self._adapters)
         self._hooks = ModelHooks(
             model,
@@ -75,7 +75,9 @@ class PrefixTuningV2Layer(AdapterLayer[AdapterInfo]):
             self.get_rows,
             self.begin_forward,
         )
-        self._low_rank = LowRankHooks(self._adapters, self.encoder_of, self._hooks.get_current_rows, self._calls)
+        self._low_rank = LowRankHooks(
+            self._adapters, self.encoder_of, self._hooks.get_current_rows, self._calls, self.parallelism
+        )
         self._linears: list[LinearLayer] | None = None
 
     @property
@@ -94,6 +96,11 @@ class PrefixTuningV2Layer(AdapterLayer[AdapterInfo]):
     def positions(self) -> list[PositionTarget]:
         """The modules that compute or look up positions."""
         return self._found.positions
+
+    @property
+    def parallelism(self) -> TensorParallelism | None:
+        """The processes that share the work of the model; `None` if each computes the whole."""
+        return self._found.parallelism
 
     @property
     def kinds(self) -> set[str]:
@@ -177,7 +184,11 @@ class PrefixTuningV2Layer(AdapterLayer[AdapterInfo]):
             config.strength,
             low_rank,
         )
+        is_new = config.source is None and not on_meta
         self._add(adapter_name, config, info, encoder, home.module, home.dtype, embeddings)
+        if self.parallelism is not None and is_new:
+            # Each process has drawn numbers of its own.
+            self.parallelism.broadcast(self.parameters_of(adapter_name))
         if config.shift_positions:
             self._hooks.positions.register_for_shifts()
 
@@ -190,7 +201,8 @@ class PrefixTuningV2Layer(AdapterLayer[AdapterInfo]):
         if self._linears is None:
             # At the strength 0 the model is the base model.
             with self.run(self.new_call(strengths=0.0)):
-                self._linears = find_linear_layers(self.model, self.targets)
+                processes = self.parallelism.size if self.parallelism else 1
+                self._linears = find_linear_layers(self.model, self.targets, processes)
             self._low_rank.register(self._linears)
             forget_graphs(self.model)
         selected = [linear for linear in self._linears if any(slot in slots for slot in linear.target.slots.values())]

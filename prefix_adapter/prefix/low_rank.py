@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
 
 from ..backbone.linears import LinearLayer
+from ..backbone.parallel import TensorParallelism
 from ..tuner.running import Row, RunningCalls, get_tensor_cache, pick_rows
 from .batch import AdapterInfo
 from .encoder import LOW_RANK_SCALE, PrefixEncoder
@@ -32,6 +33,7 @@ class LowRankHooks:
         get_encoder: Returns the modules of an adapter.
         get_rows: Returns the adapters of each row in the forward that this thread is in.
         calls: The model's running calls.
+        parallelism: The processes that share the work of the model.
     """
 
     def __init__(
@@ -40,7 +42,9 @@ class LowRankHooks:
         get_encoder: Callable[[str], PrefixEncoder],
         get_rows: Callable[[], list[Row]],
         calls: RunningCalls,
+        parallelism: TensorParallelism | None = None,
     ):
+        self._parallelism = parallelism
         self._adapters, self._get_encoder, self._get_rows, self._calls = adapters, get_encoder, get_rows, calls
         self._handles: list[RemovableHandle] = []
 
@@ -63,7 +67,8 @@ class LowRankHooks:
             return output
         if len(distinct) == 1:
             down, up = self._join(layer, distinct[0], states)
-            return output + F.linear(F.linear(_cast(states, down), down), up.t()).to(output.dtype)
+            inner = self._join_processes(layer, F.linear(_cast(states, down), down))
+            return output + F.linear(inner, up.t()).to(output.dtype)
         if states.dim() < 3:
             # Rows of tokens would count as rows of the batch.
             raise ValueError(
@@ -71,14 +76,27 @@ class LowRankHooks:
                 "with `lora_r`. Call the model for each adapter."
             )
         down, up = self._get_matrices_of_rows(layer, rows, distinct, states)
-        change = _cast(states.flatten(1, -2), down) @ down @ up
-        return output + change.view(output.shape).to(output.dtype)
+        inner = self._join_processes(layer, _cast(states.flatten(1, -2), down) @ down)
+        return output + (inner @ up).view(output.shape).to(output.dtype)
+
+    def _join_processes(self, layer: LinearLayer, inner: Tensor) -> Tensor:
+        """Ax `[..., rank]` of a layer, in all processes together.
+
+        If processes have parts of the inputs, each has a part of the sum. If they have parts of the outputs, each has
+        a part of the gradient.
+        """
+        if self._parallelism is None or layer.divided is None:
+            return inner
+        return self._parallelism.add(inner) if layer.divided == "inputs" else self._parallelism.add_gradients(inner)
 
     def _changes(self, adapter: str, layer: LinearLayer) -> bool:
         return layer.name in self._adapters[adapter].linears
 
     def _join(self, layer: LinearLayer, row: Row, states: Tensor) -> tuple[Tensor, Tensor]:
-        """The matrices of a row's adapters side by side, `[rank, inputs]` and, with the scale, `[rank, outputs]`."""
+        """The matrices of a row's adapters side by side, `[rank, inputs]` and, with the scale, `[rank, outputs]`.
+
+        Under tensor parallelism these are the inputs and outputs of this process.
+        """
         downs, ups = [], []
         for adapter, strength in row:
             if self._changes(adapter, layer):
@@ -86,9 +104,17 @@ class LowRankHooks:
                 assert encoder.down is not None and encoder.up is not None
                 downs.append(encoder.down.weight[:, inputs].to(states.device))
                 ups.append(encoder.up.weight[:, outputs].to(states.device) * (strength * LOW_RANK_SCALE))
-        if not downs:
-            return states.new_zeros(0, layer.inputs), states.new_zeros(0, layer.outputs)
-        return torch.cat(downs), torch.cat(ups)
+        down = torch.cat(downs) if downs else states.new_zeros(0, layer.inputs)
+        up = torch.cat(ups) if ups else states.new_zeros(0, layer.outputs)
+        return self._take_part(down, layer.divided == "inputs"), self._take_part(up, layer.divided == "outputs")
+
+    def _take_part(self, weight: Tensor, divided: bool) -> Tensor:
+        """This process's columns of a matrix `[rank, columns]`. Their gradient is that of all processes together."""
+        if self._parallelism is None:
+            return weight
+        if not divided:
+            return self._parallelism.add_gradients(weight, self._parallelism.size)
+        return self._parallelism.add_gradients(weight).chunk(self._parallelism.size, 1)[self._parallelism.rank]
 
     def _get_matrices_of_rows(
         self, layer: LinearLayer, rows: list[Row], distinct: list[Row], states: Tensor

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..backbone.attention import PrefixSlot
 from ..backbone.key_values import KeyValues, split_layers
+from ..backbone.parallel import TensorParallelism
 from ..private import get_writes
 from ..tuner.running import AdapterCall, Row, get_tensor_cache
 from .batch import AdapterInfo
@@ -28,10 +29,16 @@ class PrefixValues:
     Args:
         containers: The modules of all adapters by adapter name, one container for each field of `PrefixEncoder`.
         adapters: The model's adapters, by name.
+        parallelism: The processes that share the work of the model.
     """
 
-    def __init__(self, containers: Sequence[nn.ModuleDict], adapters: Mapping[str, AdapterInfo]):
-        self._containers, self._adapters = containers, adapters
+    def __init__(
+        self,
+        containers: Sequence[nn.ModuleDict],
+        adapters: Mapping[str, AdapterInfo],
+        parallelism: TensorParallelism | None = None,
+    ):
+        self._containers, self._adapters, self._parallelism = containers, adapters, parallelism
         # Cached keys and values by adapter, with the state of the parameters that they were computed from.
         self._cache: dict[str, tuple[list[tuple[int, int]], dict[PrefixSlot, KeyValues]]] = {}
 
@@ -63,7 +70,7 @@ class PrefixValues:
             if self._get_layers(name, state) is not None:
                 continue
             if self.get_dropout(name):
-                whole = self.get_encoder(name).encode(slice(None))
+                whole = self._encode(name, list(adapter.columns), slice(None))
                 parts = whole.split([slot.shape.columns for slot in adapter.columns], 1)
                 state.encoded[name] = dict(zip(adapter.columns, parts, strict=True))
             else:
@@ -119,13 +126,13 @@ class PrefixValues:
     def _get_part(self, part: PrefixPart, slot: PrefixSlot, keys: Tensor, state: ForwardState) -> KeyValues:
         name = part.adapter
         if name is None:
-            return slot.shape.split(keys.new_zeros(1, part.length, slot.shape.columns))
+            return slot.split(keys.new_zeros(1, part.length, slot.shape.columns))
         dropout = self.get_dropout(name)
         if dropout:
             columns = self._encode_slot(name, slot, state).to(keys.device, keys.dtype)
-            return slot.shape.split(F.dropout(columns.expand(keys.shape[0], -1, -1), dropout))
+            return slot.split(F.dropout(columns.expand(keys.shape[0], -1, -1), dropout))
         layers = self._get_layers(name, state)
-        pair = slot.shape.split(self._encode_slot(name, slot, state)) if layers is None else layers[slot]
+        pair = slot.split(self._encode_slot(name, slot, state)) if layers is None else layers[slot]
         return pair if pair[0].device == keys.device else (pair[0].to(keys.device), pair[1].to(keys.device))
 
     def _get_layers(self, adapter_name: str, state: ForwardState) -> dict[PrefixSlot, KeyValues] | None:
@@ -152,8 +159,9 @@ class PrefixValues:
 
     def _encode_layers(self, adapter_name: str) -> dict[PrefixSlot, KeyValues]:
         columns = self._adapters[adapter_name].columns
-        whole = self.get_encoder(adapter_name).encode(slice(None))
-        return dict(zip(columns, split_layers(whole, [slot.shape for slot in columns]), strict=True))
+        whole = self._encode(adapter_name, list(columns), slice(None))
+        layers = zip(columns, split_layers(whole, [slot.shape for slot in columns]), strict=True)
+        return {slot: slot.cut(pair) for slot, pair in layers}
 
     def _encode_slot(self, adapter_name: str, slot: PrefixSlot, state: ForwardState) -> Tensor:
         """The columns of one slot, `[1, n, columns]`."""
@@ -162,11 +170,31 @@ class PrefixValues:
             return encoded[slot].unsqueeze(0)
         encoder, columns = self.get_encoder(adapter_name), self._adapters[adapter_name].columns[slot]
         if encoder.output is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return encoder.encode(columns).unsqueeze(0)
+            return self._encode(adapter_name, [slot], columns).unsqueeze(0)
         # Gradient checkpointing repeats a layer alone, and compares the number of saved tensors with that of the
         # forward, where the encoder had run before the layer. These hooks hide the encoder's tensors from that count.
         with torch.autograd.graph.saved_tensors_hooks(_identity, _identity):
-            return encoder.encode(columns).unsqueeze(0)
+            return self._encode(adapter_name, [slot], columns).unsqueeze(0)
+
+    def _encode(self, adapter_name: str, slots: Sequence[PrefixSlot], columns: slice) -> Tensor:
+        """Encode the columns of some slots, `[n, columns]`. Their gradient is that of all processes together."""
+        encoded = self.get_encoder(adapter_name).encode(columns)
+        if self._parallelism is None:
+            return encoded
+        counts = [
+            (count, size)
+            for slot in slots
+            if slot.share is not None
+            for count, size in (
+                (slot.share.key_copies, slot.shape.key_columns),
+                (slot.share.value_copies, slot.shape.columns - slot.shape.key_columns),
+            )
+        ]
+        copies = {count for count, size in counts if size}
+        if len(copies) == 1:
+            return self._parallelism.add_gradients(encoded, copies.pop())
+        repeated = [torch.full((size,), count, device=encoded.device) for count, size in counts]
+        return self._parallelism.add_gradients(encoded, torch.cat(repeated))
 
     def _get_parameter_state(self, adapter_name: str) -> list[tuple[int, int]] | None:
         """A value that changes whenever the adapter's parameters do; `None` if its prefix must not be cached.

@@ -9,7 +9,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from ..backbone.parallel import check_no_tensor_parallelism
+from ..backbone.parallel import find_tensor_parallelism
 from ..files.check import check_size
 from ..files.contents import TensorSpec
 from ..private import get_writes
@@ -49,7 +49,11 @@ class PTuningLayer(AdapterLayer[Placeholders]):
 
     def __init__(self, model: nn.Module):
         # Processes would draw different vectors, and each could have a part of their gradient.
-        check_no_tensor_parallelism(model)
+        if find_tensor_parallelism(model) is not None:
+            raise ValueError(
+                "P-Tuning does not work with tensor parallelism yet. Load the model without `tp_plan`, or use "
+                "a prefix (`PrefixTuningV2Config`), which does."
+            )
         embeddings = InputEmbeddings(model)
         super().__init__(model)
         self._embeddings = embeddings
