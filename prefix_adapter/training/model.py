@@ -73,10 +73,15 @@ def _explain(error: BaseException) -> str:
     return str(error)
 
 
-def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, list[str]]:
+def load_base(recipe: Recipe, task: Task, processes: int = 1) -> tuple[PreTrainedModel, list[str]]:
     """Load the base model with the task's head.
 
     A head that was trained with another number of labels is replaced by a new one.
+
+    Args:
+        recipe: the recipe.
+        task: the task.
+        processes: the number of processes that divide each layer (tensor parallelism).
 
     Returns:
         The model, and the names of its new modules: the head, and other modules that the checkpoint has no weights
@@ -90,10 +95,11 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, list[str]]:
     auto_class = getattr(transformers, task.auto_class)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # No warning about the missing head: it is trained.
+    divided = {"distributed_config": {"tp_size": processes}} if processes > 1 else {}
     try:
         model, found = auto_class.from_pretrained(
             recipe.model,
-            **{**task.model_kwargs(), **recipe.model_kwargs},
+            **{**task.model_kwargs(), **recipe.model_kwargs, **divided},
             trust_remote_code=recipe.trust_remote_code,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
