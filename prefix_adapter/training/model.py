@@ -18,6 +18,7 @@ from ..adapters.start import init_from, init_from_text, token_ids
 
 # Not from peft: this import registers our method with PEFT.
 from ..api import PeftModel, get_peft_model, turn_off_dropout
+from ..backbone.parallel import is_divided
 from ..files.contents import PEFT_HEADS
 from ..prefix.layer import PrefixTuningV2Layer, find_prefix_layer
 from .recipe import NO_ADAPTER, RecipeError, say
@@ -117,6 +118,12 @@ def load_base(recipe: Recipe, task: Task, processes: int = 1) -> tuple[PreTraine
     _check_sizes(recipe, found["mismatched_keys"], heads)
     missing = sorted({name.rpartition(".")[0] for name in found["missing_keys"]})
     _fit_tokenizer(recipe, task, model)
+    for name in missing:
+        if processes > 1 and is_divided(model.get_submodule(name)):
+            raise RecipeError(
+                f"`model`: {recipe.model!r} has no weights for {name}, which tensor parallelism divides: each process "
+                "would draw other numbers for its part. Use a configuration without `parallelism_config`."
+            )
     return model, [*heads, *(name for name in missing if not name.startswith(tuple(f"{head}." for head in heads)))]
 
 

@@ -110,7 +110,12 @@ def recipes(tmp_path_factory) -> dict[str, dict]:
             "eval_steps": 5,
         },
         "bart": {**topic, "task": "seq2seq-lm", "model": save_base(folder / "bart", "bart"), "data": pairs},
-        "text": {**topic, "task": "causal-lm", "model": save_base(folder / "llama", "llama"), "data": pairs},
+        "text": {
+            **topic,
+            "task": "causal-lm",
+            "model": save_base(folder / "llama", "llama", "AutoModelForCausalLM"),
+            "data": pairs,
+        },
         "joint": {
             "model": bert,
             "adapter": adapter,
