@@ -81,10 +81,11 @@ def _saved_names(model: nn.Module) -> dict[str, str] | None:
     """The name of each trained parameter in PEFT's file; `None` if the file has the model's own names."""
     if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning:
         return None
-    placeholders = {name: torch.empty(0) for name in trained_parameters(model)}
-    own = {id(each): name for name, each in placeholders.items()}
+    own = list(trained_parameters(model))
+    # Each parameter is known by a number in its place. Under tensor parallelism PEFT copies the tensors.
+    placeholders = {name: torch.tensor([number]) for number, name in enumerate(own)}
     saved = get_peft_model_state_dict(model, state_dict=placeholders, save_embedding_layers=False)
-    return {own[id(each)]: name for name, each in saved.items()}
+    return {own[int(each)]: name for name, each in saved.items()}
 
 
 def save_weights(model: nn.Module, weights: dict[str, Tensor], folder: str | os.PathLike[str]) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import accelerate
 import torch
+import transformers
 from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
@@ -53,11 +55,49 @@ def check_launch(accelerator: Accelerator, recipe: Recipe) -> None:
             "`fsdp_auto_wrap_policy`: SIZE_BASED_WRAP also wraps module lists and the prefix, which are never called "
             "themselves, so their weights would not be gathered. Set it to TRANSFORMER_BASED_WRAP."
         )
-    if recipe.batch_size % (connected * parts):
+    divided = tensor_parallel_size(accelerator)
+    if divided > 1 and kind != DistributedType.MULTI_GPU:
+        raise RecipeError(
+            f"`parallelism_config_tp_size`: tensor parallelism cannot be combined with {kind.value} here. Accelerate "
+            f"{accelerate.__version__} needs a part of transformers for it that transformers "
+            f"{transformers.__version__} does not have. Use `distributed_type: MULTI_GPU` with all processes for "
+            "tensor parallelism (examples/accelerate/tensor_parallel.yaml), or FSDP without `parallelism_config`."
+        )
+    if divided > 1 and recipe.adapter["peft_type"] != "PREFIX_TUNING_V2":
+        raise RecipeError(
+            "`adapter.peft_type`: under tensor parallelism PREFIX_TUNING_V2 can be trained, with `lora_r` too, and "
+            f"{recipe.adapter['peft_type']} cannot. Use a configuration without `parallelism_config`."
+        )
+    shares = connected // divided
+    if recipe.batch_size % (shares * parts):
         raise RecipeError(
             f"`batch_size` is the number of rows of a step over all processes: {recipe.batch_size} does not split "
-            f"evenly over {connected} processes in {parts} parts each. Choose a multiple of {connected * parts}."
+            f"evenly over {shares} processes in {parts} parts each. Choose a multiple of {shares * parts}."
         )
+
+
+def tensor_parallel_size(accelerator: Accelerator) -> int:
+    """Over how many processes Accelerate's configuration divides each layer; 1 without tensor parallelism."""
+    config = accelerator.parallelism_config
+    return config.tp_size if config is not None else 1
+
+
+class DataShare(NamedTuple):
+    """The part of the rows that a process computes. Processes that divide a layer compute the same rows.
+
+    Attributes:
+        number: which part, from 0.
+        parts: the number of parts.
+    """
+
+    number: int
+    parts: int
+
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> DataShare:
+        """The share of this process."""
+        size = tensor_parallel_size(accelerator)
+        return cls(accelerator.process_index // size, accelerator.num_processes // size)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .data import rows_of
+from .distributed import DataShare
 from .tasks.task import input_length
 
 if TYPE_CHECKING:
@@ -139,15 +140,15 @@ def evaluate(
         The metrics, `loss` among them, and an answer for each row; the same in every process.
     """
     model = accelerator.unwrap_model(model)
-    processes = accelerator.num_processes
-    size = -(-len(rows) // processes)
-    start = accelerator.process_index * size
+    index, parts = DataShare.of(accelerator)
+    size = -(-len(rows) // parts)
+    start = index * size
     has_rows = start < len(rows)
     if not has_rows:  # This process computes the last row again: a sharded model needs all processes.
         start = len(rows) - 1
     mine = rows.select(range(start, min(start + size, len(rows))))[:]
     rounds = None
-    if processes > 1:
+    if parts > 1:
         count = len(task.features(mine, list(range(len(next(iter(mine.values()))))), True)["row"])
         rounds = max(gather_object([-(-count // batch_size)]))
     progress = accelerator.is_main_process
@@ -162,8 +163,9 @@ def evaluate(
         model.train(training)
     if not has_rows:
         answers, loss, items = [], 0.0, 0
-    answers = gather_object(answers)
-    sums = gather_object([(loss, items)])
+    sums = [(loss, items)]
+    if parts > 1:
+        answers, sums = gather_object(answers), gather_object(sums)
     total = sum(each[1] for each in sums)
     loss = sum(each[0] for each in sums) / max(total, 1)
     return {"loss": loss, **task.loss_metrics(loss), **task.metrics(answers, rows[task.target])}, answers

@@ -19,7 +19,7 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, s
 
 from . import checkpoint
 from .batches import split_batch
-from .distributed import check_launch, disable_sharded_loading
+from .distributed import DataShare, check_launch, disable_sharded_loading
 from .model import new_scheduler, trained_parameters
 from .outputs import how_to_resume
 from .progress import Progress
@@ -136,6 +136,7 @@ class Loop:
     ) -> None:
         self.recipe, self.objective, self.accelerator, self.log = recipe, objective, accelerator, log
         self.command, self.on_evaluation, self.checkpoints = command, on_evaluation, checkpoints
+        self._share = DataShare.of(accelerator)
         self.batches = objective.batches
         self.steps = math.ceil(recipe.num_train_epochs * self.batches.steps_per_epoch)
         self.steps = min(self.steps, recipe.max_steps or self.steps)
@@ -212,7 +213,7 @@ class Loop:
         """
         recipe = self.recipe
         if self.step == 0:
-            set_seed(recipe.seed + self.accelerator.process_index)  # Each process has its own dropout.
+            set_seed(recipe.seed + self._share.number)  # Other rows have another dropout.
         self.model.train()
         previous = self._catch_signals()
         self._progress = progress = Progress(self.steps, self.step, self._shown)
@@ -224,7 +225,8 @@ class Loop:
                 loss = self._train_step(self.batches[self.step])
                 self.step += 1
                 stop = self._read_pending()
-                flags = torch.stack([loss, torch.full_like(loss, self._signal is not None)])
+                copies = self.accelerator.num_processes // self._share.parts
+                flags = torch.stack([loss / copies, torch.full_like(loss, self._signal is not None)])
                 # Read in the next step, so that the CPU does not wait for the device now.
                 self._pending = self.accelerator.reduce(flags)
                 self._pending_step, self._pending_rates = self.step, rates
@@ -255,14 +257,14 @@ class Loop:
         items = self.objective.items
         total = sum(items[i] for i in batch)
         sum_of_losses = torch.zeros((), device=accelerator.device)
-        for features in split_batch(batch, parts, accelerator.process_index, accelerator.num_processes):
+        for features in split_batch(batch, parts, *self._share):
             with accelerator.accumulate(self.model):
                 loss = self.objective.loss(self.model, features)
                 # `loss` is the mean over the items of `features`. Accelerate divides it by `parts` and averages the
                 # gradients over the processes. With this weight the result is the gradient of the mean over the
                 # whole batch, however the batch is split.
                 weight = sum(items[i] for i in features) / total
-                accelerator.backward(loss * (weight * parts * accelerator.num_processes))
+                accelerator.backward(loss * (weight * parts * self._share.parts))
                 if accelerator.sync_gradients and self.recipe.max_grad_norm:
                     accelerator.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm)
                 self.optimizer.step()

@@ -18,6 +18,7 @@ from ..adapters.start import init_from, init_from_text, token_ids
 
 # Not from peft: this import registers our method with PEFT.
 from ..api import PeftModel, get_peft_model, turn_off_dropout
+from ..backbone.parallel import is_divided
 from ..files.contents import PEFT_HEADS
 from ..messages import join_names
 from ..prefix.layer import PrefixTuningV2Layer, find_prefix_layer
@@ -74,10 +75,15 @@ def _explain(error: BaseException) -> str:
     return str(error)
 
 
-def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, list[str]]:
+def load_base(recipe: Recipe, task: Task, processes: int = 1) -> tuple[PreTrainedModel, list[str]]:
     """Load the base model with the task's head.
 
     A head that was trained with another number of labels is replaced by a new one.
+
+    Args:
+        recipe: the recipe.
+        task: the task.
+        processes: the number of processes that divide each layer (tensor parallelism).
 
     Returns:
         The model, and the names of its new modules: the head, and other modules that the checkpoint has no weights
@@ -91,10 +97,11 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, list[str]]:
     auto_class = getattr(transformers, task.auto_class)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # No warning about the missing head: it is trained.
+    divided = {"distributed_config": {"tp_size": processes}} if processes > 1 else {}
     try:
         model, found = auto_class.from_pretrained(
             recipe.model,
-            **{**task.model_kwargs(), **recipe.model_kwargs},
+            **{**task.model_kwargs(), **recipe.model_kwargs, **divided},
             trust_remote_code=recipe.trust_remote_code,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -117,6 +124,12 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, list[str]]:
         )
     missing = sorted({name.rpartition(".")[0] for name in found["missing_keys"]})
     _fit_tokenizer(recipe, task, model)
+    for name in missing:
+        if processes > 1 and is_divided(model.get_submodule(name)):
+            raise RecipeError(
+                f"`model`: {recipe.model!r} has no weights for {name}, which tensor parallelism divides: each process "
+                "would draw other numbers for its part. Use a configuration without `parallelism_config`."
+            )
     return model, [*heads, *(name for name in missing if not name.startswith(tuple(f"{head}." for head in heads)))]
 
 

@@ -18,7 +18,7 @@ from ..adapters.saved import fold
 from ..files.whole import UNFINISHED
 from . import checkpoint, outputs, reports
 from .data import DataError, divide, load_rows
-from .distributed import propagate_errors
+from .distributed import propagate_errors, tensor_parallel_size
 from .files import fsync_path, path_in_errors
 from .loop import Loop, training_accelerator
 from .model import (
@@ -305,10 +305,11 @@ class TrainingRun:
                 tasks[name] = TASK_CLASSES[recipe.task](recipe, load_tokenizer(recipe))
                 adapter_config(recipe, tasks[name])  # Invalid settings are an error before the rows are loaded.
                 rows[name] = load_splits(recipe, tasks[name])
+        processes = tensor_parallel_size(accelerator)
         set_seed(self.settings.seed)  # Every process draws the same initial weights.
         for name, recipe in self.recipes.items():
             with self.task_in_errors(name):
-                models[name] = wrap(recipe, tasks[name], *load_base(recipe, tasks[name]))
+                models[name] = wrap(recipe, tasks[name], *load_base(recipe, tasks[name], processes))
                 objectives[name] = TaskObjective(recipe, tasks[name], rows[name], accelerator)
         return models, objectives
 

@@ -61,7 +61,7 @@ A check is skipped if it does not apply, or if the backbone fails it without an 
   of the model that computes attention itself (GIT's text layers) is named in a warning.
 - Image encoders that receive the patches of all images in one row have no rows to mix adapters in: `adapter_names` is
   an error there.
-- Tensor parallelism (`tp_plan`) is rejected when wrapping and loading; use DDP or FSDP2.
+- Tensor parallelism (`tp_plan`) works where transformers has a plan; see [Many processes](distributed.md).
 - A token generated beyond the last trained position raises PyTorch's own index error, as without an adapter.
 
 ## If a newer transformers rejects every model

@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 
-if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+if any(os.environ.get(f"ACCELERATE_USE_{each}") == "true" for each in ("FSDP", "DEEPSPEED", "PARALLELISM_CONFIG")):
     # Accelerate has them on GPUs only; PyTorch and DeepSpeed have them on CPUs too.
     from accelerate.state import DistributedType, PartialState
 

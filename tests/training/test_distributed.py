@@ -110,6 +110,12 @@ def recipes(tmp_path_factory) -> dict[str, dict]:
             "eval_steps": 5,
         },
         "bart": {**topic, "task": "seq2seq-lm", "model": save_base(folder / "bart", "bart"), "data": pairs},
+        "text": {
+            **topic,
+            "task": "causal-lm",
+            "model": save_base(folder / "llama", "llama", "AutoModelForCausalLM"),
+            "data": pairs,
+        },
         "joint": {
             "model": bert,
             "adapter": adapter,
@@ -227,6 +233,23 @@ def deepspeed_zero3(recipes, tmp_path_factory) -> SimpleNamespace:
     return divided("deepspeed_zero3.yaml", tmp_path_factory.mktemp("zero3"), recipes)
 
 
+@pytest.fixture(scope="module")
+def tensor_parallel(recipes, tmp_path_factory) -> SimpleNamespace:
+    """Tensor parallelism; BERT has no plan for it."""
+    folder, text = tmp_path_factory.mktemp("tensor_parallel"), recipes["text"]
+    mlp = {"num_virtual_tokens": 4, "prefix_dropout": 0.3, "prefix_projection": True, "lora_r": 2}
+    random = {**text, "adapter": mlp, "learning_rate": 0.001, "eval_steps": 5}
+    runs = {"text": text, "topic": {**recipes["topic"], "model": text["model"]}, "random": random}
+    jobs = [
+        *(job(name, recipe) for name, recipe in runs.items()),
+        job("stopped", random, interrupt=[1, 3]),
+        job("resumed", {**random, "output_dir": "stopped"}, resume=True),
+        job("bert", recipes["topic"]),
+        job("lora", {**text, "adapter": {"peft_type": "LORA"}}),
+    ]
+    return SimpleNamespace(folder=folder, recipes=runs, seen=work("tensor_parallel.yaml", folder, jobs))
+
+
 DIVIDED = ("fsdp2", "deepspeed_zero2", "deepspeed_zero3")
 
 
@@ -279,6 +302,33 @@ def test_a_divided_model_is_the_same_run(kind, one, name, request):
     run = request.getfixturevalue(kind)
     assert "results" in run.seen[name][0], run.seen[name][0]["error"]
     assert_same_run(run.folder / name, one / name, atol=2e-3 if name == "generated" else 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["text", "topic", "random"])
+def test_tensor_parallelism_is_the_same_run(tensor_parallel, tmp_path, name):
+    run = tensor_parallel
+    assert "results" in run.seen[name][0], run.seen[name][0]["error"]
+    own = run.recipes[name]
+    train(Recipe(**{**own, "data": Data(**own["data"]), "output_dir": tmp_path}))
+    # Dropout draws the same numbers too: all processes compute the same rows.
+    assert_same_run(run.folder / name, tmp_path)
+
+
+@pytest.mark.slow
+def test_tensor_parallelism_is_resumed_exactly(tensor_parallel):
+    for seen in tensor_parallel.seen["stopped"]:
+        assert seen["error"][0] == "TrainingInterrupted", seen["error"]
+    assert "results" in tensor_parallel.seen["resumed"][0], tensor_parallel.seen["resumed"][0]["error"]
+    assert lines(tensor_parallel.folder / "stopped") == lines(tensor_parallel.folder / "random")
+    assert_same_bits(tensor_parallel.folder / "stopped", tensor_parallel.folder / "random")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "message"), [("bert", "has no `tp_plan`"), ("lora", "LORA cannot")])
+def test_what_tensor_parallelism_refuses(tensor_parallel, name, message):
+    for seen in tensor_parallel.seen[name]:
+        assert seen["error"][0] == "RecipeError" and message in seen["error"][1], seen["error"]
 
 
 def test_reference_runs_are_not_trivial(one):
@@ -465,6 +515,7 @@ def test_accumulation_is_the_recipes(recipe, monkeypatch):
         ("fsdp2", "FSDP"),
         ("multi_node", "MULTI_GPU"),
         ("cpu_two_processes", "MULTI_GPU"),
+        ("tensor_parallel", "MULTI_GPU"),
         ("deepspeed_zero2", "DEEPSPEED"),
         ("deepspeed_zero3", "DEEPSPEED"),
     ],
