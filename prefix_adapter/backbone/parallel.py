@@ -133,8 +133,8 @@ def find_tensor_parallelism(model: nn.Module) -> TensorParallelism | None:
         divided = [dim for dim, place in enumerate(parameter.placements) if not place.is_replicate()]
         if len(divided) > 1 or (sharded and divided and size > 1):
             raise ValueError(
-                f"{name} is divided by tensor parallelism and by FSDP, which a prefix does not support. Use one of them: "
-                "load the model with `tp_plan` alone, or without it and apply FSDP2 after the adapter was added "
+                f"{name} is divided by tensor parallelism and by FSDP, which a prefix does not support. Use one of "
+                "them: load the model with `tp_plan` alone, or without it and apply FSDP2 after the adapter was added "
                 "(docs/distributed.md)."
             )
         # FSDP gathers its shards for each forward.
