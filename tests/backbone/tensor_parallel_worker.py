@@ -60,7 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
     "MLP": {"optimizer": "AdamW", "rate": 0.005, "prefix_projection": True, "encoder_hidden_size": 16},
     "low rank": {"optimizer": "AdamW", "lora_r": 4},
     "text": {"text": [5, 6, 7, 8, 9]},
-    "attention": {"entry_point": "attention"},
+    "attention": {"entry_point": "attention", "optimizer": "AdamW"},
     "checkpointing": {
         "checkpointing": True,
         "rate": 0.02,
