@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 import transformers as tr
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.overrides import TorchFunctionMode
 
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>"]
 VOCAB, LENGTH, LAYERS, HEADS, HIDDEN = 99, 64, 3, 4, 32
@@ -105,3 +106,14 @@ def randomize(module, std: float = 0.5, seed: int = 2) -> None:
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+class OtherDevice(TorchFunctionMode):
+    """Stand-in for `torch.set_default_device("cuda")`, which a generator of the CPU does not fit."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        filled = args and isinstance(args[0], torch.Tensor)
+        if kwargs.get("generator") is not None and kwargs.get("device") is None and not filled:
+            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+        return function(*args, **kwargs)

@@ -288,7 +288,7 @@ class _Export:
         tokens = min(_COMPARED_TOKENS, limit or _COMPARED_TOKENS)
         words = self.base.get_input_embeddings().weight
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(len(words), (1, tokens), generator=generator).to(words.device)
+        ids = torch.randint(len(words), (1, tokens), generator=generator, device="cpu").to(words.device)
         with self._with_adapter(True):
             expected = run_decoder(self.base, ids)
         with self._with_adapter(False):

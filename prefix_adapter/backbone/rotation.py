@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from transformers import DynamicCache
 
 from .attention import AttentionTarget, PrefixSlot
-from .calls import ModuleCall
+from .calls import ModuleCall, forward_pre_hooks
 from .filled_cache import fill_cache, run_decoder
 from .key_values import KeyValues
 
@@ -84,12 +84,8 @@ def _record_calls(
 
         return hook
 
-    handles = [target.module.register_forward_pre_hook(record(target), with_kwargs=True) for target in targets]
-    try:
+    with forward_pre_hooks((target.module, record(target)) for target in targets):
         run_decoder(model, ids, cache)
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 
@@ -101,11 +97,11 @@ def _find_turn(target: AttentionTarget, near: ModuleCall, far: ModuleCall, posit
     # weights do not matter. Buffers, such as tables of angles, stay.
     weights = {name: _to_double(buffer) for name, buffer in target.module.named_buffers()}
     for name, parameter in target.module.named_parameters():
-        drawn = torch.ones(parameter.shape, dtype=torch.float64)
+        drawn = torch.ones(parameter.shape, dtype=torch.float64, device="cpu")
         if parameter.dim() > 1:
             drawn.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
         weights[name] = drawn.to(states.device)
-    drawn = torch.randn(states.shape, generator=generator, dtype=torch.float64).to(states.device)
+    drawn = torch.randn(states.shape, generator=generator, dtype=torch.float64, device="cpu").to(states.device)
     (keys, values), (moved_keys, moved_values) = (_find_keys(target, call, drawn, weights) for call in (near, far))
     if torch.equal(keys, moved_keys) and torch.equal(values, moved_values):
         return None

@@ -71,7 +71,8 @@ class JointBatches:
         self.batches = batches
         self.steps_per_epoch = sum(each.steps_per_epoch for each in batches)
         self._offsets = [0, *itertools.accumulate(each.size for each in batches)][:-1]
-        self._weights = torch.tensor([float(each.size) ** exponent for each in batches], dtype=torch.float64)
+        sizes = [float(each.size) ** exponent for each in batches]
+        self._weights = torch.tensor(sizes, dtype=torch.float64, device="cpu")  # where the generator is
         self._generator = torch.Generator().manual_seed(seed)
         self._drawn: list[int] = []
         self._counts: Counter[int] = Counter()

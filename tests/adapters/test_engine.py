@@ -227,6 +227,15 @@ def test_a_turn_that_is_wrong_is_found(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_default_device_that_is_not_the_models(tmp_path):
+    _, model = make("llama")
+    expected = load_file(export_kv(model, tmp_path / "expected.safetensors"))
+    with tiny.OtherDevice():
+        target = export_kv(model, tmp_path / "kv.safetensors")
+    found = load_file(target)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
 @pytest.mark.slow
 def test_smollm2_answers_100_prompts_with_the_file(shared, tmp_path):
     """Real weights: an instruction with noise on its keys and values, before the beginnings of 100 questions."""

@@ -13,7 +13,6 @@ import torch
 import transformers as tr
 from packaging.requirements import Requirement
 from packaging.version import Version
-from torch.overrides import TorchFunctionMode
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from prefix_adapter import PrefixTuningV2Config, UnsupportedBackboneError, get_peft_model
@@ -255,21 +254,10 @@ def test_attention_that_gives_all_of_the_softmax_to_one_token():
             assert not torch.allclose(ours, model(**inputs)[0])
 
 
-class OtherDevice(TorchFunctionMode):
-    """Stand-in for `torch.set_default_device("cuda")`, which a generator of the CPU does not fit."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        filled = args and isinstance(args[0], torch.Tensor)
-        if kwargs.get("generator") is not None and kwargs.get("device") is None and not filled:
-            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
-        return function(*args, **kwargs)
-
-
 @pytest.mark.parametrize(("kind", "entry_point"), [("bert", "cache"), ("t5", "cache"), ("deberta-v2", "attention")])
 def test_a_default_device_that_is_not_the_models(kind, entry_point):
     model = tr.AutoModel.from_config(REFUSED[kind]) if kind in REFUSED else tiny.model(kind)
     inputs = {"input_ids": tiny.ids()} | ({"decoder_input_ids": tiny.ids()} if kind == "t5" else {})
-    with OtherDevice():
+    with tiny.OtherDevice():
         model = get_peft_model(model, PrefixTuningV2Config(num_virtual_tokens=3, entry_point=entry_point))
         model(**inputs)
