@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..backbone.attention import PrefixSlot
+from ..backbone.calls import forward_pre_hooks
 from ..backbone.find import FoundTargets, find_cache_argument, find_targets
 from ..config import PrefixTuningV2Config
 from ..files.check import find_misfits
@@ -434,8 +435,5 @@ def _prompt_in_backbone(model: PeftModel) -> Iterator[None]:
             kwargs["attention_mask"] = torch.cat([prompt_mask, mask], dim=1)
         return args, {**kwargs, argument: prompt}
 
-    handle = backbone.register_forward_pre_hook(pass_prompt, with_kwargs=True)
-    try:
+    with forward_pre_hooks([(backbone, pass_prompt)]):
         yield
-    finally:
-        handle.remove()

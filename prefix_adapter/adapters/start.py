@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.attention import AttentionTarget, PrefixSlot
+from ..backbone.calls import forward_pre_hooks
 from ..backbone.insert import insert_prefix
 from ..backbone.masks import PrefixColumns
 from ..backbone.probe import untouched
@@ -206,12 +207,8 @@ def _compute_key_values(layer: PrefixTuningV2Layer, ids: list[int], start: int) 
     hooks = [(target.module, record(target)) for target in layer.targets]
     if start:
         hooks += [(position.module, move(position)) for position in layer.positions]
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
-    try:
+    with forward_pre_hooks(hooks):
         _hidden_states(layer, None, ids)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

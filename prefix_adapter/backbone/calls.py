@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +32,20 @@ def get_required_names(module: nn.Module) -> list[str]:
     """The arguments without a default of a module's `forward`, in order."""
     parameters = inspect.signature(type(module).forward).parameters
     return [name for name in parameter_names(module) if parameters[name].default is inspect.Parameter.empty]
+
+
+@contextmanager
+def forward_pre_hooks(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Inside this context modules have forward pre-hooks, which receive positional and keyword arguments."""
+    handles = []
+    # Inside `try`, because an interruption may meet the loop.
+    try:
+        for module, hook in hooks:
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class ModuleCall:

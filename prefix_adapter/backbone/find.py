@@ -26,6 +26,7 @@ from .calls import (
     SHARED_STATES_ARGUMENT,
     ModuleCall,
     count_encoder_tokens,
+    forward_pre_hooks,
     parameter_names,
 )
 from .key_values import KeyValueShape
@@ -184,7 +185,8 @@ def _run_with_recorders(
     """Run the probe with hooks: the recorders, and one on each other module that adds cache arguments to `passed`."""
     for recorder in recorders.values():
         get_implementation(recorder.target.module, model)
-    position_probe, handles = PositionProbe(model, recorders), []
+    position_probe = PositionProbe(model, recorders)
+    others = partial(_note_cache_argument, passed)
 
     def begin() -> None:
         position_probe.clear()
@@ -194,18 +196,13 @@ def _run_with_recorders(
     def count_missed() -> int:
         return sum(recorder.call is None for recorder in recorders.values())
 
-    # Inside `try`, because an interruption may meet the loop.
     try:
-        for name, module in modules.items():
-            hook = recorders.get(name, partial(_note_cache_argument, passed))
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        position_probe.register()
-        output = probe(model, begin, count_missed)
+        with forward_pre_hooks((module, recorders.get(name, others)) for name, module in modules.items()):
+            position_probe.register()
+            output = probe(model, begin, count_missed)
     except ProbeError as error:
         raise UnsupportedBackboneError(model, str(error) if recorders else _NO_CACHE) from error
     finally:
-        for handle in handles:
-            handle.remove()
         position_probe.remove_hooks()
     return position_probe.get_found(), output
 

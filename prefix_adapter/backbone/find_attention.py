@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import KINDS, AttentionEntry, AttentionTarget, PrefixSlot
-from .calls import ENCODER_STATES_ARGUMENTS, ModuleCall, parameter_names
+from .calls import ENCODER_STATES_ARGUMENTS, ModuleCall, forward_pre_hooks, parameter_names
 from .disentangled import find_entry
 from .find import FoundTargets, check_gradients, find_cache_argument, select_positions, sort_targets
 from .key_values import KeyValueShape
@@ -135,7 +135,6 @@ def _run_probe(model: nn.Module) -> tuple[list[_Recorder], list[PositionTarget],
     # Layers with another kind of memory (hybrids) are layers for the search for positions too.
     with_cache = {name: module for name, module in model.named_modules() if find_cache_argument(module)}
     position_probe = PositionProbe(model, {*(recorder.target.name for recorder in recorders), *innermost(with_cache)})
-    handles = []
     watch = PlainAttentionWatch(model, lambda caller: isinstance(caller, _Recorder))
 
     def begin() -> None:
@@ -151,17 +150,13 @@ def _run_probe(model: nn.Module) -> tuple[list[_Recorder], list[PositionTarget],
     # Inside `try`, because an interruption may meet the loop.
     try:
         for recorder in recorders:
-            module = recorder.target.module
-            handles.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
-            recorder.entry.install(module, recorder.attend)
+            recorder.entry.install(recorder.target.module, recorder.attend)
         position_probe.register()
-        with watch:
+        with forward_pre_hooks((each.target.module, each.before) for each in recorders), watch:
             probe(model, begin, count_missed)
     except ProbeError as error:
         raise UnsupportedBackboneError(model, str(error), "attention") from error
     finally:
-        for handle in handles:
-            handle.remove()
         for recorder in recorders:
             recorder.entry.uninstall(recorder.target.module)
         position_probe.remove_hooks()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..backbone.calls import ModuleCall
 from ..tuner.model import AdapterModel
@@ -42,26 +42,12 @@ class PTuningModel(AdapterModel):
     prefix = PREFIX
     tuner_layer_cls = PTuningLayer
 
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, Tensor] | None = None,
-    ) -> None:
-        """Add an adapter to `model`. PEFT calls this for the first adapter and for every further one.
-
-        If this fails, the model is as it was before.
-
-        Raises:
-            ValueError: If the model has no table of input embeddings, or the configuration, or the file that is being
-                loaded, does not fit it.
-        """
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter to `model`, as `AdapterModel.inject_adapter` does."""
         layer: PTuningLayer | None = getattr(model, LAYER_NAME, None)
         if layer is not None:
             layer.hooks.detach()  # PEFT copies embedding modules that are in `modules_to_save`
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        super().inject_adapter(model, *args, **kwargs)
         self.layer.hooks.attach()
 
     def get_placeholder_ids(self, adapter_name: str = "default") -> list[int]:

@@ -76,15 +76,13 @@ class CausalLM(TextGeneration):
         prompts = self._prompts(rows)
         result: Columns = {"row": [], "input_ids": [], "attention_mask": []}
         if not with_targets:
-            room = self.max_length - self.kwargs["max_new_tokens"]
             for index, (_, prompt) in zip(indices, prompts, strict=True):
-                self._add(result, index, self._last_tokens(prompt, room))
+                self._add_prompt(result, index, prompt)
             return result
         result["labels"] = []
         for index, (has_prompt, prompt), text in zip(indices, prompts, self._texts(rows), strict=True):
             if has_prompt:
-                prompt = self._last_tokens(prompt, max(self.max_length - len(text), 1))
-                self._add(result, index, (prompt + text)[: self.max_length], first_label=len(prompt))
+                self._add_completion(result, index, prompt, text)
             else:
                 for block in self._blocks(prompt + text):
                     self._add(result, index, block, first_label=0)
@@ -130,6 +128,15 @@ class CausalLM(TextGeneration):
         if first_label is not None:
             first = max(first_label, 1)  # no token precedes the first one, so nothing predicts it
             features["labels"].append([-100] * first + ids[first:])
+
+    def _add_prompt(self, features: Columns, row: int, prompt: list[int]) -> None:
+        """Add the feature of a prompt to generate from."""
+        self._add(features, row, self._last_tokens(prompt, self.max_length - self.kwargs["max_new_tokens"]))
+
+    def _add_completion(self, features: Columns, row: int, prompt: list[int], text: list[int]) -> None:
+        """Add the feature of a prompt and the text after it, with labels for the text."""
+        prompt = self._last_tokens(prompt, max(self.max_length - len(text), 1))
+        self._add(features, row, (prompt + text)[: self.max_length], first_label=len(prompt))
 
     def collate(self, features: Sequence[Row]) -> dict[str, Tensor]:
         # Generation continues at the right end, so padding is on the left. For the loss it is on the right, since

@@ -86,10 +86,9 @@ class Chat(CausalLM):
         result: Columns = {"row": [], "input_ids": [], "attention_mask": []}
         conversations = [_without_missing(messages) for messages in rows["messages"]]
         if not with_targets:
-            room = self.max_length - self.kwargs["max_new_tokens"]
             for index, messages in zip(indices, conversations, strict=True):
-                prompt = self._tokenize(self._render(_question(messages), add_generation_prompt=True))
-                self._add(result, index, self._last_tokens(prompt, room))
+                prompt = self._render(_question(messages), add_generation_prompt=True)
+                self._add_prompt(result, index, self._tokenize(prompt))
             return result
         result["labels"] = []
         for index, messages in zip(indices, conversations, strict=True):
@@ -100,9 +99,7 @@ class Chat(CausalLM):
                 result["labels"].append(labels)
                 continue
             for before, answer in answers:
-                text = self._tokenize(answer)
-                prompt = self._last_tokens(self._tokenize(before), max(self.max_length - len(text), 1))
-                self._add(result, index, (prompt + text)[: self.max_length], first_label=len(prompt))
+                self._add_completion(result, index, self._tokenize(before), self._tokenize(answer))
         return result
 
     def training_features(self, rows: Columns, indices: list[int], with_targets: bool = True) -> Columns:
