@@ -39,8 +39,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker("core")
 
 
-# Files whose fixtures start other processes. All tests of such a file run in one worker, or each worker would do so.
-TOGETHER = ("adapters/test_hub.py", "examples/test_example_server.py", "training/test_distributed.py")
+# Files whose fixtures are slow. All tests of such a file run in one worker, or each worker would build them.
+TOGETHER = ("adapters/test_hub.py", "adapters/test_pool.py", "backbone/test_tensor_parallel.py",
+            "examples/test_example_server.py", "test_templates.py", "training/test_distributed.py")  # fmt: skip
 
 
 @pytest.hookimpl(optionalhook=True)
