@@ -72,6 +72,19 @@ def encoder(
     kind: str, config, weights: Weights, ids: Tensor, mask: Tensor, table: Tensor | None, shift: int
 ) -> tuple[Tensor, Tensor]:
     """Last hidden states `[batch, tokens, hidden]` and classification logits; without a prefix if `table` is None."""
+    x = hidden_states(kind, config, weights, ids, mask, table, shift)
+    first = x[:, 0]
+    if kind == "roberta":
+        logits = _linear(weights, "classifier.out_proj", torch.tanh(_linear(weights, "classifier.dense", first)))
+    else:
+        logits = _linear(weights, "classifier", torch.tanh(_linear(weights, "bert.pooler.dense", first)))
+    return x, logits
+
+
+def hidden_states(
+    kind: str, config, weights: Weights, ids: Tensor, mask: Tensor, table: Tensor | None, shift: int = 0
+) -> Tensor:
+    """Last hidden states `[batch, tokens, hidden]`; without a prefix if `table` is None."""
     batch, tokens = ids.shape
     if kind == "roberta":
         # fairseq's positions: they start at padding_idx + 1 and count what is no padding.
@@ -106,13 +119,7 @@ def encoder(
         inner = _gelu(_linear(weights, f"{at}.intermediate.dense", x))
         x = _linear(weights, f"{at}.output.dense", inner) + x
         x = _norm(weights, f"{at}.output.LayerNorm", x, config.layer_norm_eps)
-
-    first = x[:, 0]
-    if kind == "roberta":
-        logits = _linear(weights, "classifier.out_proj", torch.tanh(_linear(weights, "classifier.dense", first)))
-    else:
-        logits = _linear(weights, "classifier", torch.tanh(_linear(weights, "bert.pooler.dense", first)))
-    return x, logits
+    return x
 
 
 def deberta_v2(config, weights: Weights, ids: Tensor, mask: Tensor, table: Tensor | None, shift: int) -> Tensor:
