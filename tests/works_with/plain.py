@@ -1,4 +1,4 @@
-"""The plain backbone with a prefix in its own cache: what a library must compute, with nothing of the package in it."""
+"""The plain backbone with a prefix in its own cache: what a library must compute, with no code of the package."""
 
 import inspect
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def table_of(model: nn.Module, adapter: str = "default") -> nn.Parameter:
 
 
 def logits(base: nn.Module, row: Tensor, table: Tensor | None) -> Tensor:
-    """Logits of one row without padding. The keys and values of the table stand in the cache before its first token."""
+    """Logits of one row without padding. The table's keys and values stand in the cache before its first token."""
     config = base.config
     cache = tr.DynamicCache(config=config)
     length = 0 if table is None else len(table)

@@ -40,8 +40,9 @@ def batch(rows, length):
     return ids, mask
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("changes", [{}, {"prefix_projection": True, "encoder_hidden_size": 12}], ids=["table", "mlp"])
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("bert", {}), ("llama", {"prefix_projection": True, "encoder_hidden_size": 12})]
+)
 @torch.no_grad()
 def test_torch_export(kind, changes):
     model = wrapped(kind, **changes)
@@ -56,12 +57,13 @@ def test_torch_export(kind, changes):
 @torch.no_grad()
 def test_onnx(kind, tmp_path):
     pytest.importorskip("onnxscript", reason="needs the `works-with` extra")
-    evaluator = pytest.importorskip("onnx.reference", reason="needs the `works-with` extra")
+    runtime = pytest.importorskip("onnxruntime", reason="needs the `works-with` extra")
     model, path = wrapped(kind), tmp_path / "model.onnx"
-    torch.onnx.export(model, batch(2, 7), path, dynamo=True, dynamic_shapes=DYNAMIC)
-    session = evaluator.ReferenceEvaluator(str(path))
+    torch.onnx.export(model, batch(2, 7), path, dynamo=True, dynamic_shapes=DYNAMIC, verbose=False)
+    session = runtime.InferenceSession(path)
     for inputs in (batch(2, 7), batch(3, 11)):
-        (found,) = session.run(None, dict(zip(session.input_names, (each.numpy() for each in inputs), strict=True)))
-        np.testing.assert_allclose(found, model(*inputs).numpy(), rtol=1e-3, atol=1e-3)
+        names = [each.name for each in session.get_inputs()]
+        (found,) = session.run(None, dict(zip(names, (each.numpy() for each in inputs), strict=True)))
+        np.testing.assert_allclose(found, model(*inputs).numpy(), rtol=1e-3, atol=1e-4)
     with model.model.disable_adapter():
         assert np.abs(found - model(*inputs).numpy()).max() > 0.1

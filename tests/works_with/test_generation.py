@@ -3,7 +3,6 @@
 import pytest
 import tiny
 import torch
-import transformers as tr
 from plain import N, decoder, logits, table_of
 
 from prefix_adapter import PrefixTuningV2Config, get_peft_model

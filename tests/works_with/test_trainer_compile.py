@@ -18,32 +18,31 @@ def _fresh_compiler():
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_same_steps(kind, tmp_path):
-    losses, tables, graphs = [], [], []
+    auto_class = {"bert": "AutoModelForSequenceClassification", "llama": "AutoModelForCausalLM"}[kind]
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    rows = tiny.ids(16)
+    labels = torch.arange(16) % 3 if kind == "bert" else rows
+    examples = [{"input_ids": row, "labels": label} for row, label in zip(rows, labels, strict=True)]
 
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    for compiled in (False, True):
-        auto_class = {"bert": "AutoModelForSequenceClassification", "llama": "AutoModelForCausalLM"}[kind]
-        changes = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if kind == "bert" else {}
-        base = tiny.model(kind, auto_class, **changes)
+    def train(backend):
+        base = tiny.model(kind, auto_class, **(no_dropout if kind == "bert" else {}))
         torch.manual_seed(0)
-        config = PrefixTuningV2Config(num_virtual_tokens=N, prefix_dropout=0.0, init_std=0.5)
-        model = get_peft_model(base, config)
-        rows = tiny.ids(16)
-        labels = torch.arange(16) % 3 if kind == "bert" else rows
+        model = get_peft_model(base, PrefixTuningV2Config(num_virtual_tokens=N, prefix_dropout=0.0, init_std=0.5))
         arguments = tr.TrainingArguments(
             str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=0.05, report_to="none",
-            use_cpu=True, save_strategy="no", logging_steps=1, disable_tqdm=True, seed=5, torch_compile=compiled,
-            torch_compile_backend="aot_eager" if compiled else None,
+            use_cpu=True, save_strategy="no", logging_steps=1, disable_tqdm=True, seed=5,
+            torch_compile_backend=backend,
         )  # fmt: skip
-        examples = [{"input_ids": row, "labels": label} for row, label in zip(rows, labels, strict=True)]
+        assert arguments.torch_compile == (backend is not None)
         trainer = tr.Trainer(model, arguments, train_dataset=examples)
         trainer.train()
-        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-        tables.append(table_of(model).detach().clone())
-    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-4)
-    torch.testing.assert_close(tables[1], tables[0], rtol=1e-3, atol=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
-    assert not torch._dynamo.utils.counters["graph_break"]
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return losses, table_of(model).detach().clone()
+
+    losses, table = train(None)
+    torch._dynamo.utils.counters.clear()
+    compiled_losses, compiled_table = train("aot_eager")
+    assert len(losses) == 3 and compiled_losses == pytest.approx(losses, rel=1e-4)
+    torch.testing.assert_close(compiled_table, table, rtol=1e-3, atol=1e-4)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"]

@@ -173,7 +173,7 @@ def test_grpo(tmp_path):
             loss_type="grpo",
             beta=0.0,
             scale_rewards="none",
-        ),  # fmt: skip
+        ),
         train_dataset=Dataset.from_dict({"prompt": [text(3 + i, 60 + i) for i in range(2)]}),
         processing_class=words,
         peft_config=config(),
@@ -189,7 +189,7 @@ def test_grpo(tmp_path):
             losses.append(-advantage * (found - found.detach()).exp().mean())
         return torch.stack(losses).mean()
 
-    loss, before, after = train(trainer)
+    _, before, after = train(trainer)
     assert len(drawn) == 4
     _, moved = step(before, loss_of, RATE)
     assert (moved - before).abs().max() > 1e-3
