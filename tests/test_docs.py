@@ -80,6 +80,17 @@ def test_the_reference_has_the_settings_of_each_task():
     assert re.findall(r"^\| `.*", text_of("recipe.md"), re.MULTILINE) == rows
 
 
+def test_each_row_of_works_with_has_its_test():
+    page = (ROOT / "docs" / "works-with.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?!library|---)(.*) \|$", page.partition("\n## ")[0], re.MULTILINE)
+    named = [re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", row) for row in rows]
+    assert len(rows) > 10 and all(named)
+    for file, function in (each for row in named for each in row):
+        assert f"def {function}" in (ROOT / file).read_text(encoding="utf-8"), (file, function)
+    own = {f"tests/works_with/{path.name}" for path in (ROOT / "tests" / "works_with").glob("test_*.py")}
+    assert own <= {file for row in named for file, _ in row}
+
+
 def test_the_site_builds_without_a_warning(tmp_path):
     if missing := [name for name in ("mkdocs", "material", "mkdocstrings") if find_spec(name) is None]:
         pytest.skip(f"not installed: {', '.join(missing)}; pip install -e '.[docs]' installs what the site needs")

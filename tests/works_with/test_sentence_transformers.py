@@ -5,6 +5,7 @@ import reference
 import tiny
 import torch
 from datasets import Dataset
+from pages import blocks, run
 from plain import N, step, table_of, text
 from torch.nn.functional import cross_entropy, normalize
 
@@ -91,3 +92,10 @@ def test_saved_as_a_whole(base, tmp_path):
     model.save(str(tmp_path / "whole"))
     expected = model.encode(PAIRS["anchor"], convert_to_tensor=True)
     assert torch.equal(load(str(tmp_path / "whole")).encode(PAIRS["anchor"], convert_to_tensor=True), expected)
+
+
+def test_the_page_runs(minilm, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("docs/works-with.md")
+    run(code, {"sentence-transformers/all-MiniLM-L6-v2": minilm})
+    assert capsys.readouterr().out.endswith("(1, 384)\n")
