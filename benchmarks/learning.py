@@ -509,7 +509,12 @@ PAGE = """# Does it learn?
 
 <!-- Written by benchmarks/learning.py; the text is in that script and in benchmarks/learning_notes.md. -->
 
-This page compares the test scores of P-Tuning v2 with those of other ways to use the same model. In short:
+This page compares the test scores of P-Tuning v2 with those of other ways to use the same model. On tags, entities and
+intents a prefix comes within two points of LoRA, on natural language inference it is three points behind, and full
+fine-tuning is mostly better than both. Ten tokens with low-rank matrices beside them (`lora_r: 2`) score like LoRA of
+the same size, except on inference. PEFT's own prefix tuning stays near chance on both pairs where it was compared.
+
+In more detail:
 
 - On tags, entities and intents with a small encoder a prefix comes within two points of LoRA, since the dropout of the
   frozen backbone is off in training. Full fine-tuning is better than both.

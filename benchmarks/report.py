@@ -3,6 +3,10 @@
 python benchmarks/report.py OUT docs/performance.md benchmarks/performance_notes.md
 
 This replaces the text between the two comments of these pages by the tables of the run in OUT.
+
+python benchmarks/report.py benchmarks/growth_results.json docs/performance-growth.png
+
+This draws the plot of the page anew.
 """
 
 import json
@@ -40,8 +44,14 @@ HEAD = """# Performance
 
 <!-- Written by benchmarks/performance.py; the text is in benchmarks/report.py and benchmarks/performance_notes.md. -->
 
-This page shows what a prefix costs in time and memory, compared with other methods and with the lowest possible cost,
-how that cost is kept low, and which targets are missed.
+This page shows what a prefix costs in time and memory, how that cost is kept low, and which targets are missed. In
+three sentences:
+
+- A training step with 20 virtual tokens takes as long as the lowest possible cost of a prefix allows (1.02 at most, on
+  a CPU), and 0.7 to 0.8 of the time of full fine-tuning.
+- Its memory is that of the frozen backbone and 5 to 6% more on an encoder; both time and memory grow with the tokens.
+- A generated token takes 0.92 to 1.05 of the base model's time on a CPU, and 1.15 on a GPU with a static cache, where
+  LoRA takes 1.22.
 
 All methods take turns in each round, in one process and in a new random order. A ratio of times is the median of the
 ratios of the rounds (± is half of the interquartile range). Memory is measured in a separate process for each method.
@@ -285,7 +295,10 @@ def _switch(results):
 
 def _growth(results):
     text = "Time of a training step, relative to the floor's, as one size grows: virtual tokens, batch, input, depth."
-    text += " The plot also has *prefixed*, the number of layers with a prefix."
+    text += (
+        " The plot also has memory, and the number of layers with a prefix. Its sizes are batch 8, 20 virtual tokens,"
+    )
+    text += " 128 tokens and 6 layers where they do not grow."
     text += "\n\n![Time and memory of a training step](performance-growth.png)"
     beside = [each for each in results if each["grows"] != "prefixed"]
     return _ratios(beside, "floor", "Growth", text, ("grows", "n", "batch", "tokens", "depth"))
@@ -373,26 +386,41 @@ def _klue_nli_limit(index):
     return lambda each: KLUE_NLI[each["n"], each["width"]][index]
 
 
+# The panels of the plot: what grows, and the title of its column. The table has all sizes.
+GROWTH_PANELS = {"n": "virtual tokens", "tokens": "tokens of a row", "prefixed": "layers with a prefix (of 6)"}
+GROWTH_ARMS = {"ours": "prefix", "floor": "lowest possible cost of a prefix", "frozen": "frozen backbone, no prefix"}
+
+
 def plot(results, path):
-    """Plot seconds and bytes of a training step over each growing size."""
+    """Plot the time and the memory of a training step over the sizes of `GROWTH_PANELS`, of the first machine."""
     import matplotlib.pyplot as plt
 
-    sections = {"growth": "milliseconds", "growth of memory": "MiB"}
-    grown = [each for each in results if each["section"] in sections]
+    sections = {"growth": "time of a step (ms)", "growth of memory": "peak memory (MiB)"}
+    grown = [each for each in results if each["section"] in sections and each["grows"] in GROWTH_PANELS]
     if not grown:
         return
-    names = list(dict.fromkeys(each["grows"] for each in grown))
-    figure, axes = plt.subplots(2, len(names), figsize=(3.2 * len(names), 5.5), squeeze=False, layout="constrained")
-    for row, (section, unit) in zip(axes, sections.items(), strict=True):
-        for axis, name in zip(row, names, strict=True):
-            own = [each for each in grown if each["section"] == section and each["grows"] == name]
-            for (arm, machine, precision), group in _by(own, "arm", "machine", "precision"):
-                points = sorted((each[name], _height(each)) for each in group)
-                look = {"marker": "o", "color": f"C{list(TITLES).index(arm)}"}  # the same color of an arm in all plots
-                axis.plot(*zip(*points, strict=True), **look, label=f"{TITLES[arm]}, {machine}, {precision}")
-            axis.set(xlabel=name, ylabel=unit, ylim=(0, None))
-    axes[0][0].legend(fontsize=5)
-    figure.savefig(path, dpi=120)
+    first = {name: grown[0][name] for name in ("machine", "precision")}
+    grown = [each for each in grown if all(each[name] == value for name, value in first.items())]
+    panels = [name for name in GROWTH_PANELS if any(each["grows"] == name for each in grown)]
+    size = {"figsize": (3.1 * len(panels), 5.6), "squeeze": False, "layout": "constrained"}
+    with plt.rc_context({"font.size": 11, "axes.titlesize": 12, "axes.grid": True, "grid.alpha": 0.3}):
+        figure, axes = plt.subplots(2, len(panels), **size)
+        for row, (section, unit) in zip(axes, sections.items(), strict=True):
+            row[0].set_ylabel(unit)
+            for axis, name in zip(row, panels, strict=True):
+                for index, (arm, label) in enumerate(GROWTH_ARMS.items()):
+                    own = (
+                        each for each in grown if (each["section"], each["grows"], each["arm"]) == (section, name, arm)
+                    )
+                    if points := sorted((each[name], _height(each)) for each in own):
+                        look = {"marker": "os^"[index], "linestyle": ("-", "--", ":")[index], "color": f"C{index}"}
+                        axis.plot(*zip(*points, strict=True), **look, label=label)
+                axis.set(xlabel=GROWTH_PANELS[name], ylim=(0, None), xlim=(0, None))
+        lines, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(lines, labels, loc="outside lower center", ncols=len(labels))
+        figure.suptitle(f"A training step as one size grows ({first['machine']}, {first['precision']})")
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
 
 
 def _height(each):
@@ -414,5 +442,8 @@ SECTIONS = {
 
 
 if __name__ == "__main__":
+    if sys.argv[1].endswith(".json"):
+        plot(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))
+        sys.exit()
     for path in map(Path, sys.argv[2:]):
         path.write_text(insert(path.read_text(encoding="utf-8"), gpu_figures(Path(sys.argv[1]))), encoding="utf-8")

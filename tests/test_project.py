@@ -1,6 +1,7 @@
 """What the project says about itself is there: files, commands, versions, names in the pages for contributors."""
 
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -25,6 +26,25 @@ def test_versions_agree():
     assert __version__ in re.findall(r"^## (.*)$", read(ROOT / "CHANGELOG.md"), re.MULTILINE)[0]
 
 
+@pytest.mark.parametrize("repository", [None, "https://forge.example/us/it"])
+def test_the_readme_on_pypi_has_no_relative_link(repository, monkeypatch):
+    given = {}
+    urls = {"urls": {"Repository": repository}} if repository else {}
+    monkeypatch.setattr("setuptools.setup", lambda **settings: given.update(settings))
+    monkeypatch.setattr("tomllib.loads", lambda text: {"project": urls})
+    runpy.run_path(str(ROOT / "setup.py"))
+    links = re.findall(r"\]\(([^)]+)\)", given["long_description"])
+    assert links and all(link.startswith(("https://", "#")) for link in links)
+    assert (f"[Backbones]({repository}/blob/main/docs/backbones.md)" in given["long_description"]) == bool(repository)
+    assert "Backbones" in given["long_description"]
+
+
+def test_the_address_is_the_same_everywhere():
+    """Until the project has a public address, `repo_url` is a placeholder and `[project.urls]` is missing."""
+    shown = re.search(r"^repo_url: (\S+)$", read(ROOT / "mkdocs.yml"), re.MULTILINE)[1]
+    assert PROJECT["project"].get("urls", {}).get("Repository", shown) == shown
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_what_a_workflow_runs_exists(path):
     jobs = yaml.safe_load(read(path))["jobs"].values()
@@ -37,7 +57,9 @@ def test_what_a_workflow_runs_exists(path):
     text = "\n".join(commands)
     for word in re.findall(r"(?<![\w/.])[\w.-]*/?[\w./-]+(?:\.txt|\.sh|\.py|\.md|\.cff|/run)\b", text):
         assert (ROOT / word).is_file(), word
-    assert set(re.findall(r"\.\[(\w+)\]", text)) <= set(PROJECT["project"]["optional-dependencies"])
+    text += "\n".join(read(ROOT / script) for script in re.findall(r"bash (\S+)", text))
+    extras = {extra for names in re.findall(r"\.\[([\w,-]+)\]", text) for extra in names.split(",")}
+    assert extras <= set(PROJECT["project"]["optional-dependencies"])
     markers = {marker.partition(":")[0] for marker in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
     assert set(re.findall(r"pytest.* -m (\w+)", text)) <= markers
     oldest = PROJECT["project"]["requires-python"].removeprefix(">=")
