@@ -27,7 +27,7 @@ class Logits(torch.nn.Module):
 
 
 def wrapped(kind, **changes):
-    base = tiny.model(kind, KINDS[kind])
+    base = tiny.model(kind, KINDS[kind], num_hidden_layers=2)
     model = get_peft_model(base, PrefixTuningV2Config(num_virtual_tokens=3, prefix_dropout=0.0, **changes)).eval()
     tiny.randomize(model)
     return Logits(model)
