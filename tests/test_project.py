@@ -79,6 +79,18 @@ def test_files_that_a_page_names_exist(page):
     assert not [path for path in named if not (ROOT / path).is_file()]
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda page: page.name)
+def test_the_links_of_a_page_outside_the_site(page):
+    """mkdocs checks the pages in `docs`."""
+    for path, anchor in re.findall(r"\]\((?![a-z]+:)([^)#]*)#?([\w-]*)\)", read(page)):
+        target = ROOT / path if path else page
+        assert target.is_file(), path
+        headings = re.findall(r"^#+ (.*)$", read(target), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}, (
+            anchor
+        )
+
+
 def test_what_contributors_are_told_to_change_exists():
     code = [name for name in re.findall(r"`([^`\n]+)`", read(ROOT / "CONTRIBUTING.md")) if " " not in name]
     roots = [ROOT, ROOT / "prefix_adapter", ROOT / "prefix_adapter" / "training"]
