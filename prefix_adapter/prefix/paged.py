@@ -2,7 +2,7 @@
 
 Its forwards run in a thread of its own, and have the tokens of many requests in one row. The keys and values in its
 cache are those of the adapters that were active when they were computed, and blocks of one request serve another one
-that begins with the same tokens. So all forwards on one cache have the adapters of the first one.
+that begins with the same tokens. So all forwards on one cache have the adapters with which the session began.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..backbone.attention import AttentionTarget, get_implementation
 from ..backbone.cache import is_paged
 from ..backbone.calls import CACHE_ARGUMENTS
 from ..private import get_attention_implementation
-from ..tuner.running import Row, RunningCalls
+from ..tuner.running import Row
 from .values import PrefixValues
 
 # The attribute of a cache with the adapters of its keys and values.
@@ -37,7 +37,6 @@ class PagedSessions:
         model: The model.
         targets: Its attention modules.
         values: The keys and values of its prefixes.
-        calls: Its running calls.
         get_rows: Returns the adapters of each row for this thread.
     """
 
@@ -46,11 +45,10 @@ class PagedSessions:
         model: nn.Module,
         targets: list[AttentionTarget],
         values: PrefixValues,
-        calls: RunningCalls,
         get_rows: Callable[[], list[Row]],
     ):
         self._model, self._targets, self._values = model, targets, values
-        self._calls, self._get_rows = calls, get_rows
+        self._get_rows = get_rows
         self._wrapped: dict[str, Any] = {}
 
     def install(self) -> None:
@@ -71,7 +69,7 @@ class PagedSessions:
         self._wrapped = {}
 
     def pin_rows(self, kwargs: Mapping[str, Any], rows: list[Row]) -> list[Row]:
-        """The adapters of a forward: on a cache of continuous batching, those of the first forward on it.
+        """The adapters of a forward: on a cache of continuous batching, those with which its session began.
 
         Args:
             kwargs: The arguments of the forward.
@@ -113,22 +111,25 @@ class PagedSessions:
         """`init_continuous_batching`, which returns a manager.
 
         Raises:
-            ValueError: If the model, the settings or the running call are none that a prefix works with.
+            ValueError: If a prefix does not work with the model or the settings, or if several are set at once.
         """
         begin, rows = self._get_unwrapped("init_continuous_batching"), self._get_rows()
         implementation = get_attention_implementation(getattr(self._model, "config", None))
         if any(rows):
-            self._check()
+            self._check(rows)
             continuous_batching_config = self._without_flash(generation_config, continuous_batching_config)
         manager = begin(generation_config, continuous_batching_config, *args, **kwargs)
-        if any(rows):
-            try:
-                _check_settings(manager.continuous_batching_config)
-            except ValueError:
-                self._model.set_attn_implementation(implementation)  # type: ignore[operator]
-                raise
+        try:
+            graphs = _find_graphs(manager.continuous_batching_config)
+            if graphs and any(rows):
+                raise ValueError(graphs)
+            if not graphs and manager.batch_processor is None:
+                manager.warmup()  # Without graphs it runs no forward. It makes the cache, which keeps the adapters.
+        except BaseException:
+            self._model.set_attn_implementation(implementation)  # type: ignore[operator]
+            raise
+        # The blocks of a manager of an earlier session may be those of other adapters or of other parameters.
         processor = manager.batch_processor
-        # A manager of an earlier session: its blocks may be those of other adapters or of other parameters.
         if processor is not None and not manager.is_running():
             session = self._describe(rows)
             if getattr(processor.cache, _SESSION, session) != session:
@@ -136,16 +137,15 @@ class PagedSessions:
             setattr(processor.cache, _SESSION, session)
         return manager
 
-    def _check(self) -> None:
+    def _check(self, rows: list[Row]) -> None:
         from transformers.generation.continuous_batching import PagedAttentionCache
 
         if "kwargs" not in inspect.signature(PagedAttentionCache.update).parameters:
             raise ValueError("Continuous batching with a prefix needs transformers 5.23 or later. Use `generate`.")
-        call = self._calls.current
-        if call is not None and call.is_set:
+        if len(rows) > 1:
             raise ValueError(
-                "Continuous batching runs in a thread of its own, where `adapter_names` and `use_strength` of this "
-                "thread have no effect. Use `set_adapter` and `set_strength`, or `generate`."
+                f"All requests of continuous batching get the same adapter with the same strength, and {len(rows)} are "
+                "set here. Set one (`set_adapter`, `use_strength(model, number)`), or use `generate`."
             )
         for target in self._targets:
             if target.kind != "decoder" or target.entry or target.own_mask or target.bias or target.shares_bias:
@@ -172,17 +172,18 @@ class PagedSessions:
         return settings
 
 
-def _check_settings(settings: Any) -> None:
-    """Check the settings that a manager has chosen.
+def _find_graphs(settings: Any) -> str | None:
+    """Why a prefix does not work with the settings that a manager has chosen: a graph keeps the prefix it was made with.
 
-    Raises:
-        ValueError: If forwards are compiled or captured: a graph keeps the prefix that it was made with.
+    Returns:
+        The text of an error if forwards are compiled or captured, else `None`.
     """
     graphs = getattr(settings, "use_cuda_graph", None)
     if graphs is True or (isinstance(graphs, tuple) and any(graphs)):
-        raise ValueError("Continuous batching with a prefix runs without CUDA graphs: set `use_cuda_graph=False`.")
+        return "Continuous batching with a prefix runs without CUDA graphs: set `use_cuda_graph=False`."
     if settings.varlen_compile_config is not None or settings.decode_compile_config is not None:
-        raise ValueError(
+        return (
             "Continuous batching with a prefix is not compiled: leave `varlen_compile_config`, "
             "`decode_compile_config` and `default_compile_level` out."
         )
+    return None
