@@ -144,8 +144,8 @@ class PagedSessions:
             raise ValueError("Continuous batching with a prefix needs transformers 5.23 or later. Use `generate`.")
         if len(rows) > 1:
             raise ValueError(
-                f"All requests of continuous batching get the same adapter with the same strength, and {len(rows)} are "
-                "set here. Set one (`set_adapter`, `use_strength(model, number)`), or use `generate`."
+                "All requests of continuous batching get the same adapter with the same strength, and "
+                f"{len(rows)} are set here. Set one (`set_adapter`, `use_strength(model, number)`), or use `generate`."
             )
         for target in self._targets:
             if target.kind != "decoder" or target.entry or target.own_mask or target.bias or target.shares_bias:
@@ -173,7 +173,7 @@ class PagedSessions:
 
 
 def _find_graphs(settings: Any) -> str | None:
-    """Why a prefix does not work with the settings that a manager has chosen: a graph keeps the prefix it was made with.
+    """Why a prefix does not work with the settings of a manager: a graph keeps the prefix that it was made with.
 
     Returns:
         The text of an error if forwards are compiled or captured, else `None`.
