@@ -168,9 +168,10 @@ class ModelHooks:
         outer = self._current.state
         try:
             self._current.state = state
-            if active:
-                self._before_model(state, module, args, kwargs)
-            output = forward(*args, **kwargs)
+            with self._paged.take_turn():
+                if active:
+                    self._before_model(state, module, args, kwargs)
+                output = forward(*args, **kwargs)
             if active:
                 self._after_model(state, kwargs)
             return output

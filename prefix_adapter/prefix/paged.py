@@ -3,13 +3,19 @@
 Its forwards run in a thread of its own, and have the tokens of many requests in one row. The keys and values in its
 cache are those of the adapters that were active when they were computed, and blocks of one request serve another one
 that begins with the same tokens. So all forwards on one cache have the adapters with which the session began.
+
+The forwards of one model take turns while it has such a cache: the engine passes `is_causal`, which transformers
+writes into the model's config for the time of the forward, where forwards of other threads read it.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import threading
+import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, update_wrapper
 from typing import Any
 
@@ -25,6 +31,22 @@ from .values import PrefixValues
 # The attribute of a cache with the adapters of its keys and values.
 _SESSION = "prefix_session"
 _ENTRIES = ("init_continuous_batching", "generate_batch")
+
+
+class _Turns:
+    """The turns of forwards on one model. A copied or unpickled model has its own.
+
+    Attributes:
+        lock: It is held in a forward.
+        caches: The caches of continuous batching that exist.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
 
 
 class PagedSessions:
@@ -48,7 +70,7 @@ class PagedSessions:
         get_rows: Callable[[], list[Row]],
     ):
         self._model, self._targets, self._values = model, targets, values
-        self._get_rows = get_rows
+        self._get_rows, self._turns = get_rows, _Turns()
         self._wrapped: dict[str, Any] = {}
 
     def install(self) -> None:
@@ -68,6 +90,10 @@ class PagedSessions:
                     setattr(self._model, name, before)
         self._wrapped = {}
 
+    def take_turn(self) -> AbstractContextManager[Any]:
+        """Inside this context, no other forward of the model runs, if it has a cache of continuous batching."""
+        return self._turns.lock if self._turns.caches else nullcontext()
+
     def pin_rows(self, kwargs: Mapping[str, Any], rows: list[Row]) -> list[Row]:
         """The adapters of a forward: on a cache of continuous batching, those with which its session began.
 
@@ -79,10 +105,14 @@ class PagedSessions:
             cache = kwargs.get(name)
             if is_paged(cache):
                 if not hasattr(cache, _SESSION):
-                    setattr(cache, _SESSION, self._describe(rows))
+                    self._begin_session(cache, self._describe(rows))
                 pinned: list[Row] = getattr(cache, _SESSION)[0]
                 return pinned
         return rows
+
+    def _begin_session(self, cache: Any, session: tuple[list[Row], list[Any]]) -> None:
+        setattr(cache, _SESSION, session)
+        self._turns.caches.add(cache)
 
     def _describe(self, rows: list[Row]) -> tuple[list[Row], list[Any]]:
         """The adapters of a session, and the state of their parameters."""
@@ -134,7 +164,7 @@ class PagedSessions:
             session = self._describe(rows)
             if getattr(processor.cache, _SESSION, session) != session:
                 processor.cache.reset()
-            setattr(processor.cache, _SESSION, session)
+            self._begin_session(processor.cache, session)
         return manager
 
     def _check(self, rows: list[Row]) -> None:

@@ -208,6 +208,29 @@ def test_a_session_keeps_what_is_set_when_it_begins():
     assert found == expected and expected[0] != expected[1] != alone(model, prompts()[:1])
 
 
+def test_sessions_side_by_side_do_not_disturb_each_other_or_the_model():
+    """transformers writes `is_causal` of each of their forwards into the config, where all threads read it."""
+    model = make("llama")
+    config = tr.GenerationConfig(max_new_tokens=16, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    ids = tiny.ids()
+    with torch.no_grad():
+        expected, logits = alone(model, prompts(), 16), model(input_ids=ids).logits
+        managers = [model.init_continuous_batching(config, small()) for _ in range(2)]
+        for manager in managers:
+            manager.start()
+            manager.add_requests(prompts(), streaming=False)
+        try:
+            while any(manager.batch_processor.scheduler.has_pending_requests() for manager in managers):
+                assert torch.equal(model(input_ids=ids).logits, logits)
+            for manager in managers:
+                results = [manager.get_result(timeout=60).generated_tokens for _ in prompts()]
+                assert sorted(results) == sorted(expected)
+        finally:
+            for manager in managers:
+                manager.stop()
+        assert torch.equal(model(input_ids=ids).logits, logits)
+
+
 def test_refused_at_once(monkeypatch):
     model = make("llama")
     with pytest.raises(ValueError, match="no place for `adapter_names`"):
