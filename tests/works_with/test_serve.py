@@ -16,7 +16,7 @@ from prefix_adapter.cli import main
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
-serving = pytest.importorskip("prefix_adapter.adapters.serving")
+serving = pytest.importorskip("prefix_adapter.adapters.serving", exc_type=ImportError)
 
 NEW = 8
 TEMPLATE = (
