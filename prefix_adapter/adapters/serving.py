@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from peft import PeftModel
-from transformers import ContinuousBatchingConfig
 from transformers.utils.import_utils import is_serve_available
 
 from ..config import PrefixTuningV2Config
@@ -27,6 +26,7 @@ from fastapi.requests import Request
 from fastapi.responses import JSONResponse
 
 try:
+    from transformers import ContinuousBatchingConfig
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
