@@ -282,6 +282,30 @@ def _run_module(options: Any) -> None:
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
+def _serve(options: Any) -> None:
+    """Serve a base model and adapters over HTTP, in OpenAI's protocol, each under a name of its own.
+
+      prefix-adapter serve HuggingFaceTB/SmolLM2-135M-Instruct writer=runs/writer poet=runs/poet
+
+    This is transformers' server, with one base model in memory for all adapters. A request names the base model or an
+    adapter in its field `model`. There is no authentication and no encryption.
+    """
+    adapters: dict[str, str] = {}
+    for given in options.adapters:
+        name, found, folder = given.partition("=")
+        if not name or (found and not folder):
+            raise ValueError(f"An adapter must be given as NAME=FOLDER or FOLDER, got {given!r}.")
+        if name in adapters or name == options.base:
+            raise ValueError(f"The name {name!r} is given twice. Each model needs a name of its own (NAME=FOLDER).")
+        adapters[name] = folder or name
+
+    from .adapters.serving import serve
+
+    names = ("host", "port", "device", "dtype", "attn_implementation", "trust_remote_code")
+    settings = {name: getattr(options, name) for name in (*names, "continuous_batching", "num_blocks")}
+    serve(options.base, adapters, **settings)
+
+
 def _push(options: Any) -> None:
     """Upload the folder of an adapter to the Hub, without checkpoints and logs."""
     from .adapters.hub import push_to_hub
@@ -484,6 +508,34 @@ def _run_module_arguments(parser: Any) -> None:
     )
 
 
+def _serve_arguments(parser: Any) -> None:
+    parser.add_argument("base", help="Base model: a folder or a name on the Hub. Requests name it like this.")
+    parser.add_argument(
+        "adapters",
+        nargs="*",
+        metavar="NAME=FOLDER",
+        help="An adapter (a folder, or user/name on the Hub), and the name that requests use; without NAME= the "
+        "folder is the name.",
+    )
+    parser.add_argument("--host", default="localhost", help="Address to listen on (default: %(default)s).")
+    parser.add_argument("--port", type=_positive_int, default=8000, help="Port to listen on (default: %(default)s).")
+    parser.add_argument("--device", default="auto", help="Device, such as cuda:1 or cpu (default: %(default)s).")
+    parser.add_argument("--dtype", default="auto", help="Dtype of the base model (default: that of its weights).")
+    parser.add_argument("--attn_implementation", metavar="NAME", help="Attention implementation, such as eager.")
+    parser.add_argument(
+        "--continuous_batching",
+        action="store_true",
+        help="Answer the requests for a model together, on a cache of blocks (decoders, with sdpa or eager).",
+    )
+    parser.add_argument(
+        "--num_blocks",
+        type=_positive_int,
+        metavar="BLOCKS",
+        help="Blocks in each model's cache of continuous batching (default: as many as memory has, in equal shares).",
+    )
+    _trust_argument(parser)
+
+
 def _push_arguments(parser: Any) -> None:
     parser.add_argument("folder", help="Folder that `train` wrote, or the folder of any saved adapter.")
     parser.add_argument("repo_id", help="Repository (user/name); created if it does not exist.")
@@ -535,6 +587,7 @@ COMMANDS = {
     "export": _Command(_export, _export_arguments),
     "export-kv": _Command(_export_kv, _export_kv_arguments),
     "push": _Command(_push, _push_arguments),
+    "serve": _Command(_serve, _serve_arguments),
     "run": _Command(_run_module, _run_module_arguments, keeps_errors=True),
 }
 

@@ -117,7 +117,8 @@ def find_tensor_parallelism(model: nn.Module) -> TensorParallelism | None:
     """The processes that share the work of a model; `None` if each process computes the whole model.
 
     Raises:
-        ValueError: If weights are divided in a way that does not show one group of processes with the same batch.
+        ValueError: If weights are divided in a way that does not show one group of processes with the same batch, or
+            by FSDP2: that must come after the adapter.
     """
     size, name = getattr(model, "tp_size", None) or 1, type(model).__name__
     if not (dist.is_available() and dist.is_initialized()):
@@ -137,11 +138,16 @@ def find_tensor_parallelism(model: nn.Module) -> TensorParallelism | None:
                 "them: load the model with `tp_plan` alone, or without it and apply FSDP2 after the adapter was added "
                 "(docs/distributed.md)."
             )
-        # FSDP gathers its shards for each forward.
         for dim in () if sharded else divided:
             group = parameter.device_mesh.get_group(dim)
             if dist.get_world_size(group) > 1:
                 groups[tuple(dist.get_process_group_ranks(group))] = group
+    if sharded:
+        raise ValueError(
+            f"{name} is already divided by FSDP2 (`fully_shard`), which would not divide or train the parameters of "
+            "an adapter that comes later. Add the adapter first (`get_peft_model`, `PeftModel.from_pretrained`), then "
+            "apply `fully_shard` to the layers and to the model, or leave it to Accelerate (docs/distributed.md)."
+        )
     if len(groups) > 1:
         raise ValueError(
             f"The weights of {name} are divided over several groups of processes, {sorted(groups)}, and a prefix can "

@@ -76,7 +76,7 @@ class ModelHooks:
         self._unnamed_inputs = tuple({"input_ids", "inputs_embeds"} - {*self._names}) if parameter_names(model) else ()
         self._main_input = str(getattr(model, "main_input_name", "input_ids"))
         self._codebooks = count_codebooks(model)
-        self._paged = PagedSessions(model, found.targets, values, calls, get_rows)
+        self._paged = PagedSessions(model, found.targets, values, get_rows)
         self._num_layers = getattr(get_text_config(model), "num_hidden_layers", None)
         self._handles: list[RemovableHandle] = []
         self._wrapped = WrappedForwards()
@@ -167,10 +167,11 @@ class ModelHooks:
             return forward(*args, **kwargs)
         outer = self._current.state
         try:
-            self._current.state = state if active else None
-            if active:
-                self._before_model(state, module, args, kwargs)
-            output = forward(*args, **kwargs)
+            self._current.state = state
+            with self._paged.take_turn():
+                if active:
+                    self._before_model(state, module, args, kwargs)
+                output = forward(*args, **kwargs)
             if active:
                 self._after_model(state, kwargs)
             return output

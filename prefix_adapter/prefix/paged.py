@@ -2,14 +2,20 @@
 
 Its forwards run in a thread of its own, and have the tokens of many requests in one row. The keys and values in its
 cache are those of the adapters that were active when they were computed, and blocks of one request serve another one
-that begins with the same tokens. So all forwards on one cache have the adapters of the first one.
+that begins with the same tokens. So all forwards on one cache have the adapters with which the session began.
+
+The forwards of one model take turns while it has such a cache: the engine passes `is_causal`, which transformers
+writes into the model's config for the time of the forward, where forwards of other threads read it.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import threading
+import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, update_wrapper
 from typing import Any
 
@@ -19,12 +25,28 @@ from ..backbone.attention import AttentionTarget, get_implementation
 from ..backbone.cache import is_paged
 from ..backbone.calls import CACHE_ARGUMENTS
 from ..private import get_attention_implementation
-from ..tuner.running import Row, RunningCalls
+from ..tuner.running import Row
 from .values import PrefixValues
 
 # The attribute of a cache with the adapters of its keys and values.
 _SESSION = "prefix_session"
 _ENTRIES = ("init_continuous_batching", "generate_batch")
+
+
+class _Turns:
+    """The turns of forwards on one model. A copied or unpickled model has its own.
+
+    Attributes:
+        lock: It is held in a forward.
+        caches: The caches of continuous batching that exist.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
 
 
 class PagedSessions:
@@ -37,7 +59,6 @@ class PagedSessions:
         model: The model.
         targets: Its attention modules.
         values: The keys and values of its prefixes.
-        calls: Its running calls.
         get_rows: Returns the adapters of each row for this thread.
     """
 
@@ -46,11 +67,10 @@ class PagedSessions:
         model: nn.Module,
         targets: list[AttentionTarget],
         values: PrefixValues,
-        calls: RunningCalls,
         get_rows: Callable[[], list[Row]],
     ):
         self._model, self._targets, self._values = model, targets, values
-        self._calls, self._get_rows = calls, get_rows
+        self._get_rows, self._turns = get_rows, _Turns()
         self._wrapped: dict[str, Any] = {}
 
     def install(self) -> None:
@@ -70,8 +90,12 @@ class PagedSessions:
                     setattr(self._model, name, before)
         self._wrapped = {}
 
+    def take_turn(self) -> AbstractContextManager[Any]:
+        """Inside this context, no other forward of the model runs, if it has a cache of continuous batching."""
+        return self._turns.lock if self._turns.caches else nullcontext()
+
     def pin_rows(self, kwargs: Mapping[str, Any], rows: list[Row]) -> list[Row]:
-        """The adapters of a forward: on a cache of continuous batching, those of the first forward on it.
+        """The adapters of a forward: on a cache of continuous batching, those with which its session began.
 
         Args:
             kwargs: The arguments of the forward.
@@ -81,10 +105,14 @@ class PagedSessions:
             cache = kwargs.get(name)
             if is_paged(cache):
                 if not hasattr(cache, _SESSION):
-                    setattr(cache, _SESSION, self._describe(rows))
+                    self._begin_session(cache, self._describe(rows))
                 pinned: list[Row] = getattr(cache, _SESSION)[0]
                 return pinned
         return rows
+
+    def _begin_session(self, cache: Any, session: tuple[list[Row], list[Any]]) -> None:
+        setattr(cache, _SESSION, session)
+        self._turns.caches.add(cache)
 
     def _describe(self, rows: list[Row]) -> tuple[list[Row], list[Any]]:
         """The adapters of a session, and the state of their parameters."""
@@ -113,39 +141,41 @@ class PagedSessions:
         """`init_continuous_batching`, which returns a manager.
 
         Raises:
-            ValueError: If the model, the settings or the running call are none that a prefix works with.
+            ValueError: If a prefix does not work with the model or the settings, or if several are set at once.
         """
         begin, rows = self._get_unwrapped("init_continuous_batching"), self._get_rows()
         implementation = get_attention_implementation(getattr(self._model, "config", None))
         if any(rows):
-            self._check()
+            self._check(rows)
             continuous_batching_config = self._without_flash(generation_config, continuous_batching_config)
         manager = begin(generation_config, continuous_batching_config, *args, **kwargs)
-        if any(rows):
-            try:
-                _check_settings(manager.continuous_batching_config)
-            except ValueError:
-                self._model.set_attn_implementation(implementation)  # type: ignore[operator]
-                raise
+        try:
+            graphs = _find_graphs(manager.continuous_batching_config)
+            if graphs and any(rows):
+                raise ValueError(graphs)
+            if not graphs and manager.batch_processor is None:
+                manager.warmup()  # Without graphs it runs no forward. It makes the cache, which keeps the adapters.
+        except BaseException:
+            self._model.set_attn_implementation(implementation)  # type: ignore[operator]
+            raise
+        # The blocks of a manager of an earlier session may be those of other adapters or of other parameters.
         processor = manager.batch_processor
-        # A manager of an earlier session: its blocks may be those of other adapters or of other parameters.
         if processor is not None and not manager.is_running():
             session = self._describe(rows)
             if getattr(processor.cache, _SESSION, session) != session:
                 processor.cache.reset()
-            setattr(processor.cache, _SESSION, session)
+            self._begin_session(processor.cache, session)
         return manager
 
-    def _check(self) -> None:
+    def _check(self, rows: list[Row]) -> None:
         from transformers.generation.continuous_batching import PagedAttentionCache
 
         if "kwargs" not in inspect.signature(PagedAttentionCache.update).parameters:
             raise ValueError("Continuous batching with a prefix needs transformers 5.23 or later. Use `generate`.")
-        call = self._calls.current
-        if call is not None and call.is_set:
+        if len(rows) > 1:
             raise ValueError(
-                "Continuous batching runs in a thread of its own, where `adapter_names` and `use_strength` of this "
-                "thread have no effect. Use `set_adapter` and `set_strength`, or `generate`."
+                "All requests of continuous batching get the same adapter with the same strength, and "
+                f"{len(rows)} are set here. Set one (`set_adapter`, `use_strength(model, number)`), or use `generate`."
             )
         for target in self._targets:
             if target.kind != "decoder" or target.entry or target.own_mask or target.bias or target.shares_bias:
@@ -172,17 +202,18 @@ class PagedSessions:
         return settings
 
 
-def _check_settings(settings: Any) -> None:
-    """Check the settings that a manager has chosen.
+def _find_graphs(settings: Any) -> str | None:
+    """Why a prefix does not work with the settings of a manager: a graph keeps the prefix that it was made with.
 
-    Raises:
-        ValueError: If forwards are compiled or captured: a graph keeps the prefix that it was made with.
+    Returns:
+        The text of an error if forwards are compiled or captured, else `None`.
     """
     graphs = getattr(settings, "use_cuda_graph", None)
     if graphs is True or (isinstance(graphs, tuple) and any(graphs)):
-        raise ValueError("Continuous batching with a prefix runs without CUDA graphs: set `use_cuda_graph=False`.")
+        return "Continuous batching with a prefix runs without CUDA graphs: set `use_cuda_graph=False`."
     if settings.varlen_compile_config is not None or settings.decode_compile_config is not None:
-        raise ValueError(
+        return (
             "Continuous batching with a prefix is not compiled: leave `varlen_compile_config`, "
             "`decode_compile_config` and `default_compile_level` out."
         )
+    return None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -57,6 +58,33 @@ class InputEmbeddings:
     def size(self) -> int:
         """The size of an embedding."""
         return self.table.embedding_dim
+
+    def are_looked_up_whole(self) -> bool:
+        """Whether the `forward` of the main module receives all token ids and returns whole embeddings.
+
+        Under tensor parallelism, hooks on the module may divide the ids before it and add the embeddings after it.
+        """
+        module, seen = self.main, []
+        own, on_instance = module.forward, "forward" in vars(module)
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            output = own(*args, **kwargs)
+            seen.append((args[0], output))
+            return output
+
+        ids = torch.arange(self.vocabulary - 1, -1, -1, device=self.table.weight.device)[None, :4096]
+        try:
+            module.forward = record
+            with torch.no_grad():
+                output = module(ids)
+        finally:
+            if on_instance:
+                module.forward = own
+            else:
+                del module.forward
+        (inner_ids, inner), *_ = seen
+        pairs = ((inner_ids, ids), (inner, output))
+        return all(type(found) is Tensor and torch.equal(found, whole) for found, whole in pairs)
 
     def find(self) -> list[nn.Module]:
         """The modules that look up input embeddings now. Other methods of PEFT replace them by wrappers."""

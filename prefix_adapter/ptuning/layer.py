@@ -35,7 +35,7 @@ class PTuningLayer(AdapterLayer[Placeholders]):
         model: The transformers model.
 
     Raises:
-        ValueError: If it has no table of input embeddings, or is divided over processes by tensor parallelism.
+        ValueError: If it has no table of input embeddings, or if tensor parallelism divides the table in hooks.
 
     Example:
         ```python
@@ -48,13 +48,14 @@ class PTuningLayer(AdapterLayer[Placeholders]):
     adapter_layer_names = tuple(PREFIX + name for name in PromptEncoder._fields)
 
     def __init__(self, model: nn.Module):
-        # Processes would draw different vectors, and each could have a part of their gradient.
-        if find_tensor_parallelism(model) is not None:
-            raise ValueError(
-                "P-Tuning does not work with tensor parallelism yet. Load the model without `tp_plan`, or use "
-                "a prefix (`PrefixTuningV2Config`), which does."
-            )
+        self._parallelism = find_tensor_parallelism(model)
         embeddings = InputEmbeddings(model)
+        if self._parallelism is not None and not embeddings.are_looked_up_whole():
+            raise ValueError(
+                "P-Tuning does not work here: tensor parallelism divides the word embeddings of "
+                f"{type(model).__name__} in hooks on {type(embeddings.main).__name__}, where virtual tokens have no "
+                "place. Use transformers' `tp_plan` (5.24 or later), or a prefix (`PrefixTuningV2Config`)."
+            )
         super().__init__(model)
         self._embeddings = embeddings
         # The vectors of adapters that are not trained, with the state of the parameters they were computed from.
@@ -91,7 +92,11 @@ class PTuningLayer(AdapterLayer[Placeholders]):
         return self._adapters[adapter_name].ids
 
     def get_vectors(self, adapter_name: str) -> Tensor:
-        """The virtual tokens of an adapter, `[n, size]`. Those of an encoder that is not trained are cached."""
+        """The virtual tokens of an adapter, `[n, size]`. Those of an encoder that is not trained are cached.
+
+        Under tensor parallelism each process has their whole gradient; the mean over the processes is free of
+        differences in rounding.
+        """
         encoder = self.encoder_of(adapter_name)
         parameters = encoder.parameters()
         if (
@@ -101,7 +106,9 @@ class PTuningLayer(AdapterLayer[Placeholders]):
             or torch.jit.is_tracing()
             or encoder.dropout
         ):
-            return encoder.encode()
+            vectors = encoder.encode()
+            parallelism = self._parallelism
+            return vectors if parallelism is None else parallelism.add_gradients(vectors, parallelism.size)
         written, cached = get_writes(parameters), self._cache.get(adapter_name)
         if cached is None or cached[0] != written:
             with torch.inference_mode(False), torch.no_grad():
@@ -140,6 +147,9 @@ class PTuningLayer(AdapterLayer[Placeholders]):
         config.note_base_labels(self._labels.own)
         info = Placeholders(ids, config.num_virtual_tokens)
         self._add(adapter_name, config, info, encoder, table, table.weight.dtype, embeddings)
+        if self._parallelism is not None and config.source is None and not on_meta:
+            # Each process has drawn numbers of its own.
+            self._parallelism.broadcast(self.parameters_of(adapter_name))
 
     @torch.no_grad()
     def _draw_start(self, encoder: PromptEncoder, config: PTuningConfig) -> None:

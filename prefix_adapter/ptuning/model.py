@@ -29,7 +29,7 @@ class PTuningModel(AdapterModel):
             later.
 
     Raises:
-        ValueError: If the model has no table of input embeddings or is divided over processes by tensor parallelism,
+        ValueError: If the model has no table of input embeddings or has one that tensor parallelism divides in hooks,
             or the configuration does not fit it.
 
     Example:

@@ -1,7 +1,7 @@
 """torchrun ... tensor_parallel_worker.py FOLDER MODEL:CASE ...: a model over all processes, and in one process alone.
 
-`found-RANK.json` in the folder has what came out, by MODEL:CASE. A case is `refused`, `mixed`, `by hand`, `FSDP2`, or
-one of CASES, each of which trains an adapter. With a model of HEADS_WHOLE each process computes all heads.
+`found-RANK.json` in the folder has what came out, by MODEL:CASE. A case is one of CASES,
+each of which trains an adapter, or one of those in `run`. With a model of HEADS_WHOLE each process computes all heads.
 """
 
 import json
@@ -16,10 +16,19 @@ import transformers as tr
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers.distributed import DistributedConfig
 
-from prefix_adapter import PeftModel, PrefixTuningV2Config, get_peft_model, init_from, init_from_text, use_strength
+from prefix_adapter import (
+    PeftModel,
+    PrefixTuningV2Config,
+    PTuningConfig,
+    get_peft_model,
+    init_from,
+    init_from_text,
+    use_strength,
+)
 
 torch.set_num_threads(1)
 tr.utils.logging.disable_progress_bar()
@@ -155,6 +164,32 @@ def mixed(name: str, divided: bool) -> dict[str, Any]:
         return {"losses": [], **outputs(model, adapter_names=names), "weights": {}}
 
 
+def virtual(name: str, divided: bool) -> dict[str, Any]:
+    """P-Tuning with the paper's encoder, trained with three virtual tokens in the middle of each row."""
+    torch.manual_seed(7 + 100 * (rank if divided else 0))
+    model = get_peft_model(load(name, divided), PTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    inputs = batch()
+    inputs["input_ids"][:, 5:8] = torch.arange(96, 99)
+    trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    steps, losses = torch.optim.AdamW(trained.values(), lr=0.01, eps=1e-4), []
+    for _ in range(STEPS):
+        loss = model(**inputs).loss
+        loss.backward()
+        steps.step()
+        steps.zero_grad()
+        losses.append(loss.item())
+    found = outputs(model.eval(), input_ids=inputs["input_ids"])
+    return {"losses": losses, **found, "weights": {key: each.detach().clone() for key, each in trained.items()}}
+
+
+def words_divided_in_hooks(name: str) -> Any:
+    """torch's own tensor parallelism for the word embeddings."""
+    model = load(name, False)
+    styles = RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
+    parallelize_module(model.model, init_device_mesh("cpu", (size,)), {"embed_tokens": styles})
+    return model
+
+
 def by_hand(name: str, divided: bool) -> dict[str, Any]:
     """torch's own tensor parallelism, which transformers knows nothing of."""
     model, mesh = load(name, False), init_device_mesh("cpu", (size,))
@@ -221,9 +256,13 @@ def run(name: str, case: str) -> Any:
         return attempt(lambda: get_peft_model(load(name, True), config(lora_r=2)))
     if case == "FSDP2":
         return attempt(lambda: get_peft_model(sharded(name), config()))
+    if case == "P-Tuning refused":
+        return attempt(lambda: get_peft_model(words_divided_in_hooks(name), PTuningConfig(task_type="CAUSAL_LM")))
+    if case == "FSDP2, P-Tuning":
+        return attempt(lambda: get_peft_model(sharded(name), PTuningConfig(task_type="CAUSAL_LM")))
     if case == "saved":
         return load_saved(name)
-    do = {"mixed": mixed, "by hand": by_hand}.get(case)
+    do = {"mixed": mixed, "by hand": by_hand, "P-Tuning": virtual}.get(case)
     found, expected = (do(name, each) if do else train(name, each, **CASES[case]) for each in (True, False))
     weights: list[Any] = [None] * size
     dist.all_gather_object(weights, found["weights"])

@@ -32,12 +32,13 @@ def assert_same_as_one_process(found: dict, job: str) -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    cases = ["table", "saved", "low rank", "text", "attention", "mixed", "by hand", "FSDP2"]
+    cases = ["table", "saved", "low rank", "text", "attention", "mixed", "by hand", "FSDP2", "FSDP2, P-Tuning"]
+    cases += ["P-Tuning", "P-Tuning refused"]
     jobs = [*(f"llama:{case}" for case in cases), "llama, 1 head:MLP", "deepseek_v2:low rank refused"]
     return run(tmp_path_factory.mktemp("two"), 2, jobs)
 
 
-@pytest.mark.parametrize("job", ["table", "low rank", "text", "attention", "mixed", "by hand"])
+@pytest.mark.parametrize("job", ["table", "low rank", "text", "attention", "mixed", "by hand", "P-Tuning"])
 def test_two_processes(two, job):
     for found in two:
         assert_same_as_one_process(found, f"llama:{job}")
@@ -55,8 +56,11 @@ def test_saved_by_one_and_by_two_processes(two):
 
 def test_refused(two):
     for found in two:
-        # FSDP2 comes after wrapping (see test_distributed.py), and is not mistaken for tensor parallelism before it.
-        assert found["llama:FSDP2"] != "taken" and "ensor parallelism" not in found["llama:FSDP2"]
+        # FSDP2 comes after wrapping (see test_distributed.py).
+        for method in ("FSDP2", "FSDP2, P-Tuning"):
+            message = found[f"llama:{method}"]
+            assert "already divided by FSDP2" in message and "Add the adapter first" in message
+        assert "divides the word embeddings of LlamaForCausalLM in hooks" in found["llama:P-Tuning refused"]
         message = found["deepseek_v2:low rank refused"]
         assert "tensor parallelism divides model.layers.0.self_attn" in message and "`lora_r=0`" in message
 
@@ -65,7 +69,7 @@ def test_refused(two):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_ways_to_train(tmp_path, processes):
     name = {2: "llama", 4: "llama, 4 heads"}[processes]
-    jobs = [f"{name}:{case}" for case in [*TRAINED, "mixed", "by hand"]]
+    jobs = [f"{name}:{case}" for case in [*TRAINED, "mixed", "by hand", "P-Tuning"]]
     for found in run(tmp_path, processes, jobs):
         for job in jobs:
             assert_same_as_one_process(found, job)

@@ -184,11 +184,58 @@ def test_switching_does_not_change_running_requests():
     assert [results[name].generated_tokens for name in names] == expected
 
 
+def test_a_session_keeps_what_is_set_when_it_begins():
+    """Its forwards run in a thread of its own, and here they begin after the settings of this thread are gone."""
+    model = make("llama")
+    with use_strength(model, 0.3):
+        expected = [alone(model, prompts()[:1])]
+    with model.disable_adapter():
+        expected.append(alone(model, prompts()[:1]))
+    config = tr.GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    with use_strength(model, 0.3):
+        weak = model.init_continuous_batching(config, small())
+    with model.disable_adapter():
+        base = model.init_continuous_batching(config, small())
+    for manager in (weak, base):
+        manager.start()
+    try:
+        for manager in (weak, base):
+            manager.add_request(prompts()[0])
+        found = [[manager.get_result(timeout=60).generated_tokens] for manager in (weak, base)]
+    finally:
+        for manager in (weak, base):
+            manager.stop()
+    assert found == expected and expected[0] != expected[1] != alone(model, prompts()[:1])
+
+
+def test_sessions_side_by_side_do_not_disturb_each_other_or_the_model():
+    """transformers writes `is_causal` of each of their forwards into the config, where all threads read it."""
+    model = make("llama")
+    config = tr.GenerationConfig(max_new_tokens=16, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    ids = tiny.ids()
+    with torch.no_grad():
+        expected, logits = alone(model, prompts(), 16), model(input_ids=ids).logits
+        managers = [model.init_continuous_batching(config, small()) for _ in range(2)]
+        for manager in managers:
+            manager.start()
+            manager.add_requests(prompts(), streaming=False)
+        try:
+            while any(manager.batch_processor.scheduler.has_pending_requests() for manager in managers):
+                assert torch.equal(model(input_ids=ids).logits, logits)
+            for manager in managers:
+                results = [manager.get_result(timeout=60).generated_tokens for _ in prompts()]
+                assert sorted(results) == sorted(expected)
+        finally:
+            for manager in managers:
+                manager.stop()
+        assert torch.equal(model(input_ids=ids).logits, logits)
+
+
 def test_refused_at_once(monkeypatch):
     model = make("llama")
     with pytest.raises(ValueError, match="no place for `adapter_names`"):
         model.generate_batch(prompts(), adapter_names=["default"] * 5)
-    with use_strength(model, 0.5), pytest.raises(ValueError, match="`use_strength` of this thread have no effect"):
+    with use_strength(model, [0.5, 1.0]), pytest.raises(ValueError, match="the same strength, and 2 are set"):
         run(model, prompts())
     settings = tr.ContinuousBatchingConfig(varlen_compile_config=tr.CompileConfig())
     with pytest.raises(ValueError, match="not compiled"):

@@ -11,7 +11,6 @@ import transformers as tr
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
-import prefix_adapter.ptuning.layer as layer_module
 from prefix_adapter import PrefixTuningV2Config, PTuningConfig, fold, get_peft_model
 from prefix_adapter.adapters.saved import describe_adapter
 
@@ -396,7 +395,7 @@ def test_wrong_settings(settings, message):
         PTuningConfig(**{"num_virtual_tokens": N, **settings})
 
 
-def test_settings_that_do_not_fit_the_model(monkeypatch):
+def test_settings_that_do_not_fit_the_model():
     with pytest.raises(ValueError, match=r"`init_token_ids` has the ids \[99\], and LlamaForCausalLM has 99 words"):
         wrap(init_token_ids=[99])
     with pytest.raises(ValueError, match="more than the 1e"):
@@ -406,9 +405,6 @@ def test_settings_that_do_not_fit_the_model(monkeypatch):
     )
     with pytest.raises(ValueError, match="ViTModel has input embeddings of the kind"):
         wrap(model=vision)
-    monkeypatch.setattr(layer_module, "find_tensor_parallelism", lambda model: object())
-    with pytest.raises(ValueError, match="P-Tuning does not work with tensor parallelism"):
-        wrap()
 
 
 # ---- Beside other adapters, and in training
