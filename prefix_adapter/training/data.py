@@ -15,6 +15,8 @@ import pandas
 import pyarrow
 from pyarrow import csv
 
+from .squad_files import read_squad
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -74,7 +76,7 @@ def read_file(path: str) -> datasets.Dataset:
     """Read a file of rows.
 
     Args:
-        path: A file of one of `FILE_TYPES`.
+        path: A file of one of `FILE_TYPES`. A JSON file may be in SQuAD's own format (see `read_squad`).
 
     Raises:
         DataError: If the file is missing, empty, damaged or of an unknown type.
@@ -93,6 +95,8 @@ def read_file(path: str) -> datasets.Dataset:
     try:
         if kind in (".csv", ".tsv"):
             rows = _read_csv(path, "\t" if kind == ".tsv" else ",")
+        elif kind == ".json" and (questions := _read_squad(path)) is not None:
+            rows = questions
         else:
             # The digest names the cache entry: two versions of a file can have the same modification time, by which
             # `datasets` recognises a file.
@@ -107,6 +111,18 @@ def read_file(path: str) -> datasets.Dataset:
         cause = re.sub(r"^(CSV parse error|In CSV column #\d+): Row #(\d+)", r"row \2 (with the header)", cause)
         raise DataError(f"{path} cannot be read as {kind[1:]}: {cause}") from error
     return rows
+
+
+def _read_squad(path: str) -> datasets.Dataset | None:
+    """The questions of a file in SQuAD's own format; `None` for another format."""
+    with _open(path) as file:
+        rows = read_squad(file)
+        if rows is None:
+            return None
+        found = list(rows)
+    if not found:
+        raise ValueError("corresponds to no data")
+    return datasets.Dataset.from_list(found)
 
 
 def _read_csv(path: str, delimiter: str) -> datasets.Dataset:

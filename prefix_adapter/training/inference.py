@@ -297,8 +297,7 @@ def predict(
                 problem = error
             if not chunk:
                 break
-            names = [name for name in (*task.columns, *task.optional_columns) if name in chunk[0][1]]
-            columns: dict[str, list[Any]] = {name: [own[name] for _, own in chunk] for name in names}
+            columns: dict[str, list[Any]] = {name: [own[name] for _, own in chunk] for name in rows.names}
             found = answer_rows(task, trained, columns, batch_size or recipe.eval_batch_size, place)
             answers.write([row for row, _ in chunk], found)
             bar.update((rows_in.position if rows_in.total else answers.count) - bar.n)
@@ -434,12 +433,13 @@ class _CheckedRows(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
 
     Attributes:
         skipped: the number of rows that were left out.
+        names: the task's columns that each row has; empty before the first row.
     """
 
     def __init__(self, rows: Iterator[FoundRow], source: str, task: Task, columns: dict[str, str], skip: bool) -> None:
         self.rows, self.source, self.task, self.columns, self.skip = rows, source, task, columns, skip
         self.skipped = 0
-        self._optional: set[str] | None = None
+        self.names: list[str] = []
 
     def check_columns(self, schema: Any) -> None:
         """Check that a file whose columns are known has those of the task.
@@ -447,9 +447,12 @@ class _CheckedRows(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
         Raises:
             DataError: If one is missing.
         """
-        for name, meaning in self.task.columns.items() if schema is not None else ():
-            known = set(schema.names)
-            if not {name, self.columns.get(name, name)} & known:
+        if schema is None:
+            return
+        known = set(schema.names)
+        ours = {*known, *(own for own, theirs in self.columns.items() if theirs in known)}
+        for name, meaning in self.task.input_columns(ours).items():
+            if name not in ours:
                 expected = self.columns.get(name, name)
                 raise DataError(f"{self.source} has no column {expected!r} ({meaning}); it has {sorted(known)}.")
 
@@ -470,16 +473,16 @@ class _CheckedRows(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
 
     def _problem(self, row: dict[str, Any], own: dict[str, Any]) -> str | None:
         """What is wrong with a row; `None` if it can be answered."""
-        for name, meaning in self.task.columns.items():
+        needed = self.task.input_columns(own.keys())
+        for name, meaning in needed.items():
             if name not in own:
                 return f"{self.columns.get(name, name)!r} is missing ({meaning}); it has {sorted(row)}."
-        given = {name for name in self.task.optional_columns if name in own}
-        optional = given if self._optional is None else self._optional
-        if given != optional:
-            return f"it has the optional columns {sorted(given)}, but the first row has {sorted(optional)}."
-        problem = self.task.problem(own, False) or _surrogate_problem(own, [*self.task.columns, *given])
+        names = [*needed, *(name for name in self.task.optional_columns if name in own and name not in needed)]
+        if self.names and names != self.names:
+            return f"it has the columns {names} of the task, but the first row has {self.names}."
+        problem = self.task.problem(own, False) or _surrogate_problem(own, names)
         if problem is None:
-            self._optional = optional
+            self.names = names
         return problem
 
 
