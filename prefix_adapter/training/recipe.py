@@ -118,6 +118,9 @@ class Recipe:
             true for a table on a decoder that can start from a text, unless `init_from` or `init_text` is set.
         model_kwargs: Arguments for `from_pretrained` of the base model (`dtype`, `attn_implementation`, `revision`,
             `hidden_dropout_prob` of a BERT, ...).
+        load_in_4bit: Load the frozen base model with its linear layers in 4 bits (bitsandbytes: NF4, double
+            quantization). Its head, and the weights that are trained, are not quantized. `evaluate` and `predict` load
+            it in the same way.
         backbone_dropout: Whether the dropout of a frozen base model is active in training. It is off by default: the
             base model does not learn, and its noise slows the prefix down. With FULL, and in the task head, dropout
             is always as the base model's config sets it.
@@ -176,6 +179,7 @@ class Recipe:
     init_text: Optional[str] = None
     init_rows: Optional[bool] = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    load_in_4bit: bool = False
     backbone_dropout: bool = False
     task_kwargs: dict[str, Any] = field(default_factory=dict)
     max_length: Optional[int] = None
@@ -213,6 +217,12 @@ class Recipe:
         self.adapter = {**self.adapter, "peft_type": kind.upper()}
         self._check_initial_prefix()
         self._check_dropout()
+        if self.load_in_4bit and self.adapter["peft_type"] == "FULL":
+            raise RecipeError("`load_in_4bit`: weights in 4 bits cannot be trained, and FULL trains them all.")
+        if self.load_in_4bit and "quantization_config" in self.model_kwargs:
+            raise RecipeError(
+                "`load_in_4bit` and `model_kwargs.quantization_config` are both set; set only one of them."
+            )
         for name in ("learning_rate", "head_learning_rate", "num_train_epochs"):
             _check_range(name, getattr(self, name), above=0)
         counts = ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_length", "max_steps")

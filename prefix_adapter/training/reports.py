@@ -225,6 +225,8 @@ def training_part(recipe: Recipe, results: dict[str, Any], curve: bool) -> str:
         "seed": str(recipe.seed),
         "mixed precision": results["mixed_precision"],
     }
+    if recipe.load_in_4bit:
+        settings["base model in 4 bits"] = "bitsandbytes, nf4, double quantization"
     rows, others = results["rows"], results.get("together")
     tables = {split: results[split] for split in ("validation", "test") if split in results}
     names = list(results["validation"])

@@ -23,6 +23,7 @@ from .files import fsync_path, path_in_errors
 from .loop import Loop, training_accelerator
 from .model import (
     adapter_config,
+    check_packages,
     initialize_prefix,
     learning_rates,
     load_base,
@@ -301,9 +302,11 @@ class TrainingRun:
         tasks, rows, models, objectives = {}, {}, {}, {}
         for name, recipe in self.recipes.items():
             with self.task_in_errors(name):
+                # Invalid settings are an error before the rows are loaded.
+                check_packages(recipe)
                 # Each task has its own tokenizer, because tasks change tokenizer settings.
                 tasks[name] = TASK_CLASSES[recipe.task](recipe, load_tokenizer(recipe))
-                adapter_config(recipe, tasks[name])  # Invalid settings are an error before the rows are loaded.
+                adapter_config(recipe, tasks[name])
                 rows[name] = load_splits(recipe, tasks[name])
         processes = tensor_parallel_size(accelerator)
         set_seed(self.settings.seed)  # Every process draws the same initial weights.
