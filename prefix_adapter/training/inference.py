@@ -27,6 +27,7 @@ from .files import atomic_write, check_new, fsync_path
 from .loop import training_accelerator
 from .model import check_virtual_tokens, load_base, load_tokenizer, trained_parameters, wrap
 from .recipe import NO_ADAPTER, Recipe, RecipeError, load_recipe, say
+from .streams import first_rows
 from .tasks import TASK_CLASSES
 
 if TYPE_CHECKING:
@@ -175,9 +176,10 @@ def evaluate_adapter(
         data = "test" if recipe.data.test else "validation"
     if data in _SPLITS:
         if predictions is not None and recipe.data.path is None:
-            for file in filter(None, (recipe.data.train, recipe.data.validation, recipe.data.test)):
+            sources = (source.train for source in recipe.data.sources)
+            for file in filter(None, (*sources, recipe.data.validation, recipe.data.test)):
                 _check_not_source(file, Path(predictions))
-        split, source, rows = data, *_rows_of_run(recipe, data)
+        split, source, rows = data, *_rows_of_run(recipe, task, data)
     else:
         split, source = None, data
         rows = load_rows(dataclasses.replace(recipe.data, path=None, test=data), "test")
@@ -201,18 +203,22 @@ def evaluate_adapter(
     return metrics
 
 
-def _rows_of_run(recipe: Recipe, split: str) -> tuple[str, Dataset]:
+def _rows_of_run(recipe: Recipe, task: Task, split: str) -> tuple[str, Dataset]:
     """The name and the rows of a split, as a run used it."""
     data = recipe.data
     if split == "test" and data.test is None:
         raise RecipeError("`data.test`: the run had no test rows. Name a file, or evaluate on `validation`.")
+    if data.streaming and split == "train":
+        raise RecipeError("`data.streaming`: the run had a stream of training rows. Name a file.")
     read = "train" if split == "validation" and data.validation is None else split
-    name = getattr(data, read)
-    source = name if data.path is None else f"{data.path}, split {name}"
+    name = data.training_source if read == "train" else getattr(data, read)
+    source = name if data.path is None or name == "data.mixture" else f"{data.path}, split {name}"
     if data.validation is None and split != "test":
         part = "held out of" if split == "validation" else "not held out of"
         source = f"{part} {source}"
-    return source, divide({read: load_rows(data, read)}, data, recipe.seed)[split]
+    if data.streaming:
+        return source, first_rows(data, split, task, recipe.seed)
+    return source, divide({read: load_rows(data, read, recipe.seed)}, data, recipe.seed)[split]
 
 
 def predict(
