@@ -79,7 +79,7 @@ def describe_task(objective: TaskObjective, model: Any, trained: int) -> str:
         trained: the number of its trained parameters.
     """
     recipe, task = objective.recipe, objective.task
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = model.num_parameters()  # of transformers: it counts weights in 4 bits, of which two share a number
     rate, head_rate = learning_rates(recipe, model)
     lines = [
         f"{recipe.task} with {recipe.model}",

@@ -212,7 +212,7 @@ def training_part(recipe: Recipe, results: dict[str, Any], curve: bool) -> str:
     """
     data = recipe.data
     sources = [
-        (f"{each['weight']:g} parts " if "weight" in each else "") + _describe_source(source)
+        _describe_source(source, f", weight {each['weight']:g}" if "weight" in each else "")
         for each, source in zip(data.mixture or [{}], data.sources, strict=True)
     ]
     settings = {
@@ -252,10 +252,10 @@ def training_part(recipe: Recipe, results: dict[str, Any], curve: bool) -> str:
     )
 
 
-def _describe_source(data: Data) -> str:
+def _describe_source(data: Data, more: str) -> str:
     source = link(data.path, "datasets/") if data.path else "files"
     parts = [data.name, data.train] if data.path and data.name else [file_name(data.train)]
-    return f"{source} ({', '.join(map(code, parts))})"
+    return f"{source} ({', '.join(map(code, parts))}{more})"
 
 
 def write_run_card(folder: Path, recipe: Recipe, results: dict[str, Any]) -> None:

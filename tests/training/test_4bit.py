@@ -1,9 +1,12 @@
 """Base models in 4 bits (`load_in_4bit`)."""
 
+import re
+
 import pytest
 import torch
 from conftest import save_base, topic_rows, write_rows
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from prefix_adapter.training import Data, Recipe, RecipeError, evaluate_adapter, load_recipe, load_trained, train
 from prefix_adapter.training import model as model_file
@@ -55,6 +58,18 @@ def test_gradients_pass_after_an_evaluation(base):
     task.loss(model.train(), batch)[0].backward()
     (table,) = [each for name, each in model.named_parameters() if "prefix_tuning_v2_embedding" in name]
     assert (table.grad != 0).any(1).all()
+
+
+def test_a_decoder_starts_from_rows_and_all_its_parameters_are_counted(tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    shape = {"hidden_size": 64, "intermediate_size": 128}
+    base = save_base(tmp_path / "llama", "llama", "AutoModelForCausalLM", **shape)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "w1 w2 w3 w4"}] * 4)
+    settings = {"adapter": {"num_virtual_tokens": 4}, "init_rows": True, "load_in_4bit": True, "batch_size": 2}
+    train(Recipe("causal-lm", base, str(tmp_path / "out"), Data(train=rows), max_steps=1, max_length=8, **settings))
+    expected = AutoModelForCausalLM.from_pretrained(base).num_parameters()
+    trained, total = re.search(r"trained: ([\d,]+) of ([\d,]+) parameters", capsys.readouterr().err).groups()
+    assert int(total.replace(",", "")) == expected + int(trained.replace(",", ""))
 
 
 def test_a_run(base, tmp_path):
