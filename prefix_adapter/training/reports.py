@@ -26,7 +26,7 @@ from ..files.card import (
 from ..files.markdown import code, file_name, hub_name, link, table, without_paths
 from ..tuner.config import AdapterConfig
 from .files import atomic_write, path_in_errors, write_text
-from .outputs import CURVE, METRICS
+from .outputs import CURVE, LOGS, METRICS
 from .recipe import Data, Recipe, RecipeError
 
 if TYPE_CHECKING:
@@ -72,7 +72,12 @@ class MetricsLog:
                 key: value if isinstance(value, (int, float, str)) else json.dumps(value)
                 for key, value in self.values.items()
             }
-            self.accelerator.init_trackers("prefix-adapter", config=flat)
+            logs = self.path.with_name(LOGS)
+            if self.accelerator.is_main_process:
+                logs.mkdir(exist_ok=True)
+            # Accelerate tells all trackers but this one where to write.
+            own = {"wandb": {"dir": str(logs)}}
+            self.accelerator.init_trackers("prefix-adapter", config=flat, init_kwargs=own)
         if self.accelerator.is_main_process and self.path.is_file():
             kept = [line for line in read_metrics(self.path) if line["step"] <= step and line["split"] != "test"]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
