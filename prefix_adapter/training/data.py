@@ -174,7 +174,8 @@ def stream_file(path: str) -> datasets.IterableDataset:
             _READERS[kind] or "csv", data_files=path, split="train", streaming=True, **options
         )
     except Exception as error:
-        raise DataError(f"{path} cannot be read as {kind[1:]}: {error}") from error
+        cause = (_damaged_line(path) if kind == ".jsonl" else None) or error
+        raise DataError(f"{path} cannot be read as {kind[1:]}: {cause}") from error
 
 
 def _read_squad(path: str) -> datasets.Dataset | None:

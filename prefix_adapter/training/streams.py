@@ -36,8 +36,8 @@ class RowStream:
     def __init__(self, data: Data, task: Task, seed: int) -> None:
         self.source, self.task = data.training_source, task
         self.size = data.shuffle_buffer
-        held_out = data.max_validation_rows if data.validation is None else None
-        self._rows = _open(data, "train", task, seed).skip(held_out or 0)
+        self._held_out = (data.max_validation_rows or 0) if data.validation is None else 0
+        self._rows = _open(data, "train", task, seed).skip(self._held_out)
         self._beginning = copy.deepcopy(self._rows.state_dict())
         self.epoch, self.block, self.row = 0, 0, 0
         self._iterator = iter(self._rows)
@@ -69,13 +69,12 @@ class RowStream:
             rows = self._next_rows(count)
         if not rows:
             raise DataError(f"{self.source} has no rows to train on.")
-        found = _as_rows(rows)
-        self.task.check(found, self.source, first=self.row + 1)
+        found = _checked(rows, self.task, self.source, self._held_out + self.row)
         self.block, self.row = self.block + 1, self.row + len(rows)
         return found
 
     def _next_rows(self, count: int) -> list[dict[str, Any]]:
-        return _read(self._iterator, count, self.source, self.row)
+        return _read(self._iterator, count, self.source, self._held_out + self.row)
 
 
 class StreamBatches:
@@ -143,9 +142,7 @@ def stream_splits(data: Data, task: Task, seed: int) -> dict[str, datasets.Datas
     """
     found: dict[str, datasets.Dataset | RowStream] = {"train": RowStream(data, task, seed)}
     for split in ("validation", *(("test",) if data.test else ())):
-        rows = first_rows(data, split, task, seed)
-        task.check(rows, getattr(data, split) or data.training_source)
-        found[split] = rows
+        found[split] = first_rows(data, split, task, seed)
     return found
 
 
@@ -153,14 +150,14 @@ def first_rows(data: Data, split: str, task: Task, seed: int) -> datasets.Datase
     """The rows of `validation` or `test`: the first ones of their own source, or of the training stream.
 
     Raises:
-        DataError: If they cannot be read, or if there are none.
+        DataError: If they cannot be read or are invalid, or if there are none.
     """
     name = split if getattr(data, split) else "train"
     source = data.training_source if name == "train" else getattr(data, name)
     rows = _read(iter(_open(data, name, task, seed)), getattr(data, f"max_{split}_rows"), source, 0)
     if not rows:
         raise DataError(f"{source} has no rows.")
-    return _as_rows(rows)
+    return _checked(rows, task, source, 0)
 
 
 def check_optional_columns(task: Task, sources: Mapping[str, datasets.Dataset]) -> None:
@@ -195,7 +192,7 @@ def _open(data: Data, split: str, task: Task, seed: int) -> datasets.IterableDat
             if theirs not in first[0]:
                 raise DataError(f"{source} has no column {theirs!r} (data.columns.{ours}); it has {[*first[0]]}.")
         row = _rename(first[0], each.columns)
-        task.check(_as_rows([row]), source)
+        task.check(datasets.Dataset.from_list([row]), source)
         found[source] = names = task.column_names(row.keys())
         stream = stream.map(_select, fn_kwargs={"columns": each.columns, "names": names})
         streams.append(stream.select_columns(names))
@@ -219,7 +216,15 @@ def _select(row: dict[str, Any], columns: Mapping[str, str], names: list[str]) -
     return {name: row.get(name) for name in names}
 
 
-def _as_rows(rows: list[dict[str, Any]]) -> datasets.Dataset:
+def _checked(rows: list[dict[str, Any]], task: Task, source: str, done: int) -> datasets.Dataset:
+    """The rows as a data set.
+
+    Raises:
+        DataError: For the first invalid row.
+    """
+    for number, row in enumerate(rows, start=done + 1):
+        if problem := task.problem(row, with_targets=True):
+            raise DataError(f"{source}, row {number}: {problem}")
     return datasets.Dataset.from_list(rows)
 
 

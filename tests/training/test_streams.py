@@ -195,10 +195,11 @@ def test_a_run_that_crashes_and_resumes_is_the_same_bit_for_bit(base, files, tmp
     assert_resumes(tmp_path / "whole", monkeypatch, make, step=5)
 
 
-def test_a_bad_row_of_a_stream_is_named(base, tmp_path):
-    train_file = write_rows(tmp_path / "train.jsonl", [*rows_of(0, 9), {"text": " "}, *rows_of(10, 3)])
+@pytest.mark.parametrize(("value", "message"), [(" ", "is empty"), (5, "must be a text, got 5")])
+def test_a_bad_row_of_a_stream_is_named(base, tmp_path, value, message):
+    train_file = write_rows(tmp_path / "train.jsonl", [*rows_of(0, 9), {"text": value}, *rows_of(10, 3)])
     data = Data(train=train_file, streaming=True, max_validation_rows=1, shuffle_buffer=4)
-    with pytest.raises(DataError, match=r"train\.jsonl, row 9: 'text' is empty"):
+    with pytest.raises(DataError, match=rf"train\.jsonl, row 10: 'text' {message}"):
         train(make_recipe(base, tmp_path / "out", data, max_steps=9))
 
 

@@ -46,13 +46,13 @@ class MultipleChoice(Task):
     target = "label"
     default_metric = "accuracy"
 
-    def check(self, rows: Dataset, source: str, with_targets: bool = True, first: int = 1) -> None:
+    def check(self, rows: Dataset, source: str, with_targets: bool = True) -> None:
         if not {"choices", *_COLUMNS} & set(rows.column_names):
             raise DataError(
                 f"{source} has no column 'choices' (a list of strings), nor 'choice1', 'choice2' and so on; it has "
                 f"{rows.column_names}. If the column has another name, set `data.columns: {{choices: ...}}`."
             )
-        super().check(rows, source, with_targets, first)
+        super().check(rows, source, with_targets)
 
     def problem(self, row: Row, with_targets: bool) -> str | None:
         for name in ("text", "question"):

@@ -152,14 +152,13 @@ class Task:
         own = [*self.input_columns(names), *self.optional_columns, self.target_column(names)]
         return [name for name in dict.fromkeys(own) if name in names]
 
-    def check(self, rows: Dataset, source: str, with_targets: bool = True, first: int = 1) -> None:
+    def check(self, rows: Dataset, source: str, with_targets: bool = True) -> None:
         """Validate all rows, before anything is computed.
 
         Args:
             rows: The rows.
             source: The name of the rows in error messages.
             with_targets: Whether the rows must have targets.
-            first: The number of the first row, for error messages.
 
         Raises:
             DataError: For a missing column or the first invalid row. The message names it.
@@ -172,7 +171,7 @@ class Task:
                     f"{source} has no column {name!r} ({meaning}); it has {names}. "
                     f"If the column has another name, set `data.columns: {{{name}: ...}}`."
                 )
-        for number, row in enumerate(rows, start=first):
+        for number, row in enumerate(rows, start=1):
             problem = self.problem(row, with_targets)
             if problem:
                 raise DataError(f"{source}, row {number}: {problem}")
