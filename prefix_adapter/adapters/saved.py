@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import PrefixTuningV2Config
-from ..files.card import changed_settings, task_type_of
+from ..files.card import CARD, changed_settings, read_card, task_type_of
 from ..files.check import Shapes, find_misfits, read_weights
 from ..files.contents import SAVED_ROOT, shapes_of
 from ..files.source import AdapterSource, open_weights, read_header, read_json
@@ -34,6 +35,8 @@ from ..tuner.config import AdapterConfig
 AnyPath = str | os.PathLike[str]
 ConfigT = TypeVar("ConfigT", bound=PeftConfig)
 
+# The files of a training run beside an adapter, and the curve that its card shows.
+_RUN_FILES = ("recipe.yaml", "results.json", "curve.png")
 # The names of the prefix's tensors in a file start with this.
 PREFIX_ROOT = f"{SAVED_ROOT}{LAYER_NAME}.{PREFIX}"
 # An MLP that computes a larger table is rejected. With the 126 layers of 1,024 key columns in Llama 3.1 405B, 1,000
@@ -200,7 +203,8 @@ def _fill(encoder: PrefixEncoder | PromptEncoder, parts: Mapping[str, Tensor]) -
 def fold(source: AnyPath, target: AnyPath) -> Path:
     """Replace the encoder of a saved adapter by the plain table that it computes, in a new folder of a few hundred KB.
 
-    The base model is not needed. Task heads and other trained modules are copied.
+    The base model is not needed. Task heads and other trained modules are copied, and so are the model card's text and
+    the files of a training run that `evaluate` and `predict` read.
 
     Args:
         source: The adapter's folder, or its name on the Hub.
@@ -231,7 +235,14 @@ def fold(source: AnyPath, target: AnyPath) -> Path:
         if module is not None:
             weights |= {f"{saved.root}{field}.{key}": tensor for key, tensor in module.state_dict().items()}
     config.note_folded()
+    others = {name: path for name in _RUN_FILES if (path := saved.source.find_if_there(name))}
+    card = saved.source.find_if_there(CARD)
+    text = card and read_card(card)
     with new_folder(target) as folder:
+        for name, path in others.items():
+            shutil.copyfile(path, folder / name)
+        if text:
+            text.save(folder / CARD)
         contents = {key: tensor.contiguous() for key, tensor in weights.items()}
         save_file(contents, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(folder)

@@ -81,6 +81,14 @@ class AdapterSource:
                 f"{shorten(str(error), 500)}"
             ) from error
 
+    def find_if_there(self, name: str) -> Path | None:
+        """Return the path of a file of the adapter; `None` if there is no such file."""
+        try:
+            found = self.find(name, "it is not needed")
+        except ValueError:
+            return None
+        return found.resolve() if found.is_file() else None
+
     def find_config(self) -> Path:
         """Return the path of the config file; see `find`."""
         return self.find(CONFIG_NAME, "it holds no adapter")

@@ -10,7 +10,7 @@ from typing import Any
 from ..messages import shorten
 from .recipe import Data, Recipe, RecipeError, read_values
 
-_KEYS = ("task", "model", "labels", "max_length", "eval_batch_size", "mixed_precision", "seed")
+_KEYS = ("task", "model", "load_in_4bit", "labels", "max_length", "eval_batch_size", "mixed_precision", "seed")
 """The keys that are read, besides `data.columns`, `adapter.peft_type`, `model_kwargs` and `task_kwargs`."""
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 _MODEL_KWARGS: dict[str, Any] = {

@@ -18,6 +18,7 @@ import pyarrow
 from pyarrow import csv, parquet
 
 from .data import DataError, csv_columns, csv_options
+from .squad_files import read_squad
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 Row = dict[str, Any]
@@ -47,7 +48,7 @@ def file_type(path: str | os.PathLike[str]) -> str:
 
 
 class RowSource:
-    """A file of JSON lines, one row after the other.
+    """A file of JSON lines, one row after the other; or a file .json in SQuAD's own format.
 
     Args:
         path: The file; `-` for standard input.
@@ -109,7 +110,11 @@ class RowSource:
             yield row
 
     def _rows(self, file: Any) -> Iterator[FoundRow]:
-        return self._lines(file)
+        is_json = os.path.isfile(self.path) and self.path.removesuffix(".gz").endswith(".json")
+        questions = read_squad(file) if is_json else None
+        if questions is None:
+            return self._lines(file)
+        return (FoundRow(f"question {number}", row) for number, row in enumerate(questions, start=1))
 
     def _lines(self, lines: Any) -> Iterator[FoundRow]:
         for number, line in enumerate(lines, start=1):

@@ -40,6 +40,10 @@ class Batches:
         """The number of steps of each task among the first `steps` steps; here there is one task."""
         return [steps]
 
+    def epochs(self, steps: int) -> float:
+        """The number of epochs in the first `steps` steps."""
+        return steps / self.steps_per_epoch
+
     def _make(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + 7919 * epoch)
         order = torch.randperm(self.size, generator=generator, device="cpu").tolist()
@@ -89,6 +93,10 @@ class JointBatches:
         """The number of steps of each task among the first `steps` steps."""
         self._draw(steps)
         return [self._drawn[:steps].count(task) for task in range(len(self.batches))]
+
+    def epochs(self, steps: int) -> float:
+        """The number of epochs in the first `steps` steps."""
+        return steps / self.steps_per_epoch
 
     def __getitem__(self, step: int) -> list[int]:
         """The indices of the features of a step, all of one task."""

@@ -15,8 +15,10 @@ import pandas
 import pyarrow
 from pyarrow import csv
 
+from .squad_files import read_squad
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from .recipe import Data
 
@@ -29,12 +31,13 @@ class DataError(ValueError):
     """Rows are invalid or cannot be read. The message names the file or split, and the row, counted from 1."""
 
 
-def load_rows(data: Data, split: str) -> datasets.Dataset:
+def load_rows(data: Data, split: str, seed: int = 0) -> datasets.Dataset:
     """Read the rows of a split.
 
     Args:
         data: The source of the rows.
         split: train, validation or test: the field of `data` that names the split or file.
+        seed: The seed of the draws of a mixture with weights.
 
     Returns:
         All rows, with the task's column names and class names (see `rename`).
@@ -45,19 +48,53 @@ def load_rows(data: Data, split: str) -> datasets.Dataset:
     Example:
         >>> rows = load_rows(Data(train="train.jsonl", columns={"text": "review"}), "train")
     """
+    if split == "train" and data.mixture is not None:
+        return _mix([load_rows(each, split) for each in data.sources], data, seed)
     source = getattr(data, split)
-    if data.path is None:
-        rows = read_file(source)
-    else:
-        try:
-            files = _saved_splits(data.path)
-            path = "arrow" if files else data.path
-            options = {"data_files": files, "revision": data.revision}
-            options |= _csv_options(datasets.load_dataset_builder(path, data.name, **options), source)
-            rows = datasets.load_dataset(path, data.name, split=source, **options)
-        except Exception as error:
-            raise DataError(f"data.path {data.path!r}, split {source!r}: {type(error).__name__}: {error}") from error
+    rows = read_file(source) if data.path is None else load_split(data, source)
     return rename(rows, data.columns, source)
+
+
+def load_split(data: Data, split: str, **more: Any) -> Any:
+    """A split of the data set at `data.path`, as `datasets.load_dataset` loads it.
+
+    Args:
+        data: The source of the rows.
+        split: The split.
+        **more: Further arguments of `datasets.load_dataset`.
+
+    Raises:
+        DataError: If it cannot be loaded.
+    """
+    try:
+        files = _saved_splits(str(data.path))
+        path = "arrow" if files else data.path
+        options = {"data_files": files, "revision": data.revision}
+        options |= _csv_options(datasets.load_dataset_builder(path, data.name, **options), split)
+        return datasets.load_dataset(path, data.name, split=split, **options, **more)
+    except Exception as error:
+        raise DataError(f"data.path {data.path!r}, split {split!r}: {type(error).__name__}: {error}") from error
+
+
+def _mix(parts: list[datasets.Dataset], data: Data, seed: int) -> datasets.Dataset:
+    """Mix the rows of several sources. Columns that not all sources have are left out."""
+    common = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
+    parts = [part.select_columns(common) for part in parts]
+    first = parts[0].features
+    for number, part in enumerate(parts):
+        if part.features != first:
+            try:
+                parts[number] = part.cast(first)
+            except (pyarrow.ArrowException, TypeError, ValueError) as error:
+                raise DataError(
+                    f"{data.sources[number].train}: its columns have other types than those of "
+                    f"{data.sources[0].train}: {part.features}, and {first}."
+                ) from error
+    if data.weights is None:
+        return datasets.concatenate_datasets(parts)
+    return datasets.interleave_datasets(
+        parts, probabilities=data.weights, seed=seed, stopping_strategy=data.stopping_strategy
+    )
 
 
 def _saved_splits(folder: str) -> dict[str, str] | None:
@@ -74,7 +111,7 @@ def read_file(path: str) -> datasets.Dataset:
     """Read a file of rows.
 
     Args:
-        path: A file of one of `FILE_TYPES`.
+        path: A file of one of `FILE_TYPES`. A JSON file may be in SQuAD's own format (see `read_squad`).
 
     Raises:
         DataError: If the file is missing, empty, damaged or of an unknown type.
@@ -82,17 +119,12 @@ def read_file(path: str) -> datasets.Dataset:
     Example:
         >>> rows = read_file("train.jsonl")
     """
-    if not os.path.isfile(path):
-        hint = "" if os.path.splitext(path)[1] else " (for a split of a data set of the Hub, give `data.path` too)"
-        raise DataError(f"There is no file {path!r}{hint}.")
-    kind = os.path.splitext(path.removesuffix(".gz"))[1]
-    if kind not in _READERS:
-        raise DataError(f"{path}: files must be {FILE_TYPES}.")
-    if not os.path.getsize(path):
-        raise DataError(f"{path} is empty.")
+    kind = _kind_of(path)
     try:
         if kind in (".csv", ".tsv"):
             rows = _read_csv(path, "\t" if kind == ".tsv" else ",")
+        elif kind == ".json" and (questions := _read_squad(path)) is not None:
+            rows = questions
         else:
             # The digest names the cache entry: two versions of a file can have the same modification time, by which
             # `datasets` recognises a file.
@@ -107,6 +139,55 @@ def read_file(path: str) -> datasets.Dataset:
         cause = re.sub(r"^(CSV parse error|In CSV column #\d+): Row #(\d+)", r"row \2 (with the header)", cause)
         raise DataError(f"{path} cannot be read as {kind[1:]}: {cause}") from error
     return rows
+
+
+def _kind_of(path: str) -> str:
+    """The type of a file of rows, by its name.
+
+    Raises:
+        DataError: If the file is missing, empty or of an unknown type.
+    """
+    if not os.path.isfile(path):
+        hint = "" if os.path.splitext(path)[1] else " (for a split of a data set of the Hub, give `data.path` too)"
+        raise DataError(f"There is no file {path!r}{hint}.")
+    kind = os.path.splitext(path.removesuffix(".gz"))[1]
+    if kind not in _READERS:
+        raise DataError(f"{path}: files must be {FILE_TYPES}.")
+    if not os.path.getsize(path):
+        raise DataError(f"{path} is empty.")
+    return kind
+
+
+def stream_file(path: str) -> datasets.IterableDataset:
+    """The rows of a file of one of `FILE_TYPES`, to be read one after the other. Cells of CSV are texts.
+
+    Raises:
+        DataError: If the file is missing, empty, of an unknown type, or its header is damaged.
+    """
+    kind = _kind_of(path)
+    options: dict[str, Any] = {}
+    try:
+        if kind in (".csv", ".tsv"):
+            delimiter = "\t" if kind == ".tsv" else ","
+            options = {"sep": delimiter, **_as_texts(csv_columns(path, delimiter))}
+        return datasets.load_dataset(
+            _READERS[kind] or "csv", data_files=path, split="train", streaming=True, **options
+        )
+    except Exception as error:
+        cause = (_damaged_line(path) if kind == ".jsonl" else None) or error
+        raise DataError(f"{path} cannot be read as {kind[1:]}: {cause}") from error
+
+
+def _read_squad(path: str) -> datasets.Dataset | None:
+    """The questions of a file in SQuAD's own format; `None` for another format."""
+    with _open(path) as file:
+        rows = read_squad(file)
+        if rows is None:
+            return None
+        found = list(rows)
+    if not found:
+        raise ValueError("corresponds to no data")
+    return datasets.Dataset.from_list(found)
 
 
 def _read_csv(path: str, delimiter: str) -> datasets.Dataset:
@@ -188,9 +269,14 @@ def _csv_options(builder: Any, split: str) -> dict[str, Any]:
     if name is None:  # `load_dataset` raises the error for an unknown split
         return {}
     header = pandas.read_csv(files[name][0], sep=builder.config.sep, nrows=0)
+    return _as_texts(header.columns)
+
+
+def _as_texts(names: Iterable[str]) -> dict[str, Any]:
+    """The options with which `datasets` reads each cell of CSV as text, and an empty cell as `None`."""
     text = datasets.Value("string")
     return {
-        "features": datasets.Features(dict.fromkeys(header.columns, text)),
+        "features": datasets.Features(dict.fromkeys(names, text)),
         "keep_default_na": False,
         "na_values": [""],
     }

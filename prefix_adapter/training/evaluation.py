@@ -168,4 +168,5 @@ def evaluate(
         answers, sums = gather_object(answers), gather_object(sums)
     total = sum(each[1] for each in sums)
     loss = sum(each[0] for each in sums) / max(total, 1)
-    return {"loss": loss, **task.loss_metrics(loss), **task.metrics(answers, rows[task.target])}, answers
+    targets = rows[task.target_column(rows.column_names)]
+    return {"loss": loss, **task.loss_metrics(loss), **task.metrics(answers, targets)}, answers

@@ -27,6 +27,7 @@ from .files import atomic_write, check_new, fsync_path
 from .loop import training_accelerator
 from .model import check_virtual_tokens, load_base, load_tokenizer, trained_parameters, wrap
 from .recipe import NO_ADAPTER, Recipe, RecipeError, load_recipe, say
+from .streams import first_rows
 from .tasks import TASK_CLASSES
 
 if TYPE_CHECKING:
@@ -175,9 +176,10 @@ def evaluate_adapter(
         data = "test" if recipe.data.test else "validation"
     if data in _SPLITS:
         if predictions is not None and recipe.data.path is None:
-            for file in filter(None, (recipe.data.train, recipe.data.validation, recipe.data.test)):
+            sources = (source.train for source in recipe.data.sources)
+            for file in filter(None, (*sources, recipe.data.validation, recipe.data.test)):
                 _check_not_source(file, Path(predictions))
-        split, source, rows = data, *_rows_of_run(recipe, data)
+        split, source, rows = data, *_rows_of_run(recipe, task, data)
     else:
         split, source = None, data
         rows = load_rows(dataclasses.replace(recipe.data, path=None, test=data), "test")
@@ -201,18 +203,22 @@ def evaluate_adapter(
     return metrics
 
 
-def _rows_of_run(recipe: Recipe, split: str) -> tuple[str, Dataset]:
+def _rows_of_run(recipe: Recipe, task: Task, split: str) -> tuple[str, Dataset]:
     """The name and the rows of a split, as a run used it."""
     data = recipe.data
     if split == "test" and data.test is None:
         raise RecipeError("`data.test`: the run had no test rows. Name a file, or evaluate on `validation`.")
+    if data.streaming and split == "train":
+        raise RecipeError("`data.streaming`: the run had a stream of training rows. Name a file.")
     read = "train" if split == "validation" and data.validation is None else split
-    name = getattr(data, read)
-    source = name if data.path is None else f"{data.path}, split {name}"
+    name = data.training_source if read == "train" else getattr(data, read)
+    source = name if data.path is None or name == "data.mixture" else f"{data.path}, split {name}"
     if data.validation is None and split != "test":
         part = "held out of" if split == "validation" else "not held out of"
         source = f"{part} {source}"
-    return source, divide({read: load_rows(data, read)}, data, recipe.seed)[split]
+    if data.streaming:
+        return source, first_rows(data, split, task, recipe.seed)
+    return source, divide({read: load_rows(data, read, recipe.seed)}, data, recipe.seed)[split]
 
 
 def predict(
@@ -297,8 +303,7 @@ def predict(
                 problem = error
             if not chunk:
                 break
-            names = [name for name in (*task.columns, *task.optional_columns) if name in chunk[0][1]]
-            columns: dict[str, list[Any]] = {name: [own[name] for _, own in chunk] for name in names}
+            columns: dict[str, list[Any]] = {name: [own[name] for _, own in chunk] for name in rows.names}
             found = answer_rows(task, trained, columns, batch_size or recipe.eval_batch_size, place)
             answers.write([row for row, _ in chunk], found)
             bar.update((rows_in.position if rows_in.total else answers.count) - bar.n)
@@ -434,12 +439,13 @@ class _CheckedRows(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
 
     Attributes:
         skipped: the number of rows that were left out.
+        names: the task's columns that each row has; empty before the first row.
     """
 
     def __init__(self, rows: Iterator[FoundRow], source: str, task: Task, columns: dict[str, str], skip: bool) -> None:
         self.rows, self.source, self.task, self.columns, self.skip = rows, source, task, columns, skip
         self.skipped = 0
-        self._optional: set[str] | None = None
+        self.names: list[str] = []
 
     def check_columns(self, schema: Any) -> None:
         """Check that a file whose columns are known has those of the task.
@@ -447,9 +453,12 @@ class _CheckedRows(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
         Raises:
             DataError: If one is missing.
         """
-        for name, meaning in self.task.columns.items() if schema is not None else ():
-            known = set(schema.names)
-            if not {name, self.columns.get(name, name)} & known:
+        if schema is None:
+            return
+        known = set(schema.names)
+        ours = {*known, *(own for own, theirs in self.columns.items() if theirs in known)}
+        for name, meaning in self.task.input_columns(ours).items():
+            if name not in ours:
                 expected = self.columns.get(name, name)
                 raise DataError(f"{self.source} has no column {expected!r} ({meaning}); it has {sorted(known)}.")
 
@@ -470,16 +479,16 @@ class _CheckedRows(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
 
     def _problem(self, row: dict[str, Any], own: dict[str, Any]) -> str | None:
         """What is wrong with a row; `None` if it can be answered."""
-        for name, meaning in self.task.columns.items():
+        needed = self.task.input_columns(own.keys())
+        for name, meaning in needed.items():
             if name not in own:
                 return f"{self.columns.get(name, name)!r} is missing ({meaning}); it has {sorted(row)}."
-        given = {name for name in self.task.optional_columns if name in own}
-        optional = given if self._optional is None else self._optional
-        if given != optional:
-            return f"it has the optional columns {sorted(given)}, but the first row has {sorted(optional)}."
-        problem = self.task.problem(own, False) or _surrogate_problem(own, [*self.task.columns, *given])
+        names = [*needed, *(name for name in self.task.optional_columns if name in own and name not in needed)]
+        if self.names and names != self.names:
+            return f"it has the columns {names} of the task, but the first row has {self.names}."
+        problem = self.task.problem(own, False) or _surrogate_problem(own, names)
         if problem is None:
-            self._optional = optional
+            self.names = names
         return problem
 
 

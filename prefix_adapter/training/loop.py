@@ -24,6 +24,7 @@ from .model import new_scheduler, trained_parameters
 from .outputs import how_to_resume
 from .progress import Progress
 from .recipe import RecipeError
+from .streams import StreamBatches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -138,14 +139,15 @@ class Loop:
         self.command, self.on_evaluation, self.checkpoints = command, on_evaluation, checkpoints
         self._share = DataShare.of(accelerator)
         self.batches = objective.batches
-        self.steps = math.ceil(recipe.num_train_epochs * self.batches.steps_per_epoch)
+        epoch = self.batches.steps_per_epoch  # `None` for a stream, whose recipe has `max_steps`
+        self.steps = recipe.max_steps or 0 if epoch is None else math.ceil(recipe.num_train_epochs * epoch)
         self.steps = min(self.steps, recipe.max_steps or self.steps)
-        self.eval_steps = recipe.eval_steps or self.batches.steps_per_epoch
+        self.eval_steps = recipe.eval_steps or epoch or max(self.steps // 10, 1)
         self.model, self.optimizer, optimizer = objective.prepare(model)
         self.parameters = list(trained_parameters(self.model).values())
         if not self.parameters:  # the run only evaluates
             self.steps = 0
-        self.scheduler = new_scheduler(recipe, optimizer, self.steps, self.batches.steps_per_epoch)
+        self.scheduler = new_scheduler(recipe, optimizer, self.steps, epoch or self.steps)
         self.state: dict[str, Any] = {"best_step": None, "best_metrics": None, "evaluations_since_best": 0}
         self.step, self._loss_sum, self._loss_count = 0, 0.0, 0
         self._pending: Tensor | None = None
@@ -183,6 +185,8 @@ class Loop:
         self.state = {key: state[key] for key in self.state}
         self._loss_sum, self._loss_count = state["loss_sum"], state["loss_count"]
         self._set_schedule(state["scheduler"]["last_epoch"])
+        if isinstance(self.batches, StreamBatches):
+            self.batches.load_state(state["stream"])
         self._remove_old_checkpoints()
         self.accelerator.print(f"Resuming after step {self.step} of {self.steps}.{self._how_to_train_longer()}")
 
@@ -306,7 +310,7 @@ class Loop:
     def write(self, split: str, values: dict[str, float], step: int | None = None) -> None:
         """Record values of a step, by default of the current one."""
         step = self.step if step is None else step
-        self.log.write(step, step / self.batches.steps_per_epoch, split, values)
+        self.log.write(step, self.batches.epochs(step), split, values)
 
     def _evaluate(self) -> bool:
         """Evaluate on the validation rows; return whether to stop early."""
@@ -342,6 +346,8 @@ class Loop:
             "loss_count": self._loss_count,
             "scheduler": self.scheduler.state_dict(),
         }
+        if isinstance(self.batches, StreamBatches):
+            state["stream"] = self.batches.state()
         try:
             checkpoint.save(self.checkpoints, self.step, self.accelerator, self.model, self.optimizer, state)
         except FloatingPointError as error:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+import re
 import warnings
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +41,7 @@ _TABLE_STD = 0.5
 _RATES = {"PREFIX_TUNING_V2": 3e-2, "LORA": 2e-3, "FULL": 3e-5}
 _DECODER_RATE = 1e-2
 _HEAD_RATE = 2e-2
+_NUMBER = re.compile(r"\.\d+\.")
 _NEED_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -75,6 +78,59 @@ def _explain(error: BaseException) -> str:
     return str(error)
 
 
+def check_packages(recipe: Recipe) -> None:
+    """Check that the packages are there that the recipe needs besides those of the extra `train`.
+
+    Raises:
+        RecipeError: if one is missing.
+    """
+    if recipe.load_in_4bit and find_spec("bitsandbytes") is None:
+        raise RecipeError(
+            "`load_in_4bit` needs the package bitsandbytes: pip install bitsandbytes. Without it, set "
+            "`load_in_4bit: false`."
+        )
+
+
+def _quantization(recipe: Recipe, auto_class: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that load the base model in 4 bits; none unless the recipe asks for it.
+
+    Args:
+        recipe: the recipe.
+        auto_class: the class that loads the model.
+        settings: the other arguments of its `from_pretrained`.
+    """
+    if not recipe.load_in_4bit:
+        return {}
+    check_packages(recipe)
+    options = {key: value for key, value in settings.items() if key not in ("dtype", "torch_dtype")}
+    config = transformers.AutoConfig.from_pretrained(recipe.model, **options)
+    trust = {"trust_remote_code": recipe.trust_remote_code}
+    with torch.device("meta"):
+        model = auto_class.from_config(config, **trust)
+    # Only the repeated layers, which have a number: a head, or a pooler without weights, is trained.
+    kept = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not _NUMBER.search(name)
+    ]
+    # As in QLoRA (Dettmers et al. 2023). Products are computed in the second dtype.
+    quantized = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float16 if recipe.mixed_precision == "fp16" else torch.bfloat16,
+        llm_int8_skip_modules=kept,
+    )
+    return {"quantization_config": quantized}
+
+
+def _keep_differentiable(model: Any) -> None:
+    """Have bitsandbytes leave 4-bit weights as they are: on some CPUs an evaluation packs them for good, and then no
+    gradient passes through them any more.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+
+
 def load_base(recipe: Recipe, task: Task, processes: int = 1) -> tuple[PreTrainedModel, list[str]]:
     """Load the base model with the task's head.
 
@@ -99,10 +155,10 @@ def load_base(recipe: Recipe, task: Task, processes: int = 1) -> tuple[PreTraine
     transformers.logging.set_verbosity_error()  # No warning about the missing head: it is trained.
     divided = {"distributed_config": {"tp_size": processes}} if processes > 1 else {}
     try:
+        settings = {**task.model_kwargs(), **recipe.model_kwargs, "trust_remote_code": recipe.trust_remote_code}
         model, found = auto_class.from_pretrained(
             recipe.model,
-            **{**task.model_kwargs(), **recipe.model_kwargs, **divided},
-            trust_remote_code=recipe.trust_remote_code,
+            **{**settings, **_quantization(recipe, auto_class, settings), **divided},
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -112,6 +168,7 @@ def load_base(recipe: Recipe, task: Task, processes: int = 1) -> tuple[PreTraine
         ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
+    _keep_differentiable(model)
     outside = [
         name for name, child in model.named_children() if child is not model.base_model and list(child.parameters())
     ]

@@ -84,6 +84,10 @@ class JointRecipe:
                     f"`tasks.{name}`: the run creates another file or folder {name!r}: choose another name."
                 )
             taken.add(name.lower())
+            if recipe.data.streaming:
+                raise RecipeError(
+                    f"`tasks.{name}.data.streaming`: tasks that are trained together cannot be streamed."
+                )
             own, shared = recipe.to_dict(), self.settings.to_dict()
             for key in own:
                 if own[key] != shared[key] and key not in (*TASK_KEYS, "output_dir"):
@@ -278,7 +282,7 @@ class JointObjective:
     def __init__(self, recipe: JointRecipe, objectives: dict[str, TaskObjective], accelerator: Accelerator) -> None:
         self.recipe, self.objectives, self.accelerator = recipe, objectives, accelerator
         self.items = [count for objective in objectives.values() for count in objective.items]
-        batches = [objective.batches for objective in objectives.values()]
+        batches: Any = [objective.batches for objective in objectives.values()]  # `JointRecipe` allows no streams
         self.batches = JointBatches(batches, recipe.sampling_exponent, recipe.settings.seed)
         self._in_order = list(objectives.values())
 
@@ -422,7 +426,7 @@ class JointRun(TrainingRun):
         return {
             "metric": loop.objective.metric,
             "validation": {key: value for key, value in loop.state["best_metrics"].items() if "/" not in key},
-            "epochs": loop.step / loop.batches.steps_per_epoch,
+            "epochs": loop.batches.epochs(loop.step),
             "trained_parameters": trained_size(loop.unwrapped_model()),
             **shared,
             "tasks": tasks,

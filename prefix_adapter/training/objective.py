@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from datasets import Dataset
 
 from .batches import Batches
 from .data import DataError, rows_of
 from .distributed import prepare_for_training
 from .evaluation import evaluate, make_features
 from .recipe import RecipeError
+from .streams import RowStream, StreamBatches
 from .tasks.task import input_length
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from datasets import Dataset
     from torch import Tensor
 
     from .batches import JointBatches
@@ -34,7 +35,7 @@ class TrainingObjective(Protocol):
     """For each feature, the number of items (rows, words, tokens) over which its loss is the mean."""
 
     @property
-    def batches(self) -> Batches | JointBatches:
+    def batches(self) -> Batches | JointBatches | StreamBatches:
         """The batches, as lists of feature indices."""
 
     def prepare(self, model: Any) -> tuple[Any, Any, torch.optim.Optimizer]:
@@ -67,29 +68,47 @@ class TaskObjective:
     Args:
         recipe: the recipe.
         task: the recipe's task, with labels.
-        rows: the checked rows by split: `train`, `validation` and perhaps `test`.
+        rows: the checked rows by split: `train`, which may be a stream, `validation` and perhaps `test`.
         accelerator: the accelerator.
 
     Raises:
         DataError: if no training row contributes to the loss.
     """
 
-    def __init__(self, recipe: Recipe, task: Task, rows: dict[str, Dataset], accelerator: Accelerator) -> None:
+    def __init__(
+        self, recipe: Recipe, task: Task, rows: dict[str, Dataset | RowStream], accelerator: Accelerator
+    ) -> None:
         self.recipe, self.task, self.rows, self.accelerator = recipe, task, rows, accelerator
-        features = make_features(task, rows["train"], True, recipe.data.num_proc)
-        task.check_tokens(features, recipe.data.train)
-        items = [task.num_items(labels) for labels in features["labels"]]
+        self.batches: Batches | StreamBatches
+        training = rows["train"]
+        if isinstance(training, RowStream):
+            self.batches = StreamBatches(training, self._use_block, recipe.batch_size, recipe.seed)
+        else:
+            self._use(make_features(task, training, True, recipe.data.num_proc))
+            lengths = [input_length(ids) for ids in self.features["input_ids"]] if recipe.group_by_length else None
+            self.batches = Batches(len(self.items), recipe.batch_size, recipe.seed, lengths)
+        self.metric = recipe.metric_for_best_model or task.default_metric
+        self.lower_is_better = self.metric in task.lower_is_better
+
+    def _use_block(self, rows: Dataset) -> int:
+        """Train on the rows of a block of a stream from here on; return the number of its features."""
+        columns = self.task.training_features(rows[:], list(range(len(rows))))
+        return self._use(Dataset.from_dict(columns))
+
+    def _use(self, features: Dataset) -> int:
+        """Train on these features from here on; return their number."""
+        self.task.check_tokens(features, self.recipe.data.training_source)
+        items = [self.task.num_items(labels) for labels in features["labels"]]
         if not all(items):  # For instance a truncated completion. The mean of no losses is not a number.
             kept = [i for i, count in enumerate(items) if count]
-            accelerator.print(f"{len(items) - len(kept)} features do not contribute to the loss and are left out.")
+            self.accelerator.print(
+                f"{len(items) - len(kept)} features do not contribute to the loss and are left out."
+            )
             features, items = features.select(kept), [items[i] for i in kept]
         if not items:
             raise DataError("No training row contributes to the loss: `max_length` may be too small.")
         self.features, self.items = features, items
-        lengths = [input_length(ids) for ids in features["input_ids"]] if recipe.group_by_length else None
-        self.batches = Batches(len(items), recipe.batch_size, recipe.seed, lengths)
-        self.metric = recipe.metric_for_best_model or task.default_metric
-        self.lower_is_better = self.metric in task.lower_is_better
+        return len(items)
 
     def prepare(self, model: Any) -> tuple[Any, Any, torch.optim.Optimizer]:
         """See `TrainingObjective.prepare` and `distributed.prepare_for_training`."""
@@ -105,6 +124,7 @@ class TaskObjective:
             raise RecipeError(f"`max_length`: the model cannot process the longest row: {error}") from error
         if self.recipe.metric_for_best_model:
             rows = self.rows["validation"]
+            assert isinstance(rows, Dataset)
             known = self._metrics(model, rows.select(range(min(2, len(rows)))))
             if self.metric not in known:
                 raise RecipeError(f"`metric_for_best_model`: there is no {self.metric!r}; there are {sorted(known)}.")
@@ -116,7 +136,9 @@ class TaskObjective:
 
     def evaluate(self, model: Any, split: str = "validation") -> dict[str, float]:
         """The metrics on the rows of a split, `loss` among them; `model` has no wrapper of Accelerate's."""
-        return self._metrics(model, self.rows[split])
+        rows = self.rows[split]
+        assert isinstance(rows, Dataset)  # only training rows can be a stream
+        return self._metrics(model, rows)
 
     def _metrics(self, model: Any, rows: Dataset) -> dict[str, float]:
         return evaluate(self.task, model, rows, self.recipe.eval_batch_size, self.accelerator)[0]

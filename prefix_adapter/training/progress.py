@@ -9,9 +9,11 @@ from tqdm.auto import tqdm
 
 from ..messages import shorten
 from .model import learning_rates
+from .streams import RowStream
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from datasets import Dataset
 
     from .objective import TaskObjective
 
@@ -77,11 +79,11 @@ def describe_task(objective: TaskObjective, model: Any, trained: int) -> str:
         trained: the number of its trained parameters.
     """
     recipe, task = objective.recipe, objective.task
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = model.num_parameters()  # of transformers: it counts weights in 4 bits, of which two share a number
     rate, head_rate = learning_rates(recipe, model)
     lines = [
         f"{recipe.task} with {recipe.model}",
-        f"  rows: {', '.join(f'{len(rows):,} {split}' for split, rows in objective.rows.items())}",
+        f"  rows: {', '.join(f'{_count(rows)} {split}' for split, rows in objective.rows.items())}",
         f"  labels: {_join_labels(task.labels)}" if task.labels else "",
         f"  trained: {trained:,} of {total:,} parameters ({recipe.adapter['peft_type']})",
         f"  learning rate: {rate:g}{f', of the head {head_rate:g}' if task.has_head else ''}",
@@ -108,6 +110,10 @@ def describe_features(objective: TaskObjective, count: int = 2) -> str:
         texts = [tokenizer.decode(each) for each in (ids if ids and isinstance(ids[0], list) else [ids])]
         lines += [*(f"  text: {text}" for text in texts), f"  labels: {feature['labels']}"]
     return "\n".join([f"{objective.recipe.task}, the first {count} encoded rows:", *lines])
+
+
+def _count(rows: Dataset | RowStream) -> str:
+    return "streamed" if isinstance(rows, RowStream) else f"{len(rows):,}"
 
 
 def _join_labels(labels: list[Any]) -> str:

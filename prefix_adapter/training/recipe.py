@@ -32,6 +32,8 @@ TASKS = (
     "seq2seq-lm",
     "cloze",
 )
+STREAMING_TASKS = ("causal-lm", "chat", "seq2seq-lm")
+"""The tasks whose training rows may be a stream: they learn nothing from the rows before training."""
 NO_ADAPTER = ("FULL", "HEAD", "NONE")
 """Values of `adapter.peft_type` that are no PEFT methods: full fine-tuning, the task head alone, or no training."""
 _KERNEL_KWARGS = ("allow_all_kernels", "use_kernels", "kernel_config")
@@ -44,6 +46,9 @@ _HOW_TO_TRUST = (
 
 class RecipeError(ValueError):
     """A recipe is invalid or cannot be run. The message names the key."""
+
+
+_MIXTURE_KEYS = ("train", "path", "name", "revision", "columns", "weight")
 
 
 @dataclass
@@ -66,6 +71,17 @@ class Data:
         max_validation_rows: Maximum number of validation rows, drawn like the training rows.
         max_test_rows: Maximum number of test rows, drawn like the training rows.
         num_proc: Number of processes for tokenization.
+        mixture: Several sources of training rows in the place of `train`. Each is a mapping with `train`, and
+            optionally `path`, `name`, `revision`, `columns` and `weight`; all but `weight` mean the same as here. With
+            weights, rows are drawn at random from the sources, in proportion to the weights; without, all rows of all
+            sources are used once. `path`, `name` and `revision` beside it are those of `validation` and `test`.
+        stopping_strategy: When an epoch of a mixture with weights ends, as in `datasets.interleave_datasets`:
+            first_exhausted, when all rows of one source are used, or all_exhausted, when all rows of all sources are.
+            Until then the smaller sources are repeated.
+        streaming: Read the training rows while training, and never all of them. Needs `max_steps`, and `validation` or
+            `max_validation_rows`: without `validation` that many rows at the beginning are held out. Only for
+            causal-lm, chat and seq2seq-lm.
+        shuffle_buffer: Number of rows that are read at once from a stream, and whose order is random.
 
     Raises:
         RecipeError: If a value has the wrong type or is out of range.
@@ -87,12 +103,81 @@ class Data:
     max_validation_rows: Optional[int] = None
     max_test_rows: Optional[int] = None
     num_proc: Optional[int] = None
+    mixture: Optional[list[dict[str, Any]]] = None
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+    streaming: bool = False
+    shuffle_buffer: int = 1000
 
     def __post_init__(self) -> None:
         _check_types(self, "data.")
+        _check_range("data.shuffle_buffer", self.shuffle_buffer, least=1)
+        self._check_mixture()
+        if self.streaming:
+            self._check_streaming()
         for name in ("max_train_rows", "max_validation_rows", "max_test_rows", "num_proc"):
             _check_range(f"data.{name}", getattr(self, name), least=1)
         _check_range("data.validation_fraction", self.validation_fraction, above=0, below=1)
+
+    @property
+    def sources(self) -> list[Data]:
+        """The sources of the training rows: those of `mixture`, or this one."""
+        if self.mixture is None:
+            return [self]
+        own = [{key: value for key, value in each.items() if key != "weight"} for each in self.mixture]
+        return [Data(**{"columns": self.columns, "streaming": False, **each}) for each in own]
+
+    @property
+    def weights(self) -> list[float] | None:
+        """The shares of the sources, which sum to 1; `None` if the mixture has no weights."""
+        weights = [each["weight"] for each in self.mixture or () if "weight" in each]
+        return [weight / sum(weights) for weight in weights] or None
+
+    @property
+    def training_source(self) -> str:
+        """The name of the training rows in messages."""
+        return self.train if self.mixture is None else "data.mixture"
+
+    def _check_mixture(self) -> None:
+        if self.mixture is None:
+            return
+        if self.train != "train":
+            raise RecipeError("`data.train` and `data.mixture` are both set; set only one of them.")
+        if len(self.mixture) < 2:
+            raise RecipeError("`data.mixture` must have at least two sources.")
+        for number, each in enumerate(self.mixture):
+            key = f"data.mixture[{number}]"
+            for name in each:
+                if name not in _MIXTURE_KEYS:
+                    known = ", ".join(_MIXTURE_KEYS)
+                    raise RecipeError(f"`{key}.{name}`: there is no such key; there are {known}.")
+            if "train" not in each:
+                raise RecipeError(f"`{key}.train`: there must be a file, or a split of `{key}.path`.")
+            weight = each.get("weight", 1)
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+                raise RecipeError(f"`{key}.weight` must be a number above 0, got {weight!r}.")
+        count = sum("weight" in each for each in self.mixture)
+        if 0 < count < len(self.mixture):
+            raise RecipeError("`data.mixture`: either all sources have a `weight`, or none.")
+        if count and self.validation is None and not self.streaming:
+            raise RecipeError(
+                "`data.validation` must be set with the weights of `data.mixture`: a row that is repeated could be "
+                "held out and trained on."
+            )
+        try:
+            _ = self.sources
+        except RecipeError as error:
+            raise RecipeError(f"`data.mixture`: in a source, {error}") from error
+
+    def _check_streaming(self) -> None:
+        if self.max_train_rows is not None:
+            raise RecipeError("`data.max_train_rows` cannot be drawn from a stream; `max_steps` limits the training.")
+        if self.validation is None and self.max_validation_rows is None:
+            raise RecipeError(
+                "`data.streaming`: set `data.validation`, or `data.max_validation_rows` to hold out that many rows at "
+                "the beginning of the stream."
+            )
+        if self.mixture is not None and self.weights is None:
+            raise RecipeError("`data.streaming`: the sources of `data.mixture` need weights.")
 
 
 @dataclass
@@ -118,6 +203,9 @@ class Recipe:
             true for a table on a decoder that can start from a text, unless `init_from` or `init_text` is set.
         model_kwargs: Arguments for `from_pretrained` of the base model (`dtype`, `attn_implementation`, `revision`,
             `hidden_dropout_prob` of a BERT, ...).
+        load_in_4bit: Load the frozen base model with its linear layers in 4 bits (bitsandbytes: NF4, double
+            quantization). Its head, and the weights that are trained, are not quantized. `evaluate` and `predict` load
+            it in the same way.
         backbone_dropout: Whether the dropout of a frozen base model is active in training. It is off by default: the
             base model does not learn, and its noise slows the prefix down. With FULL, and in the task head, dropout
             is always as the base model's config sets it.
@@ -127,7 +215,7 @@ class Recipe:
             same on one GPU and on eight.
         gradient_accumulation_steps: Number of parts in which each process computes its share of a batch.
         eval_batch_size: Rows per forward pass and process in evaluation.
-        num_train_epochs: Number of passes over the training rows.
+        num_train_epochs: Number of passes over the training rows. A stream needs `max_steps` instead.
         max_steps: Maximum number of optimizer steps; takes precedence over `num_train_epochs`.
         group_by_length: Batch rows of similar length, to save padding.
         learning_rate: Learning rate of the adapter. Default: 3e-2 for a table (1e-2 on a decoder), 1e-3 for an MLP,
@@ -142,7 +230,8 @@ class Recipe:
         seed: Seed of the initial weights, the order of the rows and dropout.
         mixed_precision: Accelerate's `mixed_precision`: no, fp16 or bf16. Default: the setting of `accelerate launch`.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
-        eval_steps: Evaluate and write a checkpoint every `eval_steps` steps. Default: after every epoch.
+        eval_steps: Evaluate and write a checkpoint every `eval_steps` steps. Default: after every epoch; after a tenth
+            of the steps if the training rows are a stream.
         save_steps: Write an additional checkpoint every `save_steps` steps.
         logging_steps: Record the loss every `logging_steps` steps.
         metric_for_best_model: The metric on the validation rows that selects the best checkpoint, or `loss` for the
@@ -176,6 +265,7 @@ class Recipe:
     init_text: Optional[str] = None
     init_rows: Optional[bool] = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    load_in_4bit: bool = False
     backbone_dropout: bool = False
     task_kwargs: dict[str, Any] = field(default_factory=dict)
     max_length: Optional[int] = None
@@ -213,6 +303,12 @@ class Recipe:
         self.adapter = {**self.adapter, "peft_type": kind.upper()}
         self._check_initial_prefix()
         self._check_dropout()
+        if self.load_in_4bit and self.adapter["peft_type"] == "FULL":
+            raise RecipeError("`load_in_4bit`: weights in 4 bits cannot be trained, and FULL trains them all.")
+        if self.load_in_4bit and "quantization_config" in self.model_kwargs:
+            raise RecipeError(
+                "`load_in_4bit` and `model_kwargs.quantization_config` are both set; set only one of them."
+            )
         for name in ("learning_rate", "head_learning_rate", "num_train_epochs"):
             _check_range(name, getattr(self, name), above=0)
         counts = ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_length", "max_steps")
@@ -301,6 +397,29 @@ class Recipe:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as YAML."""
         write_values(self.to_dict(), path)
+
+
+def check_streaming(recipe: Recipe) -> None:
+    """Check that a run whose training rows are a stream needs nothing that only all rows tell.
+
+    Raises:
+        RecipeError: If it does; the message names the key.
+    """
+    if not recipe.data.streaming:
+        return
+    if recipe.task not in STREAMING_TASKS:
+        raise RecipeError(
+            f"`data.streaming` is for {', '.join(STREAMING_TASKS)}. {recipe.task} needs all training rows for its "
+            "labels."
+        )
+    if recipe.max_steps is None:
+        raise RecipeError("`max_steps` must be set with `data.streaming`: the length of an epoch is not known.")
+    if recipe.group_by_length:
+        raise RecipeError("`group_by_length` needs the lengths of all rows, which `data.streaming` does not know.")
+    if recipe.lr_scheduler_type == "exponential":
+        raise RecipeError(
+            "`lr_scheduler_type`: exponential needs the length of an epoch, which `data.streaming` does not know."
+        )
 
 
 def write_values(values: dict[str, Any], path: str | os.PathLike[str]) -> None:

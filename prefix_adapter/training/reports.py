@@ -26,8 +26,8 @@ from ..files.card import (
 from ..files.markdown import code, file_name, hub_name, link, table, without_paths
 from ..tuner.config import AdapterConfig
 from .files import atomic_write, path_in_errors, write_text
-from .outputs import CURVE, METRICS
-from .recipe import Recipe, RecipeError
+from .outputs import CURVE, LOGS, METRICS
+from .recipe import Data, Recipe, RecipeError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -72,7 +72,12 @@ class MetricsLog:
                 key: value if isinstance(value, (int, float, str)) else json.dumps(value)
                 for key, value in self.values.items()
             }
-            self.accelerator.init_trackers("prefix-adapter", config=flat)
+            logs = self.path.with_name(LOGS)
+            if self.accelerator.is_main_process:
+                logs.mkdir(exist_ok=True)
+            # Accelerate tells all trackers but this one where to write.
+            own = {"wandb": {"dir": str(logs)}}
+            self.accelerator.init_trackers("prefix-adapter", config=flat, init_kwargs=own)
         if self.accelerator.is_main_process and self.path.is_file():
             kept = [line for line in read_metrics(self.path) if line["step"] <= step and line["split"] != "test"]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -211,8 +216,10 @@ def training_part(recipe: Recipe, results: dict[str, Any], curve: bool) -> str:
         curve: whether the run has drawn its curve.
     """
     data = recipe.data
-    source = link(data.path, "datasets/") if data.path else "files"
-    parts = [data.name, data.train] if data.path and data.name else [file_name(data.train)]
+    sources = [
+        _describe_source(source, f", weight {each['weight']:g}" if "weight" in each else "")
+        for each, source in zip(data.mixture or [{}], data.sources, strict=True)
+    ]
     settings = {
         "task": recipe.task,
         "adapter": yaml.safe_dump(without_paths(recipe.adapter), default_flow_style=True, width=2**31).strip(),
@@ -225,6 +232,8 @@ def training_part(recipe: Recipe, results: dict[str, Any], curve: bool) -> str:
         "seed": str(recipe.seed),
         "mixed precision": results["mixed_precision"],
     }
+    if recipe.load_in_4bit:
+        settings["base model in 4 bits"] = "bitsandbytes, nf4, double quantization"
     rows, others = results["rows"], results.get("together")
     tables = {split: results[split] for split in ("validation", "test") if split in results}
     names = list(results["validation"])
@@ -233,7 +242,8 @@ def training_part(recipe: Recipe, results: dict[str, Any], curve: bool) -> str:
         for split, values in tables.items()
     ]
     return _TRAINING.format(
-        description=f"Trained on {rows['train']:,} rows of {source} ({', '.join(map(code, parts))}), "
+        description=f"Trained on {'streamed' if rows['train'] is None else format(rows['train'], ',')} rows of "
+        f"{', '.join(sources)}, "
         f"validated on {rows['validation']:,}" + (f" and tested on {rows['test']:,}." if "test" in rows else "."),
         settings=table(["setting", "value"], [(name, code(value, 1000)) for name, value in settings.items()]),
         steps=results["steps"],
@@ -245,6 +255,12 @@ def training_part(recipe: Recipe, results: dict[str, Any], curve: bool) -> str:
         place=PLACE,
         versions=", ".join(f"{name} {number}" for name, number in results["versions"].items()),
     )
+
+
+def _describe_source(data: Data, more: str) -> str:
+    source = link(data.path, "datasets/") if data.path else "files"
+    parts = [data.name, data.train] if data.path and data.name else [file_name(data.train)]
+    return f"{source} ({', '.join(map(code, parts))}{more})"
 
 
 def write_run_card(folder: Path, recipe: Recipe, results: dict[str, Any]) -> None:
@@ -260,10 +276,11 @@ def write_run_card(folder: Path, recipe: Recipe, results: dict[str, Any]) -> Non
         OSError: if the card cannot be written.
     """
     ours = _card_without_training(folder, recipe)
+    paths = [recipe.data.path, *(source.path for source in recipe.data.sources)]
     data: dict[str, Any] = {
         **ours.data,
         "pipeline_tag": _PIPELINES.get(recipe.task),
-        "datasets": [dataset] if (dataset := recipe.data.path and hub_name(recipe.data.path)) else None,
+        "datasets": sorted({name for path in paths if path and (name := hub_name(path))}) or None,
         "metrics": sorted(set(results["validation"]) - {"loss"}),
     }
     parts = {**ours.parts, "training": training_part(recipe, results, (folder / CURVE).is_file())}

@@ -17,12 +17,13 @@ from accelerate.utils import set_seed
 from ..adapters.saved import fold
 from ..files.whole import UNFINISHED
 from . import checkpoint, outputs, reports
-from .data import DataError, divide, load_rows
+from .data import divide, load_rows
 from .distributed import propagate_errors, tensor_parallel_size
 from .files import fsync_path, path_in_errors
 from .loop import Loop, training_accelerator
 from .model import (
     adapter_config,
+    check_packages,
     initialize_prefix,
     learning_rates,
     load_base,
@@ -32,7 +33,8 @@ from .model import (
 )
 from .objective import TaskObjective
 from .progress import describe_features, describe_steps, describe_task
-from .recipe import Recipe, RecipeError, load_recipe, say, values_as_yaml
+from .recipe import Recipe, RecipeError, check_streaming, load_recipe, say, values_as_yaml
+from .streams import RowStream, check_optional_columns, stream_splits
 from .tasks import TASK_CLASSES
 
 if TYPE_CHECKING:
@@ -121,6 +123,8 @@ class TrainingRun:
 
     def __init__(self, recipe: outputs.AnyRecipe, settings: Recipe, recipes: dict[str, Recipe]) -> None:
         self.recipe, self.settings, self.recipes = recipe, settings, recipes
+        for each in recipes.values():
+            check_streaming(each)
         self.folder = Path(recipe.output_dir)
         self.checkpoints = self.folder / outputs.CHECKPOINTS
 
@@ -265,11 +269,13 @@ class TrainingRun:
             tasks[name] = {
                 "validation": select_metrics(loop.state["best_metrics"], prefix),
                 "metric": own.metric,
-                "epochs": steps / own.batches.steps_per_epoch,
+                "epochs": own.batches.epochs(steps),
                 "trained_parameters": sizes[name],
                 "learning_rates": list(learning_rates(own.recipe, models[name])),
                 "max_length": own.task.max_length,
-                "rows": {split: len(rows) for split, rows in own.rows.items()},
+                "rows": {
+                    split: None if isinstance(rows, RowStream) else len(rows) for split, rows in own.rows.items()
+                },
                 **shared,
             }
             if "test" in own.rows:
@@ -301,9 +307,11 @@ class TrainingRun:
         tasks, rows, models, objectives = {}, {}, {}, {}
         for name, recipe in self.recipes.items():
             with self.task_in_errors(name):
+                # Invalid settings are an error before the rows are loaded.
+                check_packages(recipe)
                 # Each task has its own tokenizer, because tasks change tokenizer settings.
                 tasks[name] = TASK_CLASSES[recipe.task](recipe, load_tokenizer(recipe))
-                adapter_config(recipe, tasks[name])  # Invalid settings are an error before the rows are loaded.
+                adapter_config(recipe, tasks[name])
                 rows[name] = load_splits(recipe, tasks[name])
         processes = tensor_parallel_size(accelerator)
         set_seed(self.settings.seed)  # Every process draws the same initial weights.
@@ -352,7 +360,7 @@ def select_metrics(values: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
 
 
-def load_splits(recipe: Recipe, task: Task) -> dict[str, Dataset]:
+def load_splits(recipe: Recipe, task: Task) -> dict[str, Dataset | RowStream]:
     """Load and check the rows of a recipe, and have the task learn its labels from the training rows.
 
     Returns:
@@ -362,19 +370,24 @@ def load_splits(recipe: Recipe, task: Task) -> dict[str, Dataset]:
         DataError: if the rows are invalid.
     """
     data = recipe.data
-    rows = {split: load_rows(data, split) for split in ("train", "validation", "test") if getattr(data, split)}
-    for name in task.optional_columns:
-        lacking = [getattr(data, split) for split, own in rows.items() if name not in own.column_names]
-        if 0 < len(lacking) < len(rows):
-            raise DataError(f"{lacking[0]} has no column {name!r}, but other splits have: that would be another task.")
-    task.check(rows["train"], data.train)
-    task.learn_labels(rows["train"], data.train)
-    task.check(rows["train"], data.train)  # Some checks need the labels.
+    if data.streaming:
+        return stream_splits(data, task, recipe.seed)
+    sources = {each.train: load_rows(each, "train") for each in data.sources} if data.mixture else {}
+    rows = {
+        split: load_rows(data, split, recipe.seed) for split in ("train", "validation", "test") if getattr(data, split)
+    }
+    names = {split: data.training_source if split == "train" else getattr(data, split) for split in rows}
+    check_optional_columns(task, {**sources, **{names[split]: own for split, own in rows.items()}})
+    for name, own in sources.items():
+        task.check(own, name)  # The numbers of rows in a mixture say nothing.
+    task.check(rows["train"], names["train"])
+    task.learn_labels(rows["train"], names["train"])
+    task.check(rows["train"], names["train"])  # Some checks need the labels.
     for split in ("validation", "test"):
         if split in rows:
-            task.check(rows[split], getattr(data, split))
+            task.check(rows[split], names[split])
     recipe.labels = task.labels
-    return divide(rows, data, recipe.seed)
+    return {**divide(rows, data, recipe.seed)}
 
 
 def write_adapter(recipe: Recipe, best: Path, lines: list[dict[str, Any]], results: dict[str, Any]) -> None:

@@ -501,6 +501,23 @@ def test_fold_a_saved_adapter(kind, settings, tmp_path):
     assert differ(expected, unadapted)
 
 
+def test_fold_keeps_the_text_of_the_card_and_the_files_of_a_run(tmp_path):
+    case("bert", True).save_pretrained(tmp_path / "mlp")
+    card = tmp_path / "mlp" / "README.md"
+    assert "prefix-adapter fold" in card.read_text()
+    card.write_text(card.read_text().replace("---\n", "---\nlanguage: de\n", 1) + "\nA word of mine.\n")
+    (tmp_path / "mlp" / "recipe.yaml").write_text("task: x\n")
+    fold(tmp_path / "mlp", tmp_path / "folded")
+    text = (tmp_path / "folded" / "README.md").read_text()
+    assert "language: de\n" in text and text.endswith("\nA word of mine.\n") and text.count("\n# ") == 1
+    assert "prefix-adapter fold" not in text and "there is no MLP to fold" in text
+    assert (tmp_path / "folded" / "recipe.yaml").read_text() == "task: x\n"
+    card.write_text("---\n[\n---\n")
+    with pytest.raises(ValueError, match=r"README.md cannot be read as a model card"):
+        fold(tmp_path / "mlp", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("kind", CASES)
 def test_fold_a_loaded_adapter(kind, trainable, tmp_path):

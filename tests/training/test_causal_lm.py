@@ -87,6 +87,7 @@ def shown(task, features: dict, i: int) -> tuple[str, str]:
     [
         ("gpt2", {"text": words(1, 2)}, ("w1 w2 </s>", "- w2 </s>")),
         ("llama", {"text": words(1, 2)}, ("[CLS] w1 w2 </s>", "- w1 w2 </s>")),
+        ("llama", {"prompt": words(1), "completion": words(3)}, ("[CLS] w1 w3 </s>", "- - w3 </s>")),
         ("llama", {"prompt": None, "text": words(1, 2)}, ("[CLS] w1 w2 </s>", "- w1 w2 </s>")),
         ("gpt2", {"prompt": words(1, 2), "text": words(3, 4)}, ("w1 w2 w3 w4 </s>", "- - w3 w4 </s>")),
         ("closing", {"text": words(1, 2)}, ("w1 w2 </s>", "- w2 </s>")),
@@ -257,7 +258,9 @@ def test_generation_in_evaluation(bases):
         ({"text": "w1"}, {"generate": True}, True, "row 1: there is no 'prompt' to generate from"),
         ({"prompt": " "}, {}, False, "row 1: there is no 'prompt' to generate from"),
         ({"text": "w1"}, {}, False, "row 1: there is no 'prompt' to generate from"),
-        ({"completion": "w1"}, {}, True, r"has no column 'text'.*data.columns: \{text: ...\}"),
+        ({"prompt": [], "text": "w1"}, {}, True, "'prompt' must be a text, .* choose the task chat"),
+        ({"prompt": "w1", "completion": " "}, {}, True, "row 1: 'completion' is empty"),
+        ({"answer": "w1"}, {}, True, r"has no column 'text'.*data.columns: \{text: ...\}"),
     ],
 )
 def test_bad_rows(bases, row, task_kwargs, with_targets, message):

@@ -1,5 +1,6 @@
 """Chat: answers in conversations, by the tokenizer's chat template."""
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefix_adapter import PeftModel
-from prefix_adapter.training import Data, Recipe, RecipeError, train
+from prefix_adapter.training import Data, Recipe, RecipeError, predict, train
 from prefix_adapter.training.evaluation import answer_rows
 from prefix_adapter.training.tasks import TASK_CLASSES
 
@@ -54,7 +55,12 @@ def assistant(text):
 
 def features_of(task, messages, with_targets=True):
     """Each feature as a pair of texts: all tokens, and those in the loss."""
-    found = task.features({"messages": [messages]}, [0], with_targets)
+    return features_of_row(task, {"messages": messages}, with_targets)
+
+
+def features_of_row(task, row, with_targets=True):
+    """As `features_of`, for a row with any columns."""
+    found = task.features({name: [value] for name, value in row.items()}, [0], with_targets)
     labels = found.get("labels") or [[]] * len(found["input_ids"])
     decode = task.tokenizer.decode
     return [
@@ -123,15 +129,92 @@ def test_keys_that_arrow_adds_to_messages_do_not_reach_the_template(base):
     [
         ("w1", "'messages' must be a list"),
         ([], "'messages' must be a list"),
-        ([{"role": "user"}], "message 1 must have a text 'role' and a text 'content'"),
-        ([user("w1"), assistant(None)], "message 2 must have a text"),
-        ([user("w1")], "the last message must be of 'assistant', got 'user'"),
+        ([{"role": "user"}], "message 1 of 'messages' must have a text 'role' and a text 'content'"),
+        ([user("w1"), assistant(None)], "message 2 of 'messages' must have a text"),
+        ([user("w1")], "the last message of 'messages' must be of 'assistant', got 'user'"),
         ([assistant("w1")], "no message before the last one"),
         ([{"role": "poet", "content": "w1"}, assistant("w1")], "does not take the conversation: no role poet"),
     ],
 )
 def test_bad_rows(base, messages, message):
     assert message in make_task(base).problem({"messages": messages}, True)
+
+
+COMPLETION = {"prompt": TWO_TURNS[:3], "completion": [*TWO_TURNS[3:], user("w7"), assistant("w8")]}
+
+
+def test_only_the_answers_in_a_completion_are_in_the_loss(base):
+    whole = "[CLS] w70 w1 w2 [SEP] w71 w3 [SEP] w70 w4 [SEP] w71 w5 w6 [SEP] w70 w7 [SEP] w71 w8 [SEP]"
+    task = make_task(base, max_length=32)
+    assert task.problem(COMPLETION, True) is None
+    assert features_of_row(task, COMPLETION) == [(whole, "w5 w6 [SEP] w8 [SEP]")]
+
+
+def test_a_prompt_and_a_completion_that_are_texts_are_messages(base):
+    row = {"prompt": "w1 w2", "completion": "w3"}
+    assert features_of_row(make_task(base), row) == features_of(make_task(base), TWO_TURNS[:2])
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": TWO_TURNS[:3]}, "[CLS] w70 w1 w2 [SEP] w71 w3 [SEP] w70 w4 [SEP] w71"),
+        (COMPLETION, "[CLS] w70 w1 w2 [SEP] w71 w3 [SEP] w70 w4 [SEP] w71 w5 w6 [SEP] w70 w7 [SEP] w71"),
+    ],
+)
+def test_predictions_begin_after_the_prompt_and_all_given_answers(base, row, prompt):
+    task = make_task(base, max_length=32, task_kwargs={"max_new_tokens": 2})
+    assert task.problem(row, False) is None
+    assert features_of_row(task, row, False) == [(prompt, "")]
+
+
+TOOL = {"type": "function", "function": {"name": "w9", "parameters": {}}}
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+def test_tools_reach_the_template(base, tools):
+    template = TEMPLATE.replace("'[CLS] '", "'[CLS] ' ~ (tools[0].function.name ~ ' ' if tools else '')")
+    call = {"role": "assistant", "content": None, "tool_calls": [TOOL]}
+    row = {"messages": [user("w1"), call, {"role": "tool", "content": "w2"}, assistant("w3")], "tools": tools}
+    template = template.replace("raise_exception('no role ' + m.role)", "'w72 '")
+    task = make_task(base, template)
+    assert task.problem(row, True) is None
+    assert features_of_row(task, row)[0][0] == "[CLS] w9 w70 w1 [SEP] w71 [SEP] w72 w2 [SEP] w71 w3 [SEP]"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"completion": None}, "'completion' must be a text or a list of messages"),
+        ({"completion": " "}, "'completion' is empty"),
+        ({"completion": [{"role": "assistant"}]}, "message 1 of 'completion' must have a text 'role'"),
+        ({"completion": [user("w1")]}, "the last message of 'completion' must be of 'assistant', got 'user'"),
+        ({"prompt": [user("w1"), "w2"]}, "message 2 of 'prompt' must have a text 'role'"),
+        ({"prompt": TWO_TURNS}, "the last message of 'prompt' must not be of 'assistant'"),
+        ({"tools": "w1"}, "'tools' must be a list of mappings"),
+        ({"tools": [1]}, "'tools' must be a list of mappings"),
+    ],
+)
+def test_bad_prompts_and_completions(base, changes, message):
+    assert message in make_task(base).problem({"prompt": "w1", "completion": "w2", **changes}, True)
+
+
+def test_rows_with_prompts_and_completions(base, tmp_path):
+    """Training, evaluation of the last answer, and predictions from a file with other columns besides."""
+    rows = [
+        {"prompt": [user(f"w{10 + i % 3}")], "completion": [assistant("w60 w61")], "id": i, "tools": None}
+        for i in range(12)
+    ]
+    data = Data(train=write_rows(tmp_path / "train.jsonl", rows))
+    settings = {"generate": True, "max_new_tokens": 3}
+    results = train(
+        make_recipe(base, tmp_path / "out", data, learning_rate=0.3, num_train_epochs=30, task_kwargs=settings)
+    )
+    assert results["validation"]["exact_match"] == 1.0
+    write_rows(tmp_path / "in.jsonl", [{"id": 1, "prompt": "w11"}])
+    predict(tmp_path / "out", tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    answer = json.loads((tmp_path / "out.jsonl").read_text())
+    assert answer == {"id": 1, "prompt": "w11", "prediction": "w60 w61"}
 
 
 def test_a_template_whose_answers_do_not_begin_where_generation_begins(base):

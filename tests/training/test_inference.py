@@ -85,7 +85,7 @@ def test_predict_streams_from_and_to_the_terminal(trained, monkeypatch, capsys):
         (b'{"sentence": " "}', "line 3: 'text' is empty"),
         (b'{"sentence": 5}', "line 3: 'text' must be a text"),
         (b'{"sentence": "w1 \\ud800"}', r"line 3: 'text' has '.ud800', half of a surrogate pair"),
-        (b'{"sentence": "w1", "text_pair": "w2"}', "line 3: it has the optional columns"),
+        (b'{"sentence": "w1", "text_pair": "w2"}', r"line 3: it has the columns \['text', 'text_pair'\] of the task"),
     ],
 )
 def test_a_bad_line_is_named_and_the_answers_before_it_stay(trained, tmp_path, line, message, chunk_size):

@@ -313,6 +313,15 @@ def test_trackers(dropping, few, tmp_path):
     assert events == pytest.approx(expected, rel=1e-6)  # tensorboard has single precision
 
 
+def test_files_of_weights_and_biases(tiny_bert, few, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    train(recipe(tiny_bert, few, tmp_path / "out", max_steps=1, report_to=["wandb"]))
+    assert list((tmp_path / "out" / "logs").rglob("*.wandb"))
+    assert not (tmp_path / "wandb").exists()
+
+
 def finite(folder: Path) -> bool:
     return all(tensor.isfinite().all() for path in folder.glob("*.safetensors") for tensor in load_file(path).values())
 

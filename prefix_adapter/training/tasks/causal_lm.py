@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..recipe import RecipeError
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class CausalLM(TextGeneration):
-    """Train on `text`, after `prompt` if a row has one.
+    """Train on `text`, after `prompt` if a row has one. The column of the text may also be called `completion`.
 
     The loss is on the tokens of `text` and on an end-of-sequence token after it, not on the prompt. Prompt and text
     are tokenized separately, so that generation starts from the same tokens as training. Nothing is inserted between
@@ -62,15 +62,19 @@ class CausalLM(TextGeneration):
                 f"`task_kwargs.max_new_tokens` ({self.kwargs['max_new_tokens']}), got {self.max_length}."
             )
 
+    def target_column(self, names: Collection[str]) -> str:
+        return "completion" if "text" not in names and "completion" in names else "text"
+
     def problem(self, row: Row, with_targets: bool) -> str | None:
         prompt = row.get("prompt")
         if not isinstance(prompt, (str, type(None))):
-            return f"'prompt' must be a text, got {prompt!r}."
+            messages = " For conversations, choose the task chat." if isinstance(prompt, list) else ""
+            return f"'prompt' must be a text, got {prompt!r}.{messages}"
         if prompt and with_targets and self.kwargs["packing"]:
             return "the row has a prompt, but `task_kwargs.packing` is for texts without prompts."
         if not (prompt or "").strip() and (self.kwargs["generate"] or not with_targets):
             return "there is no 'prompt' to generate from. If the column has another name, set `data.columns`."
-        return text_problem(row, "text") if with_targets else None
+        return text_problem(row, self.target_column(row.keys())) if with_targets else None
 
     def features(self, rows: Columns, indices: list[int], with_targets: bool) -> Columns:
         prompts = self._prompts(rows)
@@ -99,11 +103,11 @@ class CausalLM(TextGeneration):
 
     def _prompts(self, rows: Columns) -> list[tuple[bool, list[int]]]:
         """For each row whether it has a prompt, and its tokens: without a prompt those that start every text."""
-        prompts = rows.get("prompt") or [None] * len(rows[self.target])
+        prompts = rows.get("prompt") or [None] * len(rows[self.target_column(rows.keys())])
         return list(zip(map(bool, prompts), self._tokens([prompt or "" for prompt in prompts]), strict=True))
 
     def _texts(self, rows: Columns) -> list[list[int]]:
-        texts = self._tokens(rows[self.target], add_special_tokens=False)
+        texts = self._tokens(rows[self.target_column(rows.keys())], add_special_tokens=False)
         return [[*text, self.tokenizer.eos_token_id] for text in texts]
 
     def _tokens(self, texts: list[str], **options: Any) -> list[list[int]]:

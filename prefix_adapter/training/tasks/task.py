@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow
@@ -139,6 +139,19 @@ class Task:
         """
         return None if isinstance(label, bool) else self._numbers.get(str(label))
 
+    def input_columns(self, names: Collection[str]) -> dict[str, str]:
+        """The columns that a row needs for a prediction, `{name: description}`, if the data has these columns."""
+        return self.columns
+
+    def target_column(self, names: Collection[str]) -> str:
+        """The column with the targets, if the data has these columns."""
+        return self.target
+
+    def column_names(self, names: Collection[str]) -> list[str]:
+        """The columns that the task uses in training, if the data has these columns."""
+        own = [*self.input_columns(names), *self.optional_columns, self.target_column(names)]
+        return [name for name in dict.fromkeys(own) if name in names]
+
     def check(self, rows: Dataset, source: str, with_targets: bool = True) -> None:
         """Validate all rows, before anything is computed.
 
@@ -150,10 +163,12 @@ class Task:
         Raises:
             DataError: For a missing column or the first invalid row. The message names it.
         """
-        for name, meaning in {**self.columns, **({self.target: "the target"} if with_targets else {})}.items():
-            if name not in rows.column_names:
+        names = rows.column_names
+        target = {self.target_column(names): "the target"} if with_targets else {}
+        for name, meaning in {**self.input_columns(names), **target}.items():
+            if name not in names:
                 raise DataError(
-                    f"{source} has no column {name!r} ({meaning}); it has {rows.column_names}. "
+                    f"{source} has no column {name!r} ({meaning}); it has {names}. "
                     f"If the column has another name, set `data.columns: {{{name}: ...}}`."
                 )
         for number, row in enumerate(rows, start=1):
