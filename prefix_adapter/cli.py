@@ -194,7 +194,7 @@ def _fold(options: Any) -> None:
 
 
 def _import(options: Any) -> None:
-    """Convert a checkpoint of THUDM/P-tuning-v2, or a PREFIX_TUNING adapter of PEFT, with its task head.
+    """Convert a checkpoint of THUDM/P-tuning-v2, or a prefix of PEFT (PREFIX_TUNING, CARTRIDGE), with its task head.
 
       prefix-adapter import checkpoint/pytorch_model.bin ner --model bert-base-cased --task_type TOKEN_CLS
       prefix-adapter import peft-adapter ner
@@ -225,9 +225,10 @@ def _import(options: Any) -> None:
 
 
 def _export(options: Any) -> None:
-    """Convert a saved adapter, with its task head, to a PREFIX_TUNING adapter of PEFT.
+    """Convert a saved adapter, with its task head, to a PREFIX_TUNING or CARTRIDGE adapter of PEFT.
 
       prefix-adapter export ner peft-adapter
+      prefix-adapter export manual peft-cartridge --peft_type CARTRIDGE
 
     PEFT has one prefix for all layers of a model or decoder, and always shifts the positions of the input behind the
     prefix. So the adapter must be trained with `shift_positions: true`. An MLP is folded into a table. The base model
@@ -236,7 +237,7 @@ def _export(options: Any) -> None:
     """
     from .adapters.exchange import export_peft
 
-    print(f"Exported to {export_peft(options.source, options.target, options.model)}.")
+    print(f"Exported to {export_peft(options.source, options.target, options.model, options.peft_type)}.")
 
 
 def _export_kv(options: Any) -> None:
@@ -449,6 +450,12 @@ def _import_arguments(parser: Any) -> None:
 def _export_arguments(parser: Any) -> None:
     _fold_arguments(parser)
     parser.add_argument("--model", help="Base model: a folder or a name on the Hub; overrides the adapter.")
+    parser.add_argument(
+        "--peft_type",
+        choices=["PREFIX_TUNING", "CARTRIDGE"],
+        default="PREFIX_TUNING",
+        help="PEFT's method (default: %(default)s). Both give the same outputs; CARTRIDGE keeps frozen tokens.",
+    )
 
 
 def _export_kv_arguments(parser: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.start import init_from, init_from_text, token_ids
 
@@ -207,10 +207,10 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
         settings.setdefault("num_virtual_tokens", len(task.placeholder_token_ids))
     if recipe.init_text is not None:
         count = len(token_ids(recipe.init_text, task.tokenizer))
-        if settings.setdefault("num_virtual_tokens", count) != count:
+        if settings.setdefault("num_virtual_tokens", count) > count:
             raise RecipeError(
                 f"`adapter.num_virtual_tokens`: `init_text` has {count} tokens, not {settings['num_virtual_tokens']}. "
-                "Leave it out."
+                "Leave it out, or set a smaller number, for a prefix that starts from the first tokens of the text."
             )
     if task.peft_task_type is not None:
         settings.setdefault("task_type", task.peft_task_type)
@@ -321,7 +321,7 @@ def initialize_prefix(recipe: Recipe, task: Task, model: nn.Module, inputs: Sequ
         if key == "init_from":
             init_from(model, str(recipe.init_from))
         elif key == "init_text":
-            init_from_text(model, str(recipe.init_text), tokenizer=task.tokenizer)
+            init_from_text(model, str(recipe.init_text), tokenizer=task.tokenizer, truncate=True)
         elif key == "init_rows" or (recipe.init_rows is None and _can_start_from_rows(model)):
             length = find_prefix_layer(model).adapters["default"].length
             init_from_text(model, _draw_tokens(inputs, length, recipe.seed))
@@ -359,6 +359,18 @@ def _draw_tokens(inputs: Sequence[list[int]], count: int, seed: int) -> list[int
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require gradients, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a training run saves of a model, by name: the trained parameters, and the frozen rows of prefixes."""
+    kept = {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, PrefixTuningV2Layer)
+        for key, _ in module.named_buffers()
+    }
+    frozen = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return {**trained_parameters(model), **frozen}
 
 
 def learning_rates(recipe: Recipe, model: nn.Module) -> tuple[float, float]:

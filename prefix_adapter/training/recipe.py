@@ -113,7 +113,7 @@ class Recipe:
             must set the same `num_virtual_tokens` and other settings of its shape. The task head starts from random
             weights.
         init_text: A text, for causal-lm and chat only. The prefix starts as the keys and values of its tokens, so
-            `num_virtual_tokens` is their number and can be left out.
+            `num_virtual_tokens` is their number and can be left out, or of its first tokens, if that is smaller.
         init_rows: Whether the prefix starts as the keys and values of the last tokens of some training rows. Default:
             true for a table on a decoder that can start from a text, unless `init_from` or `init_text` is set.
         model_kwargs: Arguments for `from_pretrained` of the base model (`dtype`, `attn_implementation`, `revision`,
