@@ -47,6 +47,32 @@ def _train(options: Any) -> None:
         print(f"The adapter is in {recipe.output_dir}.")
 
 
+def _distil(options: Any) -> None:
+    """Train a prefix that stands for a text: the model answers as with the text in front.
+
+    The model asks itself questions about the text and answers them, with the text in front. Then the prefix is
+    trained to give the same answers without it.
+
+      prefix-adapter distil manual.txt --config distil --model Qwen/Qwen3-0.6B --output_dir runs/manual \\
+          --adapter.num_virtual_tokens 256 --study.questions 1000
+
+    The questions are in a file beside the output folder (runs/manual-questions.jsonl). The same command continues an
+    interrupted run. To train on several GPUs, or on questions of your own, give that file to `train`:
+    prefix-adapter train --config distil --data.train runs/manual-questions.jsonl
+    """
+    from .training.recipe import recipe_from
+    from .training.settings import SelfStudy
+
+    recipe, settings = recipe_from(options), SelfStudy(**vars(options.study))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("the questions are made by one process. Run `distil` without a launcher, or `train` with it.")
+    from .training.self_study import distil
+
+    results = distil(Path(options.text), recipe, settings, overwrite=options.overwrite, quiet=options.quiet)
+    _print_json({split: results[split] for split in ("validation", "test") if split in results})
+    print(f"The adapter is in {recipe.output_dir}.")
+
+
 def _train_together(options: Any) -> None:
     """Train one prefix for several tasks.
 
@@ -340,6 +366,17 @@ def _train_arguments(parser: Any) -> None:
     _run_arguments(parser)
 
 
+def _distil_arguments(parser: Any) -> None:
+    from .training.recipe import add_recipe_arguments
+    from .training.settings import SelfStudy
+
+    parser.add_argument("text", help="File with the text, in UTF-8.")
+    add_recipe_arguments(parser)
+    parser.add_class_arguments(SelfStudy, "study")
+    _overwrite_argument(parser, "the run in the output folder")
+    parser.add_argument("--quiet", action="store_true", help="Show no summary and no progress.")
+
+
 def _search_arguments(parser: Any) -> None:
     from .training.recipe import add_recipe_arguments
     from .training.settings import Search
@@ -532,6 +569,7 @@ class _Command(NamedTuple):
 
 COMMANDS = {
     "train": _Command(_train, _train_arguments, has_recipe=True),
+    "distil": _Command(_distil, _distil_arguments, has_recipe=True),
     "train-together": _Command(_train_together, _train_together_arguments),
     "search": _Command(_search, _search_arguments, has_recipe=True),
     "evaluate": _Command(_evaluate, _evaluate_arguments),
@@ -643,10 +681,10 @@ def _did_you_mean(name: str, known: list[str]) -> str:
 def _expected_value(key: str) -> str:
     """Describe the values that a key of a recipe or a search can have."""
     from .training.recipe import Data, Recipe
-    from .training.settings import Search
+    from .training.settings import Search, SelfStudy
 
     group, _, name = key.rpartition(".")
-    hints = get_type_hints({"data": Data, "search": Search}.get(group, Recipe))
+    hints = get_type_hints({"data": Data, "search": Search, "study": SelfStudy}.get(group, Recipe))
     return _describe_type(hints[name]) if name in hints else "of another type"
 
 

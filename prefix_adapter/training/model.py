@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import random
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +23,9 @@ from ..prefix.layer import PrefixTuningV2Layer, find_prefix_layer
 from .recipe import NO_ADAPTER, RecipeError, say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
+    from datasets import Dataset
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -301,14 +300,14 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> n
     return model
 
 
-def initialize_prefix(recipe: Recipe, task: Task, model: nn.Module, inputs: Sequence[list[int]]) -> None:
+def initialize_prefix(recipe: Recipe, task: Task, model: nn.Module, features: Dataset) -> None:
     """Initialize the prefix from `init_from`, `init_text` or training rows; otherwise it stays random.
 
     Args:
         recipe: the recipe.
         task: the recipe's task.
         model: the model with the prefix.
-        inputs: the token ids of the training rows.
+        features: the features of the training rows.
 
     Raises:
         RecipeError: if the text, the rows or the adapter do not fit the prefix.
@@ -324,7 +323,7 @@ def initialize_prefix(recipe: Recipe, task: Task, model: nn.Module, inputs: Sequ
             init_from_text(model, str(recipe.init_text), tokenizer=task.tokenizer, truncate=True)
         elif key == "init_rows" or (recipe.init_rows is None and _can_start_from_rows(model)):
             length = find_prefix_layer(model).adapters["default"].length
-            init_from_text(model, _draw_tokens(inputs, length, recipe.seed))
+            init_from_text(model, task.start_tokens(features, length, recipe.seed))
     except (OSError, ValueError) as error:
         if key is not None:
             raise RecipeError(f"`{key}`: {error}") from error
@@ -344,16 +343,6 @@ def _can_start_from_rows(model: nn.Module) -> bool:
 def _has_decoder_prefix(model: nn.Module) -> bool:
     """Whether a model is a decoder with a prefix."""
     return any(isinstance(module, PrefixTuningV2Layer) and module.kinds == {"decoder"} for module in model.modules())
-
-
-def _draw_tokens(inputs: Sequence[list[int]], count: int, seed: int) -> list[int]:
-    """The last `count` tokens of training rows that are drawn at random."""
-    tokens: list[int] = []
-    for index in itertools.cycle(random.Random(seed).sample(range(len(inputs)), len(inputs))):
-        tokens = inputs[index] + tokens
-        if len(tokens) >= count:
-            return tokens[-count:]
-    raise AssertionError
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
