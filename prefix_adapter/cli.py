@@ -219,6 +219,18 @@ def _fold(options: Any) -> None:
     print(f"Folded into {fold(options.source, options.target)}.")
 
 
+def _join(options: Any) -> None:
+    """Join saved prefixes side by side into one, with the virtual tokens of all of them.
+
+      prefix-adapter join runs/contract runs/price-list both
+
+    The outputs are those of the model with all of the adapters active. They must belong to the same base model.
+    """
+    from .adapters.join import join
+
+    print(f"Joined in {join(options.sources, options.target)}.")
+
+
 def _import(options: Any) -> None:
     """Convert a checkpoint of THUDM/P-tuning-v2, or a prefix of PEFT (PREFIX_TUNING, CARTRIDGE), with its task head.
 
@@ -468,6 +480,15 @@ def _fold_arguments(parser: Any) -> None:
     _new_folder_argument(parser)
 
 
+def _join_arguments(parser: Any) -> None:
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        help="Folders of adapters, or adapters on the Hub (user/name), in the order of their tokens.",
+    )
+    _new_folder_argument(parser)
+
+
 def _import_arguments(parser: Any) -> None:
     parser.add_argument(
         "source",
@@ -576,6 +597,7 @@ COMMANDS = {
     "predict": _Command(_predict, _predict_arguments),
     "info": _Command(_info, _info_arguments),
     "fold": _Command(_fold, _fold_arguments),
+    "join": _Command(_join, _join_arguments),
     "import": _Command(_import, _import_arguments),
     "export": _Command(_export, _export_arguments),
     "export-kv": _Command(_export_kv, _export_kv_arguments),
