@@ -66,7 +66,7 @@ def _distil(options: Any) -> None:
     recipe, settings = recipe_from(options), SelfStudy(**vars(options.study))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("the questions are made by one process. Run `distil` without a launcher, or `train` with it.")
-    from .training.self_study import distil
+    from .training.study import distil
 
     results = distil(Path(options.text), recipe, settings, overwrite=options.overwrite, quiet=options.quiet)
     _print_json({split: results[split] for split in ("validation", "test") if split in results})

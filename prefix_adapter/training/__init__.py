@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .multitask import JointRecipe, load_joint_recipe, train_together
     from .recipe import Data, Recipe, RecipeError, load_recipe, recipe_names
     from .run import train
-    from .self_study import distil, self_study
+    from .study import distil, self_study
     from .settings import SelfStudy
 
 __all__ = [
@@ -47,7 +47,7 @@ _NAMES = {
     "multitask": ("JointRecipe", "load_joint_recipe", "train_together"),
     "recipe": ("Data", "Recipe", "RecipeError", "load_recipe", "recipe_names"),
     "run": ("train",),
-    "self_study": ("distil", "self_study"),
+    "study": ("distil", "self_study"),
     "settings": ("SelfStudy",),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
