@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from .multitask import JointRecipe, load_joint_recipe, train_together
     from .recipe import Data, Recipe, RecipeError, load_recipe, recipe_names
     from .run import train
-    from .study import distil, self_study
     from .settings import SelfStudy
+    from .study import distil, self_study
 
 __all__ = [
     "Data",

@@ -168,4 +168,7 @@ def test_one_command_from_a_text_to_an_adapter(bases, tmp_path, capsys):
     main([*arguments, "--max_steps", "4"])  # the same run, longer
     assert (tmp_path / "run-questions.jsonl").read_bytes() == questions
     assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 4
-    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    capsys.readouterr()
+    main(["evaluate", str(tmp_path / "run"), "validation"])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(results["validation"]["loss"], abs=1e-5)
