@@ -50,6 +50,7 @@ __all__ = [
     "import_ptuning_v2",
     "init_from",
     "init_from_text",
+    "join",
     "push_to_hub",
     "set_strength",
     "turn_off_dropout",

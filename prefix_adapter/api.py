@@ -20,6 +20,7 @@ from . import methods
 from .adapters.engine import export_kv
 from .adapters.exchange import export_peft, import_peft
 from .adapters.hub import push_to_hub
+from .adapters.join import join
 from .adapters.pool import AdapterPool, LoadedAdapter
 from .adapters.ptuning import import_ptuning
 from .adapters.ptuning_v2 import import_ptuning_v2

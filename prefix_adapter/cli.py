@@ -47,6 +47,32 @@ def _train(options: Any) -> None:
         print(f"The adapter is in {recipe.output_dir}.")
 
 
+def _distil(options: Any) -> None:
+    """Train a prefix that stands for a text: the model answers as with the text in front.
+
+    The model asks itself questions about the text and answers them, with the text in front. Then the prefix is
+    trained to give the same answers without it.
+
+      prefix-adapter distil manual.txt --config distil --model Qwen/Qwen3-0.6B --output_dir runs/manual \\
+          --adapter.num_virtual_tokens 256 --study.questions 1000
+
+    The questions are in a file beside the output folder (runs/manual-questions.jsonl). The same command continues an
+    interrupted run. To train on several GPUs, or on questions of your own, give that file to `train`:
+    prefix-adapter train --config distil --data.train runs/manual-questions.jsonl
+    """
+    from .training.recipe import recipe_from
+    from .training.settings import SelfStudy
+
+    recipe, settings = recipe_from(options), SelfStudy(**vars(options.study))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("the questions are made by one process. Run `distil` without a launcher, or `train` with it.")
+    from .training.study import distil
+
+    results = distil(Path(options.text), recipe, settings, overwrite=options.overwrite, quiet=options.quiet)
+    _print_json({split: results[split] for split in ("validation", "test") if split in results})
+    print(f"The adapter is in {recipe.output_dir}.")
+
+
 def _train_together(options: Any) -> None:
     """Train one prefix for several tasks.
 
@@ -193,8 +219,20 @@ def _fold(options: Any) -> None:
     print(f"Folded into {fold(options.source, options.target)}.")
 
 
+def _join(options: Any) -> None:
+    """Join saved prefixes side by side into one, with the virtual tokens of all of them.
+
+      prefix-adapter join runs/contract runs/price-list both
+
+    The outputs are those of the model with all of the adapters active. They must belong to the same base model.
+    """
+    from .adapters.join import join
+
+    print(f"Joined in {join(options.sources, options.target)}.")
+
+
 def _import(options: Any) -> None:
-    """Convert a checkpoint of THUDM/P-tuning-v2, or a PREFIX_TUNING adapter of PEFT, with its task head.
+    """Convert a checkpoint of THUDM/P-tuning-v2, or a prefix of PEFT (PREFIX_TUNING, CARTRIDGE), with its task head.
 
       prefix-adapter import checkpoint/pytorch_model.bin ner --model bert-base-cased --task_type TOKEN_CLS
       prefix-adapter import peft-adapter ner
@@ -225,9 +263,10 @@ def _import(options: Any) -> None:
 
 
 def _export(options: Any) -> None:
-    """Convert a saved adapter, with its task head, to a PREFIX_TUNING adapter of PEFT.
+    """Convert a saved adapter, with its task head, to a PREFIX_TUNING or CARTRIDGE adapter of PEFT.
 
       prefix-adapter export ner peft-adapter
+      prefix-adapter export manual peft-cartridge --peft_type CARTRIDGE
 
     PEFT has one prefix for all layers of a model or decoder, and always shifts the positions of the input behind the
     prefix. So the adapter must be trained with `shift_positions: true`. An MLP is folded into a table. The base model
@@ -236,7 +275,7 @@ def _export(options: Any) -> None:
     """
     from .adapters.exchange import export_peft
 
-    print(f"Exported to {export_peft(options.source, options.target, options.model)}.")
+    print(f"Exported to {export_peft(options.source, options.target, options.model, options.peft_type)}.")
 
 
 def _export_kv(options: Any) -> None:
@@ -363,6 +402,17 @@ def _train_arguments(parser: Any) -> None:
     _run_arguments(parser)
 
 
+def _distil_arguments(parser: Any) -> None:
+    from .training.recipe import add_recipe_arguments
+    from .training.settings import SelfStudy
+
+    parser.add_argument("text", help="File with the text, in UTF-8.")
+    add_recipe_arguments(parser)
+    parser.add_class_arguments(SelfStudy, "study")
+    _overwrite_argument(parser, "the run in the output folder")
+    parser.add_argument("--quiet", action="store_true", help="Show no summary and no progress.")
+
+
 def _search_arguments(parser: Any) -> None:
     from .training.recipe import add_recipe_arguments
     from .training.settings import Search
@@ -454,6 +504,15 @@ def _fold_arguments(parser: Any) -> None:
     _new_folder_argument(parser)
 
 
+def _join_arguments(parser: Any) -> None:
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        help="Folders of adapters, or adapters on the Hub (user/name), in the order of their tokens.",
+    )
+    _new_folder_argument(parser)
+
+
 def _import_arguments(parser: Any) -> None:
     parser.add_argument(
         "source",
@@ -473,6 +532,12 @@ def _import_arguments(parser: Any) -> None:
 def _export_arguments(parser: Any) -> None:
     _fold_arguments(parser)
     parser.add_argument("--model", help="Base model: a folder or a name on the Hub; overrides the adapter.")
+    parser.add_argument(
+        "--peft_type",
+        choices=["PREFIX_TUNING", "CARTRIDGE"],
+        default="PREFIX_TUNING",
+        help="PEFT's method (default: %(default)s). Both give the same outputs; CARTRIDGE keeps frozen tokens.",
+    )
 
 
 def _export_kv_arguments(parser: Any) -> None:
@@ -577,12 +642,14 @@ class _Command(NamedTuple):
 
 COMMANDS = {
     "train": _Command(_train, _train_arguments, has_recipe=True),
+    "distil": _Command(_distil, _distil_arguments, has_recipe=True),
     "train-together": _Command(_train_together, _train_together_arguments),
     "search": _Command(_search, _search_arguments, has_recipe=True),
     "evaluate": _Command(_evaluate, _evaluate_arguments),
     "predict": _Command(_predict, _predict_arguments),
     "info": _Command(_info, _info_arguments),
     "fold": _Command(_fold, _fold_arguments),
+    "join": _Command(_join, _join_arguments),
     "import": _Command(_import, _import_arguments),
     "export": _Command(_export, _export_arguments),
     "export-kv": _Command(_export_kv, _export_kv_arguments),
@@ -689,10 +756,10 @@ def _did_you_mean(name: str, known: list[str]) -> str:
 def _expected_value(key: str) -> str:
     """Describe the values that a key of a recipe or a search can have."""
     from .training.recipe import Data, Recipe
-    from .training.settings import Search
+    from .training.settings import Search, SelfStudy
 
     group, _, name = key.rpartition(".")
-    hints = get_type_hints({"data": Data, "search": Search}.get(group, Recipe))
+    hints = get_type_hints({"data": Data, "search": Search, "study": SelfStudy}.get(group, Recipe))
     return _describe_type(hints[name]) if name in hints else "of another type"
 
 

@@ -55,6 +55,11 @@ class PrefixTuningV2Config(AdapterConfig):
             Prefix length n, in tokens; at least 1. The paper's settings lie between 4 and 224 (its appendix).
         prefix_projection (`bool`, defaults to `False`):
             Whether an MLP computes the prefix (the paper's "reparameterization", section 3.3).
+        num_frozen_tokens (`int`, defaults to 0):
+            Number of virtual tokens at the beginning of the table that are not trained, below `num_virtual_tokens`.
+            Many decoders pay much attention to the first token of a text, whatever it is. A prefix that starts from a
+            text trains better if this token stays (Eyuboglu et al. 2025, https://arxiv.org/abs/2506.06266). Not with
+            an MLP.
         encoder_hidden_size (`int`, *optional*):
             Width of the MLP's hidden layer; the backbone's hidden size if `None`. Only with `prefix_projection`.
         prefix_dropout (`float`, defaults to 0.1):
@@ -113,6 +118,9 @@ class PrefixTuningV2Config(AdapterConfig):
 
     num_virtual_tokens: int = field(default=20, metadata={"help": "Prefix length, in virtual tokens."})
     prefix_projection: bool = field(default=False, metadata={"help": "Whether a two-layer MLP computes the prefix."})
+    num_frozen_tokens: int = field(
+        default=0, metadata={"help": "Number of virtual tokens at the beginning of the table that are not trained."}
+    )
     encoder_hidden_size: Optional[int] = field(
         default=None, metadata={"help": "Width of the MLP's hidden layer, the backbone's hidden size by default."}
     )
@@ -172,6 +180,17 @@ class PrefixTuningV2Config(AdapterConfig):
                     "`encoder_hidden_size` is the width of the MLP, and there is no MLP: set `prefix_projection=True` "
                     "too."
                 )
+        check_int("num_frozen_tokens", self.num_frozen_tokens, 0)
+        if self.num_frozen_tokens >= self.num_virtual_tokens:
+            raise ValueError(
+                f"`num_frozen_tokens` must be below `num_virtual_tokens` ({self.num_virtual_tokens}), got "
+                f"{self.num_frozen_tokens}: nothing would be trained."
+            )
+        if self.num_frozen_tokens and self.prefix_projection:
+            raise ValueError(
+                "`num_frozen_tokens` is for a table: an MLP computes all of its tokens from the same weights. Set "
+                "`prefix_projection=False`, or `num_frozen_tokens=0`."
+            )
         check_number("prefix_dropout", self.prefix_dropout)
         if not 0 <= self.prefix_dropout < 1:
             raise ValueError(f"`prefix_dropout` must lie in [0, 1), got {shorten(self.prefix_dropout)}.")

@@ -338,7 +338,7 @@ class _Export:
             "max_tokens": "null" if limit is None else str(limit),
             "model_type": str(getattr(self.config, "model_type", "")),
             "base_model": str(self.adapter_config.base_model_name_or_path or ""),
-            "adapter_sha256": _hash(self.layer.encoder_of(self.name).parameters()),
+            "adapter_sha256": _hash(self.layer.encoder_of(self.name).tensors()),
         }
 
 

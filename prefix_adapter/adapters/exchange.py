@@ -1,9 +1,10 @@
-"""Import from and export to PEFT's PREFIX_TUNING.
+"""Import from and export to PEFT's PREFIX_TUNING and CARTRIDGE.
 
-Both methods keep a table `[n, columns]` in the same order: layer by layer, the key before the value, heads, head size.
-PEFT moves the positions of the input after the prefix, and its encoder-decoders share columns between layers
-(`_untie_layers`). The base model is loaded in float32 and shows which prefix it takes. Before anything is written,
-the outputs of PEFT and of this package are compared on it.
+Both of PEFT's methods put the same prefix in front of attention. They differ in how it is trained: a CARTRIDGE has no
+MLP, and its first tokens may be frozen. They and this package keep a table `[n, columns]` in the same order: layer by
+layer, the key before the value, heads, head size. PEFT moves the positions of the input after the prefix, and its
+encoder-decoders share columns between layers (`_untie_layers`). The base model is loaded in float32 and shows which
+prefix it takes. Before anything is written, the outputs of PEFT and of this package are compared on it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft import PeftModel, PrefixTuningConfig
+from peft import CartridgeConfig, PeftModel, PrefixTuningConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -41,12 +42,18 @@ from .saved import PREFIX_ROOT, AnyPath, SavedAdapter, open_adapter
 # The names of a prompt method's tensors in a file of PEFT: the table, and the root of all others.
 _TABLE = "prompt_embeddings"
 _PROMPT_ROOT = "base_model."
+_CONFIGS: dict[str, type[PrefixTuningConfig] | type[CartridgeConfig]] = {
+    "PREFIX_TUNING": PrefixTuningConfig,
+    "CARTRIDGE": CartridgeConfig,
+}
+PEFT_TYPES = tuple(_CONFIGS)
 
 
 def import_peft(source: AnyPath, target: AnyPath, base_model: str | None = None) -> Path:
-    """Convert a saved PREFIX_TUNING adapter of PEFT, with its task head and other trained modules.
+    """Convert a saved PREFIX_TUNING or CARTRIDGE adapter of PEFT, with its task head and other trained modules.
 
     The result is a table, because PEFT saves no MLP, with `prefix_dropout=0`, because PEFT has no dropout on a prefix.
+    The frozen tokens of a CARTRIDGE stay frozen.
     In an encoder-decoder only the decoder's self-attention has a prefix.
 
     Args:
@@ -60,7 +67,7 @@ def import_peft(source: AnyPath, target: AnyPath, base_model: str | None = None)
     Raises:
         FileExistsError: If `target` exists.
         ValueError: If the adapter belongs to another method, a part is missing, unknown, not finite or of another
-            shape, or the base model takes no prefix or computes other outputs with PEFT.
+            shape, all tokens are frozen, or the base model takes no prefix or computes other outputs with PEFT.
         OSError: If the base model cannot be loaded.
 
     Example:
@@ -69,8 +76,14 @@ def import_peft(source: AnyPath, target: AnyPath, base_model: str | None = None)
         ```
     """
     target = check_free(target)
-    saved = open_adapter(source, PrefixTuningConfig)
+    saved: SavedAdapter[Any] = open_adapter(source, tuple(_CONFIGS.values()))
     theirs = saved.config
+    frozen = getattr(theirs, "num_frozen_tokens", 0)
+    if frozen >= theirs.num_virtual_tokens:
+        raise ValueError(
+            f"{source} has `num_frozen_tokens={frozen}` of {theirs.num_virtual_tokens}: no token could be trained. "
+            "Write a smaller number into its adapter_config.json; the outputs do not depend on it."
+        )
     _, weights = saved.read_weights()
     table = weights.pop(_TABLE, None)
     if table is None:
@@ -89,13 +102,15 @@ def import_peft(source: AnyPath, target: AnyPath, base_model: str | None = None)
     config = PrefixTuningV2Config(
         task_type=adapter.loader.task,
         num_virtual_tokens=len(table),
+        num_frozen_tokens=frozen,
         prefix_dropout=0.0,
         shift_positions=_has_positions(found),
         target_attention=["decoder"] if base.config.is_encoder_decoder else None,
         modules_to_save=theirs.modules_to_save,
         revision=theirs.revision,
     )
-    weights = {f"{PREFIX_ROOT}embedding.weight": table, **with_root(SAVED_ROOT, adapter.head)}
+    parts = {"embedding.weight": table[frozen:]} | ({"frozen.weight": table[:frozen]} if frozen else {})
+    weights = with_root(PREFIX_ROOT, parts) | with_root(SAVED_ROOT, adapter.head)
     model = adapter.loader.add_adapter(base, config, weights)
     outputs = _compute_outputs(model, adapter.loader.task)
     warn_of_window(base, "a prefix of PEFT")
@@ -106,24 +121,29 @@ def import_peft(source: AnyPath, target: AnyPath, base_model: str | None = None)
     return target
 
 
-def export_peft(source: AnyPath, target: AnyPath, base_model: str | None = None) -> Path:
-    """Convert a saved adapter into a PREFIX_TUNING adapter of PEFT, with its task head and other trained modules.
+def export_peft(
+    source: AnyPath, target: AnyPath, base_model: str | None = None, peft_type: str = "PREFIX_TUNING"
+) -> Path:
+    """Convert a saved adapter into an adapter of PEFT, with its task head and other trained modules.
 
     An MLP becomes the table that it computes. `prefix_dropout` is lost, because PEFT has no dropout on a prefix.
+    A PREFIX_TUNING adapter has no frozen tokens: all would be trained on.
 
     Args:
         source: The adapter's folder, or its name on the Hub.
         target: A folder that does not exist yet.
         base_model: The folder or Hub name of the base model; the one in the adapter's config if `None`.
+        peft_type: PEFT's method: `"PREFIX_TUNING"` or `"CARTRIDGE"`. Both give the same outputs.
 
     Returns:
         The path of `target`.
 
     Raises:
         FileExistsError: If `target` exists.
-        ValueError: If PEFT cannot express the adapter: another `entry_point` than the cache, `lora_r`, selected
-            layers, a prefix in an encoder-decoder's encoder or cross-attention, layers of different shapes, unshifted
-            positions, a task that PEFT does not have, or a base model that computes other outputs with PEFT.
+        ValueError: If `peft_type` is another method, or PEFT cannot express the adapter: another `entry_point` than
+            the cache, `lora_r`, selected layers, a prefix in an encoder-decoder's encoder or cross-attention, layers
+            of other shapes, unshifted positions, a task that PEFT does not have, or a base model that computes other
+            outputs with PEFT.
         OSError: If the base model cannot be loaded.
 
     Example:
@@ -132,6 +152,8 @@ def export_peft(source: AnyPath, target: AnyPath, base_model: str | None = None)
         ```
     """
     target = check_free(target)
+    if peft_type not in _CONFIGS:
+        raise ValueError(f"`peft_type` must be one of {list(PEFT_TYPES)}, got {shorten(repr(peft_type))}.")
     saved = open_adapter(source, PrefixTuningV2Config)
     ours = saved.config
     if ours.entry_point != "cache":
@@ -161,7 +183,7 @@ def export_peft(source: AnyPath, target: AnyPath, base_model: str | None = None)
         )
     warn_of_window(base, "a prefix of PEFT")
     del model, base, layer  # one base model in memory at a time
-    config = PrefixTuningConfig(
+    config = _CONFIGS[peft_type](
         task_type=adapter.loader.task,
         num_virtual_tokens=ours.num_virtual_tokens,
         num_layers=len(slots),
@@ -170,6 +192,8 @@ def export_peft(source: AnyPath, target: AnyPath, base_model: str | None = None)
         modules_to_save=ours.modules_to_save,
         revision=ours.revision,
     )
+    if isinstance(config, CartridgeConfig):
+        config.num_frozen_tokens = ours.num_frozen_tokens
     weights = {_TABLE: table, **with_root(_PROMPT_ROOT, adapter.head)}
     peft_model = adapter.loader.add_adapter(adapter.load_base(), config, weights)
     adapter.check_peft(lambda: peft_model, outputs)
@@ -409,7 +433,7 @@ def _peft_works(model: PeftModel) -> bool:
         return True
     warnings.warn(
         f"peft {peft.__version__} looks for `past_key_values`, which transformers {transformers.__version__} calls "
-        "`cache`: with a task head a PREFIX_TUNING adapter fails there, and `generate` ignores it. The adapter was "
+        "`cache`: with a task head a prefix of PEFT fails there, and `generate` ignores it. The adapter was "
         "compared without PEFT's task models. To run it with PEFT, use transformers below 5.24.",
         stacklevel=3,
     )

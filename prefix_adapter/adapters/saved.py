@@ -101,12 +101,14 @@ class SavedAdapter(Generic[ConfigT]):
         return {name.removeprefix(self.root): others.pop(name) for name in names}, others
 
 
-def open_adapter(adapter: AnyPath, config_class: type[ConfigT], revision: str | None = None) -> SavedAdapter[ConfigT]:
+def open_adapter(
+    adapter: AnyPath, config_class: type[ConfigT] | tuple[type[ConfigT], ...], revision: str | None = None
+) -> SavedAdapter[ConfigT]:
     """Find a saved adapter, and read its config.
 
     Args:
         adapter: The adapter's folder, or its name on the Hub.
-        config_class: The class that its config must have.
+        config_class: The class that its config must have, or several such classes.
         revision: Its revision on the Hub.
 
     Raises:
@@ -117,13 +119,15 @@ def open_adapter(adapter: AnyPath, config_class: type[ConfigT], revision: str | 
     # PEFT reads the type before any other check, and fails with any kind of error if the file is damaged.
     path = source.find_config()
     kind = read_json(path).get("peft_type")
-    methods: dict[Any, type[PeftConfig]] = PEFT_TYPE_TO_CONFIG_MAPPING
+    methods: dict[Any, type[Any]] = PEFT_TYPE_TO_CONFIG_MAPPING
     method = methods.get(kind) if isinstance(kind, str) else None
     if method is None:
         raise ValueError(f"{path} is damaged: `peft_type` is {shorten(repr(kind))}, which is no method of PEFT.")
     if not issubclass(method, config_class):
-        wanted = "this package" if config_class is AdapterConfig else config_class().peft_type
-        raise ValueError(f"{adapter} is a {kind} adapter, not one of {getattr(wanted, 'value', wanted)}.")
+        classes = config_class if isinstance(config_class, tuple) else (config_class,)
+        types = [each().peft_type for each in classes if each is not AdapterConfig]
+        wanted = " or ".join(str(getattr(each, "value", each)) for each in types) or "this package"
+        raise ValueError(f"{adapter} is a {kind} adapter, not one of {wanted}.")
     try:
         return SavedAdapter(source, method.from_pretrained(source.name, **source.options))
     except Exception as error:  # configs of other methods check little, and fail with any kind of error
@@ -148,7 +152,8 @@ def read_encoder(saved: SavedAdapter[PrefixTuningV2Config]) -> tuple[PrefixEncod
     columns = _last_size(parts, "output.bias") if config.prefix_projection else hidden_size
     width = _last_size(parts, "hidden.bias") if config.prefix_projection else None
     inputs, outputs = [_last_size(parts, "down.weight")], [_last_size(parts, "up.weight")]
-    sizes = EncoderSizes(length, columns, hidden_size, width, config.lora_r, inputs, outputs)
+    frozen = config.num_frozen_tokens
+    sizes = EncoderSizes(length, columns, hidden_size, width, config.lora_r, inputs, outputs, frozen)
     _check_parts(saved, parts, sizes.shapes, length * columns)
     with torch.device("meta"):
         encoder = PrefixEncoder.new(sizes, config.init_std)

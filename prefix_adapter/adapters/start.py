@@ -30,7 +30,11 @@ _COMPARED_TOKENS = 4
 
 
 def init_from_text(
-    model: nn.Module, text: str | Sequence[int] | Tensor, adapter_name: str = "default", tokenizer: Any = None
+    model: nn.Module,
+    text: str | Sequence[int] | Tensor,
+    adapter_name: str = "default",
+    tokenizer: Any = None,
+    truncate: bool = False,
 ) -> None:
     """Initialize an adapter with the keys and values that the frozen decoder computes for a text.
 
@@ -42,8 +46,11 @@ def init_from_text(
         model: A `PeftModel`, or a transformers model with the adapter in it.
         text: A text, or its token ids `[n]` or `[1, n]`. A text gets the special tokens that the tokenizer puts in
             front of it (a beginning-of-sequence token), and no end-of-sequence token.
-        adapter_name: The adapter. It must be a table with one virtual token for each token of the text.
+        adapter_name: The adapter. It must be a table with one virtual token for each token of the text. Its
+            `num_frozen_tokens` are set too, and stay as they are.
         tokenizer: The base model's tokenizer; needed for a text.
+        truncate: Whether the text may be longer than the prefix, which then stands for its first tokens: a decoder
+            computes their keys and values without those after them.
 
     Raises:
         ValueError: If there is no such adapter, or it has an MLP, another number of virtual tokens, selected layers,
@@ -63,23 +70,28 @@ def init_from_text(
     adapter, base = layer.adapters[adapter_name], layer.model
     _check_adapter(layer, adapter_name)
     ids = token_ids(text, tokenizer)
+    if truncate:
+        ids = ids[: adapter.length]
     if len(ids) != adapter.length:
+        longer = len(ids) > adapter.length
         raise ValueError(
             f"The text has {len(ids)} tokens, and adapter {adapter_name!r} has {adapter.length}: make it with "
-            f"`num_virtual_tokens={len(ids)}`."
+            f"`num_virtual_tokens={len(ids)}`{longer * ', or take its first tokens alone with `truncate=True`'}."
         )
     compared = _check_text(layer, ids)
     start = _first_position(layer, adapter)
-    table = layer.encoder_of(adapter_name).embedding.weight
-    before = table.detach().clone()
+    encoder = layer.encoder_of(adapter_name)
+    before = encoder.fold()
     with untouched(base), torch.no_grad():
         try:
             key_values = _compute_key_values(layer, ids, start)
+            table = torch.empty_like(before)
             for slot, columns in adapter.columns.items():
                 table[:, columns] = key_values[slot].to(table.device, table.dtype)
+            encoder.set_table(table)
             _check_exact(layer, adapter_name, ids, ids[-compared:])
         except BaseException:
-            table.copy_(before)
+            encoder.set_table(before)
             raise
     warn_of_window(base, "a text in front")
 
@@ -335,7 +347,7 @@ def _from_saved(source: AnyPath) -> _StartPrefix:
 def _copy(source: AnyPath, start: PrefixEncoder, encoder: PrefixEncoder, adapter_name: str) -> None:
     """Copy the parameters of an encoder; into a table, the table that `start` computes."""
     if encoder.output is None:
-        start = start.folded()
+        start = start.folded(encoder.num_frozen)
     elif start.output is None:
         raise ValueError(
             f"{source} is a table, and adapter {adapter_name!r} has an MLP, which cannot be set to given keys and "

@@ -34,6 +34,7 @@ class EncoderSizes(NamedTuple):
         rank: Rank of the low-rank matrices; 0 for none.
         inputs: The input sizes of the linear layers that they change.
         outputs: The output sizes of those.
+        frozen: Number of virtual tokens at the beginning of the table that are not trained; 0 for an MLP.
     """
 
     length: int
@@ -43,11 +44,14 @@ class EncoderSizes(NamedTuple):
     rank: int = 0
     inputs: Sequence[int] = ()
     outputs: Sequence[int] = ()
+    frozen: int = 0
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the parameters by name."""
-        shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (self.length, self.columns)}
+        """The shapes of the parameters, and of the frozen rows, by name."""
+        shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (self.length - self.frozen, self.columns)}
+        if self.frozen:
+            shapes["frozen.weight"] = (self.frozen, self.columns)
         if self.width is not None:
             shapes = {
                 "embedding.weight": (self.length, self.hidden_size),
@@ -61,15 +65,33 @@ class EncoderSizes(NamedTuple):
         return shapes
 
 
+class FrozenRows(nn.Module):
+    """The rows of a table that are not trained.
+
+    They are a buffer and no parameter: PEFT sets `requires_grad` of all parameters of an active adapter.
+
+    Args:
+        count: Number of rows.
+        columns: Columns of the table.
+    """
+
+    weight: Tensor
+
+    def __init__(self, count: int, columns: int):
+        super().__init__()
+        self.register_buffer("weight", torch.empty(count, columns))
+
+
 class PrefixEncoder(NamedTuple):
     """The modules of an adapter. The embedding alone is a table; with `hidden` and `output` it is an MLP.
 
     Attributes:
-        embedding: Weight `[n, columns]` of a table, `[n, hidden_size]` of an MLP.
+        embedding: Weight `[n, columns]` of a table, without its frozen rows; `[n, hidden_size]` of an MLP.
         hidden: Linear, `hidden_size` to `encoder_hidden_size`.
         output: Linear, `encoder_hidden_size` to `columns`.
         down: Weight `[rank, inputs]`, LoRA's matrices A of all linear layers side by side.
         up: Weight `[rank, outputs]`, LoRA's transposed matrices B of all linear layers side by side.
+        frozen: Weight `[frozen, columns]`, the first rows of a table, if they are not trained.
     """
 
     embedding: nn.Embedding
@@ -77,6 +99,7 @@ class PrefixEncoder(NamedTuple):
     output: nn.Linear | None = None
     down: nn.Embedding | None = None
     up: nn.Embedding | None = None
+    frozen: FrozenRows | None = None
 
     @classmethod
     def new(cls, sizes: EncoderSizes, std: float) -> PrefixEncoder:
@@ -90,9 +113,11 @@ class PrefixEncoder(NamedTuple):
             sizes: The sizes of the parameters.
             std: Standard deviation of the weights.
         """
-        length, columns, hidden_size, width, rank, inputs, outputs = sizes
+        length, columns, hidden_size, width, rank, inputs, outputs, frozen = sizes
         if width is None:
-            encoder = cls(nn.Embedding(length, columns))
+            encoder = cls(
+                nn.Embedding(length - frozen, columns), frozen=FrozenRows(frozen, columns) if frozen else None
+            )
         else:
             encoder = cls(nn.Embedding(length, hidden_size), nn.Linear(hidden_size, width), nn.Linear(width, columns))
         for module in encoder:
@@ -110,8 +135,22 @@ class PrefixEncoder(NamedTuple):
         return encoder
 
     def parameters(self) -> list[Tensor]:
-        """The parameters, in the order of `EncoderSizes.shapes`."""
+        """The parameters, without frozen rows."""
         return [parameter for module in self if module is not None for parameter in module.parameters()]
+
+    def tensors(self) -> list[Tensor]:
+        """The parameters and the frozen rows."""
+        return self.parameters() if self.frozen is None else [*self.parameters(), self.frozen.weight]
+
+    @property
+    def num_frozen(self) -> int:
+        """The number of rows of the table that are not trained."""
+        return 0 if self.frozen is None else len(self.frozen.weight)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the prefix is one parameter, so that its keys and values are views of it."""
+        return self.output is None and self.frozen is None
 
     def encode(self, columns: slice) -> Tensor:
         """Compute some columns of the prefix, `[n, len(columns)]`.
@@ -120,7 +159,9 @@ class PrefixEncoder(NamedTuple):
         """
         table = self.embedding.weight
         if self.hidden is None or self.output is None:
-            return table[:, columns]
+            if self.frozen is None:
+                return table[:, columns]
+            return torch.cat([self.frozen.weight[:, columns], table[:, columns]])
         # Without autocast: n rows take little time, and a folded table must have the same values.
         with torch.autocast(table.device.type, enabled=False):
             hidden = torch.tanh(self.hidden(table))
@@ -131,7 +172,19 @@ class PrefixEncoder(NamedTuple):
         """The table `[n, columns]` that the encoder computes, in the precision of its parameters."""
         return self.encode(slice(None)).clone()
 
-    def folded(self) -> PrefixEncoder:
-        """The same adapter with the table in place of the MLP."""
-        table = nn.Embedding.from_pretrained(self.fold(), freeze=not self.embedding.weight.requires_grad)
-        return self._replace(embedding=table.train(self.embedding.training), hidden=None, output=None)
+    @torch.no_grad()
+    def set_table(self, table: Tensor) -> None:
+        """Write a table `[n, columns]` into an encoder that is a table, its frozen rows included."""
+        if self.frozen is not None:
+            self.frozen.weight.copy_(table[: self.num_frozen])
+        self.embedding.weight.copy_(table[self.num_frozen :])
+
+    def folded(self, frozen: int = 0) -> PrefixEncoder:
+        """The same adapter as a table, of which the first `frozen` rows are not trained."""
+        table = self.fold()
+        rows = nn.Embedding.from_pretrained(table[frozen:].clone(), freeze=not self.embedding.weight.requires_grad)
+        fixed = None
+        if frozen:
+            fixed = FrozenRows(frozen, table.shape[1]).to(table.device, table.dtype)
+            fixed.weight.copy_(table[:frozen])
+        return self._replace(embedding=rows.train(self.embedding.training), hidden=None, output=None, frozen=fixed)

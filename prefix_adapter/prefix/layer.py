@@ -168,7 +168,16 @@ class PrefixTuningV2Layer(AdapterLayer[AdapterInfo]):
         inputs, outputs = [linear.inputs for linear in linears], [linear.outputs for linear in linears]
         slices = zip(_slices(inputs), _slices(outputs), strict=True)
         low_rank = {linear.name: pair for linear, pair in zip(linears, slices, strict=True)}
-        sizes = EncoderSizes(config.num_virtual_tokens, end, hidden_size, width, config.lora_r, inputs, outputs)
+        sizes = EncoderSizes(
+            config.num_virtual_tokens,
+            end,
+            hidden_size,
+            width,
+            config.lora_r,
+            inputs,
+            outputs,
+            config.num_frozen_tokens,
+        )
         # The table counts too: a small MLP may compute a huge table.
         table = [(config.num_virtual_tokens, end)] if width else []
         check_size(self.model, [*sizes.shapes.values(), *table])
@@ -188,7 +197,7 @@ class PrefixTuningV2Layer(AdapterLayer[AdapterInfo]):
         self._add(adapter_name, config, info, encoder, home.module, home.dtype, embeddings)
         if self.parallelism is not None and is_new:
             # Each process has drawn numbers of its own.
-            self.parallelism.broadcast(self.parameters_of(adapter_name))
+            self.parallelism.broadcast(self.encoder_of(adapter_name).tensors())
         if config.shift_positions:
             self._hooks.positions.register_for_shifts()
 

@@ -203,14 +203,14 @@ class PrefixValues:
         """
         encoder = self.get_encoder(adapter_name)
         is_trained = any(parameter.requires_grad for parameter in encoder.parameters())
-        trained = is_trained and (encoder.output is not None or torch.is_grad_enabled())
+        trained = is_trained and (not encoder.is_plain or torch.is_grad_enabled())
         if trained or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
         return self.get_writes(adapter_name)
 
     def get_writes(self, adapter_name: str) -> list[tuple[int, int]]:
         """A value that changes whenever a parameter of an adapter is written to or replaced."""
-        return get_writes(self.get_encoder(adapter_name).parameters())
+        return get_writes(self.get_encoder(adapter_name).tensors())
 
 
 def _identity(tensor: Tensor) -> Tensor:

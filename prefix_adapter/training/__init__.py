@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .multitask import JointRecipe, load_joint_recipe, train_together
     from .recipe import Data, Recipe, RecipeError, load_recipe, recipe_names
     from .run import train
+    from .settings import SelfStudy
+    from .study import distil, self_study
 
 __all__ = [
     "Data",
@@ -22,15 +24,18 @@ __all__ = [
     "JointRecipe",
     "Recipe",
     "RecipeError",
+    "SelfStudy",
     "TrainingDiverged",
     "TrainingInterrupted",
     "answer_rows",
+    "distil",
     "evaluate_adapter",
     "load_joint_recipe",
     "load_recipe",
     "load_trained",
     "predict",
     "recipe_names",
+    "self_study",
     "train",
     "train_together",
 ]
@@ -42,6 +47,8 @@ _NAMES = {
     "multitask": ("JointRecipe", "load_joint_recipe", "train_together"),
     "recipe": ("Data", "Recipe", "RecipeError", "load_recipe", "recipe_names"),
     "run": ("train",),
+    "study": ("distil", "self_study"),
+    "settings": ("SelfStudy",),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 

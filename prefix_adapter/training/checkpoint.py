@@ -45,7 +45,7 @@ from ..files.contents import TensorSpec
 from ..files.whole import UNFINISHED, new_folder
 from .distributed import gathered_parameters, save_deepspeed_state
 from .files import fsync_path, path_in_errors
-from .model import trained_parameters
+from .model import adapter_tensors, trained_parameters
 from .recipe import RecipeError
 
 if TYPE_CHECKING:
@@ -78,11 +78,11 @@ def saved_steps(checkpoints: Path) -> list[int]:
 
 
 def _saved_names(model: nn.Module) -> dict[str, str] | None:
-    """The name of each trained parameter in PEFT's file; `None` if the file has the model's own names."""
+    """The name of each saved tensor in PEFT's file; `None` if the file has the model's own names."""
     if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning:
         return None
-    own = list(trained_parameters(model))
-    # Each parameter is known by a number in its place. Under tensor parallelism PEFT copies the tensors.
+    own = list(adapter_tensors(model))
+    # Each tensor is known by a number in its place. Under tensor parallelism PEFT copies the tensors.
     placeholders = {name: torch.tensor([number]) for number, name in enumerate(own)}
     saved = get_peft_model_state_dict(model, state_dict=placeholders, save_embedding_layers=False)
     return {own[int(each)]: name for name, each in saved.items()}
@@ -93,7 +93,7 @@ def save_weights(model: nn.Module, weights: dict[str, Tensor], folder: str | os.
 
     Args:
         model: the model without Accelerate's wrapper.
-        weights: the trained parameters, unsharded and on the CPU, by the model's names.
+        weights: the tensors of `adapter_tensors`, unsharded and on the CPU, by the model's names.
         folder: an existing folder.
     """
     if _saved_names(model) is None:
@@ -123,10 +123,10 @@ def check_weights(model: nn.Module, folder: Path) -> None:
         CheckpointError: if the file is damaged, or its tensors are not the model's trained parameters.
     """
     names = _saved_names(model)
-    parameters = trained_parameters(model)
+    tensors = adapter_tensors(model)
     if names is not None:
-        parameters = {saved: parameters[own] for own, saved in names.items()}
-    specs = {name: TensorSpec.of(each) for name, each in parameters.items()}
+        tensors = {saved: tensors[own] for own, saved in names.items()}
+    specs = {name: TensorSpec.of(each) for name, each in tensors.items()}
     _check_tensors(_weights_file(folder, names), specs, model)
 
 
@@ -142,14 +142,14 @@ def _check_tensors(path: Path, needed: dict[str, TensorSpec], model: nn.Module) 
 
 
 def gather_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The trained weights, unsharded and on the CPU.
+    """The trained weights and frozen rows, unsharded and on the CPU.
 
     If the model is sharded, only the main process receives the weights; the dictionary is empty in the others.
     """
     with gathered_parameters(trained_parameters(model).values()):
         gathered: dict[str, Any] = get_model_state_dict(model, options=_GATHERED)
-    # Leave out buffers and the further names of tied weights.
-    return {name: gathered[name].cpu() for name in trained_parameters(model) if name in gathered}
+    # Leave out other buffers and the further names of tied weights.
+    return {name: gathered[name].cpu() for name in adapter_tensors(model) if name in gathered}
 
 
 def save(

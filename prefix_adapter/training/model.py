@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import random
 import re
 import warnings
 from importlib.util import find_spec
@@ -14,7 +12,7 @@ import torch
 import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.start import init_from, init_from_text, token_ids
 
@@ -27,8 +25,9 @@ from ..prefix.layer import PrefixTuningV2Layer, find_prefix_layer
 from .recipe import NO_ADAPTER, RecipeError, say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
+    from datasets import Dataset
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -264,10 +263,10 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
         settings.setdefault("num_virtual_tokens", len(task.placeholder_token_ids))
     if recipe.init_text is not None:
         count = len(token_ids(recipe.init_text, task.tokenizer))
-        if settings.setdefault("num_virtual_tokens", count) != count:
+        if settings.setdefault("num_virtual_tokens", count) > count:
             raise RecipeError(
                 f"`adapter.num_virtual_tokens`: `init_text` has {count} tokens, not {settings['num_virtual_tokens']}. "
-                "Leave it out."
+                "Leave it out, or set a smaller number, for a prefix that starts from the first tokens of the text."
             )
     if task.peft_task_type is not None:
         settings.setdefault("task_type", task.peft_task_type)
@@ -358,14 +357,14 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> n
     return model
 
 
-def initialize_prefix(recipe: Recipe, task: Task, model: nn.Module, inputs: Sequence[list[int]]) -> None:
+def initialize_prefix(recipe: Recipe, task: Task, model: nn.Module, features: Dataset) -> None:
     """Initialize the prefix from `init_from`, `init_text` or training rows; otherwise it stays random.
 
     Args:
         recipe: the recipe.
         task: the recipe's task.
         model: the model with the prefix.
-        inputs: the token ids of the training rows.
+        features: the features of the training rows.
 
     Raises:
         RecipeError: if the text, the rows or the adapter do not fit the prefix.
@@ -378,10 +377,10 @@ def initialize_prefix(recipe: Recipe, task: Task, model: nn.Module, inputs: Sequ
         if key == "init_from":
             init_from(model, str(recipe.init_from))
         elif key == "init_text":
-            init_from_text(model, str(recipe.init_text), tokenizer=task.tokenizer)
+            init_from_text(model, str(recipe.init_text), tokenizer=task.tokenizer, truncate=True)
         elif key == "init_rows" or (recipe.init_rows is None and _can_start_from_rows(model)):
             length = find_prefix_layer(model).adapters["default"].length
-            init_from_text(model, _draw_tokens(inputs, length, recipe.seed))
+            init_from_text(model, task.start_tokens(features, length, recipe.seed))
     except (OSError, ValueError) as error:
         if key is not None:
             raise RecipeError(f"`{key}`: {error}") from error
@@ -403,19 +402,21 @@ def _has_decoder_prefix(model: nn.Module) -> bool:
     return any(isinstance(module, PrefixTuningV2Layer) and module.kinds == {"decoder"} for module in model.modules())
 
 
-def _draw_tokens(inputs: Sequence[list[int]], count: int, seed: int) -> list[int]:
-    """The last `count` tokens of training rows that are drawn at random."""
-    tokens: list[int] = []
-    for index in itertools.cycle(random.Random(seed).sample(range(len(inputs)), len(inputs))):
-        tokens = inputs[index] + tokens
-        if len(tokens) >= count:
-            return tokens[-count:]
-    raise AssertionError
-
-
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require gradients, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a training run saves of a model, by name: the trained parameters, and the frozen rows of prefixes."""
+    kept = {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, PrefixTuningV2Layer)
+        for key, _ in module.named_buffers()
+    }
+    frozen = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return {**trained_parameters(model), **frozen}
 
 
 def learning_rates(recipe: Recipe, model: nn.Module) -> tuple[float, float]:

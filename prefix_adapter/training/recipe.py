@@ -31,6 +31,7 @@ TASKS = (
     "chat",
     "seq2seq-lm",
     "cloze",
+    "distil",
 )
 STREAMING_TASKS = ("causal-lm", "chat", "seq2seq-lm")
 """The tasks whose training rows may be a stream: they learn nothing from the rows before training."""
@@ -197,8 +198,8 @@ class Recipe:
         init_from: A saved adapter (folder or name on the Hub). The prefix starts as a copy of its prefix, so `adapter`
             must set the same `num_virtual_tokens` and other settings of its shape. The task head starts from random
             weights.
-        init_text: A text, for causal-lm and chat only. The prefix starts as the keys and values of its tokens, so
-            `num_virtual_tokens` is their number and can be left out.
+        init_text: A text, for causal-lm, chat and distil only. The prefix starts as the keys and values of its tokens,
+            so `num_virtual_tokens` is their number and can be left out. If it is smaller, its first tokens count.
         init_rows: Whether the prefix starts as the keys and values of the last tokens of some training rows. Default:
             true for a table on a decoder that can start from a text, unless `init_from` or `init_text` is set.
         model_kwargs: Arguments for `from_pretrained` of the base model (`dtype`, `attn_implementation`, `revision`,
@@ -336,8 +337,8 @@ class Recipe:
                 raise RecipeError(f"`init_rows` is for PREFIX_TUNING_V2, not for {self.adapter['peft_type']}.")
         if len(given) > 1:
             raise RecipeError(f"`{given[0]}` and `{given[1]}` are both set; set only one of them.")
-        if self.init_text is not None and self.task not in ("causal-lm", "chat"):
-            raise RecipeError(f"`init_text` is for causal-lm and chat, not for {self.task}.")
+        if self.init_text is not None and self.task not in ("causal-lm", "chat", "distil"):
+            raise RecipeError(f"`init_text` is for causal-lm, chat and distil, not for {self.task}.")
         if self.init_text is not None and self.adapter.get("entry_point", "cache") != "cache":
             raise RecipeError("`adapter.entry_point`: a prefix starts from `init_text` through the cache only.")
         if self.init_text is not None and self.adapter.get("prefix_projection"):

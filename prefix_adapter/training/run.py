@@ -211,8 +211,7 @@ class TrainingRun:
             model, objective = self.join(models, objectives, accelerator)
             if not (resume and checkpoint.saved_steps(self.checkpoints)):
                 first = next(iter(self.recipes))
-                inputs = objectives[first].task.start_tokens(objectives[first].features)
-                initialize_prefix(self.settings, objectives[first].task, models[first], inputs)
+                initialize_prefix(self.settings, objectives[first].task, models[first], objectives[first].features)
         # Counted now, before Accelerate shards the model.
         sizes = {name: trained_size(each) for name, each in models.items()}
         log = reports.MetricsLog(self.settings, accelerator, self.recipe.to_dict())

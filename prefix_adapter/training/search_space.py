@@ -110,6 +110,8 @@ def default_space(recipe: Recipe, fixed: Sequence[str] = ()) -> dict[str, Any]:
         recipe.init_text or recipe.init_from or recipe.init_rows
     ):  # the initial prefix determines the length, and whether it is a table
         fixed = [*fixed, _PROJECTION, "adapter.num_virtual_tokens"]
+    if recipe.adapter.get("num_frozen_tokens"):  # an MLP has none
+        fixed = [*fixed, _PROJECTION]
     space = {key: value for key, value in DEFAULT_SPACE.items() if key not in fixed}
     width = recipe.adapter.get("encoder_hidden_size")
     if _PROJECTION in space and width:  # only an MLP has this setting

@@ -57,6 +57,10 @@ TASK_SETTINGS: dict[str, dict[str, tuple[Any, str]]] = {
         "generate": (False, "Also evaluate the generated last answers: exact_match and rougeL."),
         **_TEXT_AFTER_PROMPT,
     },
+    "distil": {
+        "generate": (False, "Also evaluate the text generated after the prompts: exact_match and rougeL."),
+        **_TEXT_AFTER_PROMPT,
+    },
     "seq2seq-lm": {
         "max_target_length": (128, "Maximum tokens of a target."),
         "num_beams": (1, "Beams of beam search; 1 is greedy search."),
@@ -130,3 +134,34 @@ class Search:
         for name, known in (("sampler", ("tpe", "random", "grid")), ("pruner", ("median", "hyperband", "none"))):
             if getattr(self, name) not in known:
                 raise RecipeError(f"`{name}` must be one of {list(known)}, got {getattr(self, name)!r}.")
+
+
+@dataclass
+class SelfStudy:
+    """How questions and answers are made.
+
+    Args:
+        questions: Number of rows.
+        question_tokens: Maximum tokens of a question.
+        answer_tokens: Maximum tokens of an answer.
+        temperature: Temperature of the sampling.
+        batch_size: Rows that are made at the same time.
+        seed: The seed of the passages, the requests and the sampling.
+
+    Raises:
+        RecipeError: If a value is invalid.
+    """
+
+    questions: int = 500
+    question_tokens: int = 48
+    answer_tokens: int = 96
+    temperature: float = 0.7
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("questions", "question_tokens", "answer_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"`study.{name}` must be at least 1, got {getattr(self, name)}.")
+        if not self.temperature > 0:
+            raise RecipeError(f"`study.temperature` must be above 0, got {self.temperature}.")

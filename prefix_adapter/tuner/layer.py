@@ -134,6 +134,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer, Generic[InfoT]):
         modules = self.modules_of(adapter_name)
         return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
+    def match_buffers(self, adapter_name: str) -> None:
+        """Give the buffers of an adapter the dtype of its parameters: PEFT casts parameters alone."""
+        dtype = next(parameter.dtype for parameter in self.parameters_of(adapter_name))
+        for module in self.modules_of(adapter_name):
+            if module is not None and not list(module.parameters()):
+                module.to(dtype)
+
     def _check_file(
         self,
         adapter_name: str,

@@ -195,6 +195,7 @@ class AdapterModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cast an adapter's dtype. PEFT does this after it has created an adapter, and at the end of loading one."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        self.layer.match_buffers(adapter_name)
         self.layer.end_load(adapter_name)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:

@@ -124,7 +124,7 @@ def inputs_of(task: str, kind: str, side: str | None = "right") -> dict[str, Ten
 @torch.no_grad()
 def answers(model: nn.Module, task: str, inputs: dict[str, Tensor]) -> Tensor:
     """The logits or hidden states, without those of padding."""
-    own = isinstance(model, PeftModel) and model.peft_type == "PREFIX_TUNING"
+    own = isinstance(model, PeftModel) and model.peft_type in ("PREFIX_TUNING", "CARTRIDGE")
     output = reference.output_of_peft(model, **inputs) if own else model(**inputs)
     if task == "QUESTION_ANS":
         found = torch.stack([output.start_logits, output.end_logits], dim=-1)
@@ -711,7 +711,7 @@ def test_peft_that_does_not_run_gives_a_warning(tmp_path):
     base = save_base(tmp_path / "base", "bert")
     model = save_peft(tmp_path / "peft", base, "SEQ_CLS")
     runs = reference.PEFT_RUNS
-    with nullcontext() if runs else pytest.warns(UserWarning, match="a PREFIX_TUNING adapter fails there"):
+    with nullcontext() if runs else pytest.warns(UserWarning, match="a prefix of PEFT fails there"):
         import_peft(tmp_path / "peft", tmp_path / "ours")
     with exchange._prompt_in_backbone(model):
         given = exchange._compute_outputs(model.get_base_model(), "SEQ_CLS")["logits"]
@@ -733,6 +733,42 @@ def test_peft_and_back(kind, task, tmp_path):
     for config in (one, other):
         config["modules_to_save"] = set(config["modules_to_save"] or ())
     assert one == other
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+@pytest.mark.parametrize("kind, task", [("llama", "CAUSAL_LM"), ("gpt2", "CAUSAL_LM"), ("bert", "SEQ_CLS")])
+def test_cartridge_and_back(kind, task, frozen, tmp_path):
+    base = save_base(tmp_path / "base", kind)
+    settings = peft.CartridgeConfig(task_type=task, num_virtual_tokens=N, num_frozen_tokens=frozen)
+    # Its own start, N(0, 1), has a large effect already. Frozen tokens keep it.
+    model = peft.get_peft_model(load_base(base, task), settings).eval()
+    draw(model)
+    model.save_pretrained(tmp_path / "peft")
+    import_peft(tmp_path / "peft", tmp_path / "ours")
+    assert config_of(tmp_path / "ours")["num_frozen_tokens"] == frozen
+    check_same(base, kind, task, tmp_path / "peft", tmp_path / "ours")
+    main(["export", str(tmp_path / "ours"), str(tmp_path / "back"), "--peft_type", "CARTRIDGE"])
+    assert_same_files(tmp_path / "peft", tmp_path / "back")
+    one, other = config_of(tmp_path / "peft"), config_of(tmp_path / "back")
+    for config in (one, other):
+        config["modules_to_save"] = set(config["modules_to_save"] or ())
+    assert one == other
+    export_peft(tmp_path / "ours", tmp_path / "prefix")
+    check_same(base, kind, task, tmp_path / "prefix", tmp_path / "ours")
+
+
+def test_cartridge_refused(tmp_path):
+    base = save_base(tmp_path / "base", "llama")
+    settings = peft.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=N, num_frozen_tokens=N)
+    peft.get_peft_model(load_base(base, "CAUSAL_LM"), settings).save_pretrained(tmp_path / "peft")
+    with pytest.raises(ValueError, match="no token could be trained"):
+        import_peft(tmp_path / "peft", tmp_path / "no")
+    save_ours(tmp_path / "ours", base, "CAUSAL_LM", shift_positions=False)
+    with pytest.raises(ValueError, match="train with `shift_positions=True`"):
+        export_peft(tmp_path / "ours", tmp_path / "no", peft_type="CARTRIDGE")
+    with pytest.raises(ValueError, match="`peft_type` must be one of"):
+        export_peft(tmp_path / "ours", tmp_path / "no", peft_type="LORA")
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("projection", [False, True], ids=["table", "mlp"])
@@ -938,7 +974,7 @@ def test_the_other_method_is_refused(tmp_path):
     base = save_base(tmp_path / "base", "bert")
     save_peft(tmp_path / "peft", base, "SEQ_CLS")
     save_ours(tmp_path / "ours", base, "SEQ_CLS")
-    with pytest.raises(ValueError, match="ours is a PREFIX_TUNING_V2 adapter, not one of PREFIX_TUNING"):
+    with pytest.raises(ValueError, match="ours is a PREFIX_TUNING_V2 adapter, not one of PREFIX_TUNING or CARTRIDGE"):
         import_peft(tmp_path / "ours", tmp_path / "new")
     with pytest.raises(ValueError, match="peft is a PREFIX_TUNING adapter, not one of PREFIX_TUNING_V2"):
         export_peft(tmp_path / "peft", tmp_path / "new")

@@ -386,6 +386,7 @@ EVERY_FIELD = {
     "layers_to_transform": [0, 2],
     "target_attention": ["encoder", "cross"],
     "entry_point": "attention",
+    "num_frozen_tokens": 0,  # an MLP has none
     "lora_r": 2,
     "strength": 0.5,
     "shift_positions": True,
@@ -397,7 +398,9 @@ EVERY_FIELD = {
 }
 
 
-@pytest.mark.parametrize("settings", [{}, EVERY_FIELD, {"layers_to_transform": 1}, {"task_type": "SEQ_CLS"}])
+@pytest.mark.parametrize(
+    "settings", [{}, EVERY_FIELD, {"layers_to_transform": 1}, {"task_type": "SEQ_CLS"}, {"num_frozen_tokens": 2}]
+)
 def test_config_round_trip(settings, tmp_path):
     before = PrefixTuningV2Config(**settings)
     before.save_pretrained(tmp_path)

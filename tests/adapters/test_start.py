@@ -213,6 +213,18 @@ def test_refused(case):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("frozen", [0, 1])
+@torch.no_grad()
+def test_the_first_tokens_of_a_longer_text(frozen):
+    base, ids = base_of("llama"), tiny.ids(1)
+    expected = with_text(base, ids)[0]
+    model = wrap(base, num_frozen_tokens=frozen)
+    with pytest.raises(ValueError, match=r"has 9 tokens.*truncate=True"):
+        init_from_text(model, [*TEXT, 1, 2, 3])
+    init_from_text(model, [*TEXT, 1, 2, 3], truncate=True)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_sliding_window_gives_a_warning():
     with pytest.warns(UserWarning, match="look back 8 tokens"):
         init_from_text(wrap(base_of("mistral"), 3), TEXT[:3])

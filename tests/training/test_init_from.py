@@ -9,14 +9,17 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import save_base, topic_rows, write_rows
+from safetensors.torch import load_file
 from test_loop import Crash, before_step, crash, what_counts
 from tokenizers import processors
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
 
 from prefix_adapter import PeftModel
 from prefix_adapter.training import Data, Recipe, RecipeError, load_recipe, train
 
 TEXT = "w3 w60 w17 w5"
+WEIGHTS = "adapter_model.safetensors"
+FROZEN = "base_model.model.prefix_tuning_v2.prefix_tuning_v2_frozen.weight"
 ROWS = [{"text": "w1 w2 w3 w4"}, {"text": "w70 w8"}, {"prompt": "w9 w10", "text": "w11 w12 w13"}]
 MLP = {"num_virtual_tokens": 4, "prefix_projection": True, "encoder_hidden_size": 8}
 
@@ -97,10 +100,27 @@ def test_the_first_step_is_as_with_the_text_in_front(writing, bases, tmp_path, k
     assert load_recipe(tmp_path / "out" / "recipe.yaml").init_text == TEXT
 
 
+def test_a_longer_text_gives_its_first_tokens(writing, bases, tmp_path):
+    adapter = {"num_virtual_tokens": 4, "num_frozen_tokens": 1, "shift_positions": True}
+    train(writing("out", "gpt2", adapter, init_text=f"{TEXT} {TEXT}"))
+    base = AutoModelForCausalLM.from_pretrained(bases["gpt2"]).eval()
+    assert first_loss(tmp_path / "out") == pytest.approx(loss_of(base, "gpt2", TEXT), abs=1e-5)
+    # The frozen token is the first one of the text, in the checkpoints too.
+    ids = [int(word[1:]) + 6 for word in TEXT.split()][:1]
+    cache = DynamicCache()
+    with torch.no_grad():
+        base(input_ids=torch.tensor([ids]), past_key_values=cache)
+    expected = torch.cat([part[0].flatten() for layer in cache.layers for part in (layer.keys, layer.values)])
+    files = [tmp_path / "out" / WEIGHTS, *(tmp_path / "out" / "checkpoints").rglob(WEIGHTS)]
+    assert len(files) > 1
+    for file in files:
+        torch.testing.assert_close(load_file(file)[FROZEN][0], expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "why"),
     [
-        ("llama", {"adapter": {"num_virtual_tokens": 4}}, "`adapter.num_virtual_tokens`: `init_text` has 5 tokens"),
+        ("llama", {"adapter": {"num_virtual_tokens": 6}}, "`adapter.num_virtual_tokens`: `init_text` has 5 tokens"),
         ("gpt2", {}, "`init_text`: .*shift_positions=True"),
         ("llama", {"adapter": {"layers_to_transform": [0]}}, "`init_text`: .*layers_to_transform"),
     ],

@@ -66,7 +66,7 @@ KLUE_NLI = {
     "klue-nli-prefix-200-mlp-768": (200, 768, "0.698"),
 }
 DOCUMENTATION = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
-KINDS = {"causal-lm": "gpt2", "chat": "gpt2", "seq2seq-lm": "t5", "cloze": "gpt2"}
+KINDS = {"causal-lm": "gpt2", "chat": "gpt2", "distil": "gpt2", "seq2seq-lm": "t5", "cloze": "gpt2"}
 CLOZE_WORDS = ["Yes", "No", "Maybe", "예", "아니요", "아마"]
 BASE = "task: sequence-classification\nmodel: m\noutput_dir: o\n"
 
@@ -124,7 +124,7 @@ def test_each_recipe_can_be_used(name, bases):
         # The published recipes start like the authors' code. A table beside a new head starts where it learned more.
         assert config.init_std == (0.5 if name in [*TASKS, WITH_LORA] and task.has_head else 0.02)
     if name in TASKS:
-        recipe.adapter["prefix_projection"] = True
+        recipe.adapter |= {"prefix_projection": True, "num_frozen_tokens": 0}
         assert adapter_config(recipe, task).init_std == 0.02
     # The first step uses the rate, and the last step a lower one.
     parameter = torch.nn.Parameter(torch.zeros(1))

@@ -70,7 +70,7 @@ class CausalLM(TextGeneration):
         if not isinstance(prompt, (str, type(None))):
             messages = " For conversations, choose the task chat." if isinstance(prompt, list) else ""
             return f"'prompt' must be a text, got {prompt!r}.{messages}"
-        if prompt and with_targets and self.kwargs["packing"]:
+        if prompt and with_targets and self.kwargs.get("packing"):
             return "the row has a prompt, but `task_kwargs.packing` is for texts without prompts."
         if not (prompt or "").strip() and (self.kwargs["generate"] or not with_targets):
             return "there is no 'prompt' to generate from. If the column has another name, set `data.columns`."
@@ -93,7 +93,7 @@ class CausalLM(TextGeneration):
         return result
 
     def training_features(self, rows: Columns, indices: list[int], with_targets: bool = True) -> Columns:
-        if not self.kwargs["packing"]:
+        if not self.kwargs.get("packing"):
             return self.features(rows, indices, with_targets)
         result: Columns = {"row": [], "input_ids": [], "attention_mask": [], "labels": []}
         texts = zip(self._prompts(rows), self._texts(rows), strict=True)

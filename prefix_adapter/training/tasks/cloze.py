@@ -326,9 +326,9 @@ class Cloze(WeightedLabels):
                 variants.append(sentences[number])
         return variants, numbers
 
-    def start_tokens(self, features: Dataset) -> Sequence[list[int]]:
+    def real_tokens(self, feature: Row) -> list[int]:
         placeholders = set(self.placeholder_token_ids)
-        return [[token for token in ids[0] if token not in placeholders] for ids in features["input_ids"]]
+        return [token for token in feature["input_ids"][0] if token not in placeholders]
 
     def collate(self, features: Sequence[Row]) -> dict[str, Tensor]:
         """Make a batch of all inputs of some rows.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -218,9 +220,28 @@ class Task:
         """Tokenize rows for training only. Unlike in `features`, one feature can combine several rows."""
         return self.features(rows, indices, with_targets)
 
-    def start_tokens(self, features: Dataset) -> Sequence[list[int]]:
-        """Return the token ids of each feature, without virtual tokens: a prefix can start from some of them."""
-        return features["input_ids"]
+    def start_tokens(self, features: Dataset, count: int, seed: int) -> list[int]:
+        """Return the token ids that a prefix can start from: the last ones of training rows drawn at random.
+
+        Args:
+            features: The features of the training rows.
+            count: The number of token ids.
+            seed: The seed of the draw.
+
+        Raises:
+            ValueError: If there are too few.
+        """
+        tokens: list[int] = []
+        for index in itertools.cycle(random.Random(seed).sample(range(len(features)), len(features))):
+            tokens = self.real_tokens(features[index]) + tokens
+            if len(tokens) >= count:
+                return tokens[-count:]
+        raise AssertionError
+
+    def real_tokens(self, feature: Row) -> list[int]:
+        """Return the token ids of a feature, without virtual tokens."""
+        ids: list[int] = feature["input_ids"]
+        return ids
 
     def check_tokens(self, features: Dataset, source: str) -> None:
         """Check that the tokenizer knows the words of the rows, and that the model has an embedding for every token.
