@@ -112,8 +112,9 @@ class Cloze(WeightedLabels):
             self.template = Template(self.kwargs["template"])
             if not self.template.has_mask and self.kind != "seq2seq":
                 raise TemplateError(f"a {self.kind} language model needs one `{{mask}}`, and there is none.")
+            self.start_token_ids = self.template.start_token_ids(tokenizer)
             first = len(tokenizer)
-            self.placeholder_token_ids = list(range(first, first + self.template.num_virtual_tokens))
+            self.placeholder_token_ids = list(range(first, first + len(self.start_token_ids)))
             self.encoder = TemplateEncoder(
                 self.template,
                 tokenizer,
@@ -463,7 +464,9 @@ def logits_at(model: Any, inputs: dict[str, Tensor], positions: Tensor, main: st
         The logits, `[batch, places, vocabulary]`.
     """
     own = extract_model_from_parallel(getattr(model, "module", model))
-    base = own.get_base_model() if hasattr(own, "get_base_model") else own
+    base = own
+    while hasattr(base, "get_base_model"):  # an adapter around another one
+        base = base.get_base_model()
     backbone = base.base_model
     length, count = inputs[main].shape[1], positions.shape[1]
     was_called = False
