@@ -31,6 +31,7 @@ TASKS = (
     "chat",
     "seq2seq-lm",
     "cloze",
+    "fill-mask",
 )
 NO_ADAPTER = ("FULL", "HEAD", "NONE")
 """Values of `adapter.peft_type` that are no PEFT methods: full fine-tuning, the task head alone, or no training."""

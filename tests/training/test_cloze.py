@@ -24,7 +24,8 @@ from prefix_adapter.training import (
 )
 from prefix_adapter.training.evaluation import rows_of
 from prefix_adapter.training.model import load_base, load_tokenizer, trained_parameters, wrap
-from prefix_adapter.training.tasks.cloze import Cloze, logits_at
+from prefix_adapter.training.tasks.cloze import Cloze
+from prefix_adapter.training.tasks.template_task import logits_at
 
 CLASSES = {
     "bert": "AutoModelForMaskedLM",

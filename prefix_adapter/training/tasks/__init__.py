@@ -3,6 +3,7 @@
 from .causal_lm import CausalLM
 from .chat import Chat
 from .cloze import Cloze
+from .fill_mask import FillMask
 from .multiple_choice import MultipleChoice
 from .question_answering import QuestionAnswering
 from .seq2seq_lm import Seq2SeqLM
@@ -19,6 +20,7 @@ TASK_CLASSES: dict[str, type[Task]] = {
     "chat": Chat,
     "seq2seq-lm": Seq2SeqLM,
     "cloze": Cloze,
+    "fill-mask": FillMask,
 }
 
 __all__ = ["TASK_CLASSES", "Task"]
