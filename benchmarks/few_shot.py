@@ -327,9 +327,11 @@ def report(args):
                 found = [known[name, count, draw, arm] for draw in DRAWS if (name, count, draw, arm) in known]
                 size = max([size, *(each["parameters"] for each in found)])
                 text = mean_and_spread([each["test"]["accuracy"] for each in found]) if found else ""
-                partial = f" ({len(found)} draws)" if 0 < len(found) < len(DRAWS) and count else ""
+                partial = f" (draws: {len(found)})" if 0 < len(found) < len(DRAWS) and count else ""
                 losses = f", {statistics.mean(each['test']['loss'] for each in found):.2f}" if found else ""
                 row.append(text + losses + partial)
+            if not any(row):
+                continue
             print(f"| {way.title} | {size:,} | {' | '.join(row if way.adapters else row * len(counts))} |")
         print()
 

@@ -117,7 +117,7 @@ class FillMask(TemplateTask):
     def answer(self, row: Row, features: list[Row], records: list[Any]) -> Row:
         ((tokens, probabilities),) = records
         return {
-            "prediction": self.tokenizer.decode(tokens[:1]).strip(),
+            "prediction": str(self.tokenizer.decode(tokens[:1])).strip(),
             "probability": probabilities[0],
             "tokens": [self._token(token) for token in tokens],
         }
@@ -132,5 +132,5 @@ class FillMask(TemplateTask):
 
     def _token(self, token: int) -> str:
         """A token as the vocabulary has it; its number if the model has more logits than the tokenizer has tokens."""
-        found: str | None = self.tokenizer.convert_ids_to_tokens(token)
-        return str(token) if found is None else found
+        found: Any = self.tokenizer.convert_ids_to_tokens(token)
+        return str(token if found is None else found)
