@@ -8,6 +8,7 @@
 | `{mask}` | the place of the answer, at most one |
 | `{p}`, `{p:3}` | one virtual token, three virtual tokens; each has its own vector |
 | `{p:a}` | the virtual token `a`; it has the same vector wherever it stands |
+| `{p:"It was"}` | trainable words: a virtual token for each of their tokens, which starts from its embedding |
 | `{sep}` | what the tokenizer puts between two texts, at most one |
 | `{{`, `}}` | a brace |
 
@@ -75,6 +76,13 @@ class VirtualToken:
 
 
 @dataclass(frozen=True)
+class TrainableWords:
+    """Virtual tokens that start from the tokens of `words`. Their number depends on the tokenizer."""
+
+    words: str
+
+
+@dataclass(frozen=True)
 class Mask:
     """The place of the answer."""
 
@@ -84,7 +92,7 @@ class Separator:
     """The tokens that the tokenizer puts between two texts."""
 
 
-Piece = Text | Field | VirtualToken | Mask | Separator
+Piece = Text | Field | VirtualToken | TrainableWords | Mask | Separator
 
 
 class Template:
@@ -97,7 +105,7 @@ class Template:
         text: The template as it was given.
         pieces: Its parts in order.
         fields: The names of its fields, each once, in order.
-        num_virtual_tokens: The number of different vectors of its virtual tokens.
+        num_virtual_tokens: The number of different vectors of its virtual tokens, without those of trainable words.
         whole_fields: The names of the fields that are never cut.
         has_mask: Whether it has a place for an answer.
 
@@ -122,6 +130,24 @@ class Template:
         self.whole_fields = tuple(dict.fromkeys(field.name for field in fields if "whole" in field.options))
         self.has_mask = Mask() in self.pieces
 
+    def start_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
+        """The token ids from whose embeddings the virtual tokens start; their order is that of the vectors.
+
+        Args:
+            tokenizer: A fast tokenizer, which divides trainable words into tokens.
+
+        Returns:
+            For each vector a token id, or `None` for a random start.
+
+        Raises:
+            TemplateError: If the tokenizer does not know a trainable word.
+
+        Example:
+            >>> Template('{text} {p:2} {p:"It was"} {mask}.').start_token_ids(tokenizer)  # GPT-2's
+            [None, None, 632, 373]
+        """
+        return _number_vectors(self.pieces, tokenizer)[1]
+
     def __repr__(self) -> str:
         return f"Template({self.text!r})"
 
@@ -145,6 +171,11 @@ def _parse(text: str) -> Iterator[Piece]:
             yield Mask() if name == _MASK else Separator()
         elif name != _VIRTUAL:
             yield _field(name, options, place)
+        elif options.startswith('"'):
+            trainable = options[1:-1].strip()
+            if len(options) < 2 or options[-1] != '"' or not trainable:
+                _fail(place, f'`{{p:"..."}}` must have words between two quotation marks, got {shorten(options, 40)}')
+            yield TrainableWords(trainable)
         elif options and options[0].isalpha():
             if not options.isidentifier():
                 _fail(place, f"the name of a virtual token must have letters, digits and _ only, got {options!r}")
@@ -198,7 +229,11 @@ def _count(text: str, place: int) -> int:
     if not text:
         return 1
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= _MAX_COUNT):
-        _fail(place, f"`{{p:...}}` must have a number from 1 to {_MAX_COUNT} or a name, got {shorten(text, 40)!r}")
+        _fail(
+            place,
+            f"`{{p:...}}` must have a number from 1 to {_MAX_COUNT}, a name, or words in quotation marks, got "
+            f"{shorten(text, 40)!r}",
+        )
     return int(text)
 
 
@@ -257,7 +292,8 @@ class TemplateEncoder:
         template: The template.
         tokenizer: A fast tokenizer.
         max_length: The maximum number of tokens; by default there is none.
-        placeholder_token_ids: The token id of each virtual token. It may be outside of the vocabulary.
+        placeholder_token_ids: The token id of each virtual token. It may be outside of the vocabulary. There are as
+            many as `Template.start_token_ids` returns.
         add_end: Whether the tokens are added that the tokenizer puts at the end of a text. A decoder that continues
             the text needs them left out.
 
@@ -281,10 +317,11 @@ class TemplateEncoder:
     ) -> None:
         if not tokenizer.is_fast:
             raise TemplateError(f"{type(tokenizer).__name__} is not a fast tokenizer, which a template needs.")
-        if len(placeholder_token_ids) < template.num_virtual_tokens:
+        self._vectors, starts = _number_vectors(template.pieces, tokenizer)
+        if len(placeholder_token_ids) < len(starts):
             raise TemplateError(
-                f"the template has {template.num_virtual_tokens} virtual tokens, and there are "
-                f"{len(placeholder_token_ids)} `placeholder_token_ids`."
+                f"the template has {len(starts)} virtual tokens, and there are {len(placeholder_token_ids)} "
+                "`placeholder_token_ids`."
             )
         self.template, self.tokenizer, self.max_length = template, tokenizer, max_length
         self.placeholder_token_ids = list(placeholder_token_ids)
@@ -327,20 +364,7 @@ class TemplateEncoder:
         """
         if not self.template.has_mask:
             raise TemplateError("the template has no `{mask}`.")
-        before = self.template.pieces[: self.template.pieces.index(Mask())]
-        last = before[-1] if before else None
-        spaces = len(last.text) - len(last.text.rstrip(" ")) if isinstance(last, Text) else 0
-        if Separator() in before:  # another text begins there
-            before = before[before.index(Separator()) + 1 :]
-        left: tuple[str, ...] = ("",)
-        if _has_text(before):
-            beside = last.text[-1] if isinstance(last, Text) and not spaces else "x"
-            left = (beside, ",", "x")
-        found = self._tokenize(" " * spaces + word.strip(), left, ("",))
-        ids = [token for token, _, _ in found]
-        if not ids or self.tokenizer.unk_token_id in ids:
-            raise TemplateError(f"the tokenizer does not know the word {word!r}.")
-        return ids
+        return _word_ids(self.tokenizer, self.template.pieces[: self.template.pieces.index(Mask())], word)
 
     def encode(
         self, row: Mapping[str, object], answers: Sequence[Sequence[int]] | None = None
@@ -391,7 +415,7 @@ class TemplateEncoder:
         """
         first, second = self._types
         ids, owners, segment, place = list(self._start), [-1] * len(self._start), first, None
-        types, fields = [first] * len(self._start), 0
+        types, fields, vectors = [first] * len(self._start), 0, iter(self._vectors)
         for item in self._items:
             if isinstance(item, _Run):
                 text, owner = "", list[int]()
@@ -401,10 +425,10 @@ class TemplateEncoder:
                     fields += isinstance(part, Field)
                     text += value
                 left, right = _stand_ins(item.left, text[:1]), _stand_ins(item.right, text[-1:])
-                parts = self._tokenize(text, left, right)
+                parts = _tokenize(self.tokenizer, text, left, right)
                 found = [(token, _owner(text, owner, start, end)) for token, start, end in parts]
-            elif isinstance(item, VirtualToken):
-                found = [(self.placeholder_token_ids[item.index], -1)]
+            elif isinstance(item, VirtualToken | TrainableWords):
+                found = [(self.placeholder_token_ids[number], -1) for number in next(vectors)]
             elif isinstance(item, Separator):
                 found = [(token, -1) for token in self._middle]
             else:
@@ -447,39 +471,86 @@ class TemplateEncoder:
             kept.append(place)
         return kept
 
-    def _tokenize(self, text: str, left: Sequence[str], right: Sequence[str]) -> list[tuple[int, int, int]]:
-        """The tokens of a part of a text, each with its place in `text`, as they are beside other words.
 
-        A short word stands for what is on each side, because tokenizers treat the start and the end of a text in their
-        own ways. If a token reaches into that word, the next one is taken.
+def _word_ids(tokenizer: PreTrainedTokenizerBase, before: Sequence[Piece], word: str) -> list[int]:
+    """The tokens of a word or words behind some pieces, with the spaces between.
 
-        Args:
-            text: The text.
-            left: The words to put before it; an empty text if the whole text starts here.
-            right: The words to put after it.
-        """
-        if not text:
-            return []
-        # Spaces before an answer or a virtual token belong to it.
-        length = len(text.rstrip(" ") if any(right) else text)
-        for before, after in (
-            *itertools.product(left, right),
-            ("", ""),
-        ):  # without such words if there is no other way
-            encoded = self.tokenizer(
-                before + text + after, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )
-            found = []
-            for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                start, end = first - len(before), last - len(before)
-                if start < 0 or end > len(text):
-                    if text[max(start, 0) : max(end, 0)].strip():
-                        break
-                elif start < length:
-                    found.append((token, start, end))
-            else:
-                return found
-        raise AssertionError
+    Raises:
+        TemplateError: If the word has no tokens or unknown ones.
+    """
+    last = before[-1] if before else None
+    spaces = len(last.text) - len(last.text.rstrip(" ")) if isinstance(last, Text) else 0
+    if Separator() in before:  # another text begins there
+        before = before[before.index(Separator()) + 1 :]
+    left: tuple[str, ...] = ("",)
+    if _has_text(before):
+        beside = last.text[-1] if isinstance(last, Text) and not spaces else "x"
+        left = (beside, ",", "x")
+    ids = [token for token, _, _ in _tokenize(tokenizer, " " * spaces + word.strip(), left, ("",))]
+    if not ids or tokenizer.unk_token_id in ids:
+        raise TemplateError(f"the tokenizer does not know the word {word!r}.")
+    return ids
+
+
+def _number_vectors(
+    pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[range], list[int | None]]:
+    """Number the vectors of virtual tokens and trainable words in the order in which they first appear.
+
+    Returns:
+        The numbers of each virtual token and of each piece of trainable words, and the token id that each vector
+        starts from; `None` for a random start.
+    """
+    numbers, starts, first = list[range](), list[int | None](), dict[int, int]()
+    for place, piece in enumerate(pieces):
+        if isinstance(piece, TrainableWords):
+            ids = _word_ids(tokenizer, pieces[:place], piece.words)
+            numbers.append(range(len(starts), len(starts) + len(ids)))
+            starts += ids
+        elif isinstance(piece, VirtualToken):
+            if piece.index not in first:
+                first[piece.index] = len(starts)
+                starts.append(None)
+            numbers.append(range(first[piece.index], first[piece.index] + 1))
+    return numbers, starts
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, text: str, left: Sequence[str], right: Sequence[str]
+) -> list[tuple[int, int, int]]:
+    """The tokens of a part of a text, each with its place in `text`, as they are beside other words.
+
+    A short word stands for what is on each side, because tokenizers treat the start and the end of a text in their
+    own ways. If a token reaches into that word, the next one is taken.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The text.
+        left: The words to put before it; an empty text if the whole text starts here.
+        right: The words to put after it.
+    """
+    if not text:
+        return []
+    # Spaces before an answer or a virtual token belong to it.
+    length = len(text.rstrip(" ") if any(right) else text)
+    for before, after in (
+        *itertools.product(left, right),
+        ("", ""),
+    ):  # without such words if there is no other way
+        encoded = tokenizer(
+            before + text + after, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        found = []
+        for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            start, end = first - len(before), last - len(before)
+            if start < 0 or end > len(text):
+                if text[max(start, 0) : max(end, 0)].strip():
+                    break
+            elif start < length:
+                found.append((token, start, end))
+        else:
+            return found
+    raise AssertionError
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int], tuple[int, int]]:
@@ -498,7 +569,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
     )
 
 
-def _join_runs(pieces: Sequence[Piece]) -> Iterator[_Run | VirtualToken | Mask | Separator]:
+def _join_runs(pieces: Sequence[Piece]) -> Iterator[_Run | VirtualToken | TrainableWords | Mask | Separator]:
     """Join the words and fields that follow each other."""
     groups = [
         (key, list(group)) for key, group in itertools.groupby(pieces, lambda each: isinstance(each, Text | Field))
@@ -528,7 +599,8 @@ def _join_runs(pieces: Sequence[Piece]) -> Iterator[_Run | VirtualToken | Mask |
 def _has_text(pieces: Iterable[Piece]) -> bool:
     """Whether some pieces are more than virtual tokens and spaces."""
     return any(
-        bool(piece.text.strip()) if isinstance(piece, Text) else isinstance(piece, Field | Mask) for piece in pieces
+        bool(piece.text.strip()) if isinstance(piece, Text) else isinstance(piece, Field | TrainableWords | Mask)
+        for piece in pieces
     )
 
 

@@ -126,12 +126,14 @@ def test_parts_of_a_template():
         ("{mask} {mask}", "character 8 .*a second `{mask}`"),
         ("{sep}{sep}", "character 6 .*a second `{sep}`"),
         ("{mask:2}", "character 1 .*`{mask}` has no options, got '2'"),
-        ("{p:0}", "character 1 .*number from 1 to 1000 or a name, got '0'"),
-        ("{p:-1}", "number from 1 to 1000 or a name, got '-1'"),
-        ("{p:1.5}", "number from 1 to 1000 or a name, got '1.5'"),
+        ("{p:0}", "character 1 .*number from 1 to 1000, a name, or words in quotation marks, got '0'"),
+        ("{p:-1}", "number from 1 to 1000, a name, or words in quotation marks, got '-1'"),
+        ("{p:1.5}", "number from 1 to 1000, a name, or words in quotation marks, got '1.5'"),
         ("{p:1001}", "number from 1 to 1000"),
         ("{p:" + "9" * 100_000 + "}", "number from 1 to 1000"),
         ("{p:999}{p:2}", "more than 1000 virtual tokens"),
+        ('{p:"It was}', "character 1 .*words between two quotation marks"),
+        ('a {p:" "}', "character 3 .*words between two quotation marks"),
         ("{p:a b}", "letters, digits and _ only, got 'a b'"),
         ("{a:big}", "character 1 .*'a' has no option 'big'; there are strip, whole, cut_start"),
         ("{a:whole,cut_start}", "contradict each other"),
@@ -220,6 +222,41 @@ def test_virtual_tokens_stand_between_words(tokenizer):
     assert found.input_ids.index(10**6 + 3) == first + 3 + lengths[1]
     with pytest.raises(TemplateError, match="4 virtual tokens, and there are 3 `placeholder_token_ids`"):
         TemplateEncoder(template, tokenizer, placeholder_token_ids=placeholders[1:])
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ('{a} {p:"Question: Is it so?"} {b}', "A man, a plan. Question: Is it so? Is it so?"),
+        ('{p:"Maybe"} {a} {p:"yes"}{mask}', "Maybe A man, a plan. yes"),
+        ('{c} {p:"정말로 그렇다면"} {c}', "그는 집에 갔다. 정말로 그렇다면 그는 집에 갔다."),
+    ],
+)
+def test_trainable_words_start_as_the_tokens_of_the_whole_text(tokenizer, template, text):
+    parsed, expected = Template(template), tokenizer(text)["input_ids"]
+    if tokenizer.unk_token_id in expected:
+        with pytest.raises(TemplateError, match="does not know the word"):
+            parsed.start_token_ids(tokenizer)
+        return
+    starts = parsed.start_token_ids(tokenizer)
+    encoder = TemplateEncoder(parsed, tokenizer, placeholder_token_ids=range(10**6, 10**6 + len(starts)))
+    (found,) = encoder.encode({**ROW, "c": "그는 집에 갔다."}, [[]])
+    ids = [starts[token - 10**6] if token >= 10**6 else token for token in found.input_ids]
+    assert ids == expected
+    virtual = [token for token in found.input_ids if token >= 10**6]
+    assert virtual == list(range(10**6, 10**6 + len(starts)))  # the order of the text
+
+
+def test_vectors_are_numbered_in_the_order_of_the_text(tokenizer):
+    template = Template('a {p:x} {p:"yes no"} {p:2} {p:x} {p:"yes"}')
+    yes, no = (TemplateEncoder(Template("a {mask}"), tokenizer).word_ids(word) for word in ("yes", "no"))
+    starts = template.start_token_ids(tokenizer)
+    assert starts[0] is None and starts[-len(yes) - 2 : -len(yes)] == [None, None] and starts[-len(yes) :] == yes
+    assert len(starts) == 3 + 2 * len(yes) + len(no) and template.num_virtual_tokens == 3
+    encoder = TemplateEncoder(template, tokenizer, placeholder_token_ids=range(10**6, 10**6 + len(starts)))
+    (found,) = encoder.encode({})
+    places = [token - 10**6 for token in found.input_ids if token >= 10**6]
+    assert places == [*range(len(starts) - len(yes)), 0, *range(len(starts) - len(yes), len(starts))]
 
 
 def test_a_text_beside_a_virtual_token_begins_a_word(tokenizer):

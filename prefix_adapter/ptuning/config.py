@@ -52,9 +52,10 @@ class PTuningConfig(AdapterConfig):
             embedding size if `None`. Only with an encoder.
         encoder_dropout (`float`, defaults to 0.0):
             Dropout probability in [0, 1) between the layers of the LSTM.
-        init_token_ids (`list[int]`, *optional*):
+        init_token_ids (`list[int | None]`, *optional*):
             The token ids of real words from whose input embeddings the table, or the encoder's embedding, starts. A
-            shorter list is repeated. Without it the start is random.
+            shorter list is repeated. `None` in it means a random start of that virtual token, and without the list the
+            start of all is random.
         init_std (`float`, *optional*):
             Standard deviation of the random start, above 0 and at most 1000. By default that of the model's input
             embeddings for a table, and 1 for the embedding of an encoder (as in the reference implementation).
@@ -90,8 +91,8 @@ class PTuningConfig(AdapterConfig):
         default=None, metadata={"help": "Size of each direction of the LSTM, or width of the MLP."}
     )
     encoder_dropout: float = field(default=0.0, metadata={"help": "Dropout between the layers of the LSTM."})
-    init_token_ids: Optional[list[int]] = field(
-        default=None, metadata={"help": "Token ids of the words from which the virtual tokens start."}
+    init_token_ids: Optional[list[Optional[int]]] = field(
+        default=None, metadata={"help": "Token ids of the words from which the virtual tokens start; None for random."}
     )
     init_std: Optional[float] = field(
         default=None, metadata={"help": "Standard deviation of the random start; that of the embeddings by default."}
@@ -133,7 +134,7 @@ class PTuningConfig(AdapterConfig):
             raise ValueError("`encoder_dropout` is for the layers of the LSTM, and there is no LSTM.")
         self._check_placeholders()
         if self.init_token_ids is not None:
-            words = self.init_token_ids = self._check_ids("init_token_ids", self.init_token_ids)
+            words = self.init_token_ids = self._check_ids("init_token_ids", self.init_token_ids, may_lack=True)
             if len(words) > self.num_virtual_tokens:
                 raise ValueError(
                     f"`init_token_ids` has {len(words)} words for {self.num_virtual_tokens} virtual tokens. Raise "
@@ -163,11 +164,12 @@ class PTuningConfig(AdapterConfig):
                 "places, repeat its id in the input."
             )
 
-    def _check_ids(self, name: str, ids: Any) -> list[int]:
+    def _check_ids(self, name: str, ids: Any, may_lack: bool = False) -> list[Any]:
         if not isinstance(ids, (list, tuple, range)) or not ids:
             raise ValueError(f"`{name}` must be a list of token ids that is not empty, got {shorten(ids)}.")
         for each in ids:
-            check_int(name, each, 0)
+            if each is not None or not may_lack:
+                check_int(name, each, 0)
         return list(ids)
 
     def find_placeholders(self, vocabulary: int) -> tuple[int, ...]:

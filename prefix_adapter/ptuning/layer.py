@@ -128,7 +128,7 @@ class PTuningLayer(AdapterLayer[Placeholders]):
                 file does not fit. Nothing is changed then.
         """
         size, kind, table = self._embeddings.size, config.encoder_reparameterization_type, self._embeddings.table
-        unknown = [each for each in config.init_token_ids or () if each >= self._embeddings.vocabulary]
+        unknown = [each for each in config.init_token_ids or () if (each or 0) >= self._embeddings.vocabulary]
         if unknown:
             raise ValueError(
                 f"`init_token_ids` has the ids {unknown[:20]}, and {type(self.model).__name__} has "
@@ -154,16 +154,16 @@ class PTuningLayer(AdapterLayer[Placeholders]):
     @torch.no_grad()
     def _draw_start(self, encoder: PromptEncoder, config: PTuningConfig) -> None:
         """Let the embedding of a new adapter start from real words, or from random numbers."""
-        weight, words = encoder.embedding.weight, config.init_token_ids
-        if words is not None:
-            indices = [words[index % len(words)] for index in range(len(weight))]
-            weight.copy_(self._embed(torch.tensor(indices)))
-        elif config.init_std is not None:
+        weight, words = encoder.embedding.weight, config.init_token_ids or [None]
+        if config.init_std is not None:
             nn.init.normal_(weight, std=config.init_std)
         elif not config.has_encoder:
             count = self._embeddings.vocabulary
             sample = torch.linspace(0, count - 1, min(count, _SAMPLED_WORDS)).long()
             nn.init.normal_(weight, std=self._embed(sample).std().item() or 1.0)
+        starts = {row: word for row in range(len(weight)) if (word := words[row % len(words)]) is not None}
+        if starts:
+            weight[list(starts)] = self._embed(torch.tensor(list(starts.values()))).to(weight)
 
     def _embed(self, ids: Tensor) -> Tensor:
         """The input embeddings of real words `[n]`, as the model has them without an adapter."""

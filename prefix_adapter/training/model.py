@@ -261,6 +261,9 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
     if "placeholder_token_ids" in fields and task.placeholder_token_ids:
         settings.setdefault("placeholder_token_ids", list(task.placeholder_token_ids))
         settings.setdefault("num_virtual_tokens", len(task.placeholder_token_ids))
+        if any(start is not None for start in task.start_token_ids):
+            settings.setdefault("init_token_ids", list(task.start_token_ids))
+            settings.setdefault("encoder_reparameterization_type", None)  # an encoder makes other vectors of words
     if recipe.init_text is not None:
         count = len(token_ids(recipe.init_text, task.tokenizer))
         if settings.setdefault("num_virtual_tokens", count) > count:

@@ -32,6 +32,7 @@ TASKS = (
     "seq2seq-lm",
     "cloze",
     "distil",
+    "fill-mask",
 )
 STREAMING_TASKS = ("causal-lm", "chat", "seq2seq-lm")
 """The tasks whose training rows may be a stream: they learn nothing from the rows before training."""

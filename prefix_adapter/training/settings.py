@@ -10,7 +10,7 @@ from .recipe import RecipeError
 KINDS = ("single_label_classification", "multi_label_classification", "regression")
 """The kinds of sequence classification; transformers calls them `problem_type`."""
 LANGUAGE_MODELS = ("masked", "causal", "seq2seq")
-"""The kinds of language models of a cloze task."""
+"""The kinds of language models of a task with a template."""
 
 _GENERATION_KWARGS: dict[str, tuple[Any, str]] = {
     "generation_kwargs": ({}, "Further settings of transformers' GenerationConfig (`no_repeat_ngram_size`, ...)."),
@@ -77,6 +77,10 @@ TASK_SETTINGS: dict[str, dict[str, tuple[Any, str]]] = {
         "language_model": (None, f"One of {', '.join(LANGUAGE_MODELS)}; by default inferred from the base model."),
         "score": ("sum", "Score of a word of several tokens: the sum or the mean of their log-probabilities."),
         **_CLASS_WEIGHTS,
+    },
+    "fill-mask": {
+        "template": (None, "The text of a row, with columns in braces: `{subject} was born in {mask}.`"),
+        "language_model": (None, "One of masked, causal; by default inferred from the base model."),
     },
 }
 """The `task_kwargs` of each task: `{name: (default, help)}`."""

@@ -234,6 +234,15 @@ def test_random_starts():
     assert start(init_std=0.3, encoder_reparameterization_type=None) == pytest.approx(0.3, rel=0.05)
 
 
+def test_a_start_from_words_in_some_places():
+    words = tiny.model("bert").get_input_embeddings().weight
+    settings = {"encoder_reparameterization_type": None, "init_token_ids": [None, 7, None, 9]}
+    config = PTuningConfig(num_virtual_tokens=4, **settings)
+    weight = weights_of(get_peft_model(tiny.model("bert"), config))["embedding.weight"]
+    assert torch.equal(weight[[1, 3]], words[[7, 9]])
+    assert all((weight[row] != words).any(-1).all() for row in (0, 2)) and not torch.equal(weight[0], weight[2])
+
+
 @pytest.mark.parametrize("kind", ["bert", "bart", "gemma3"])
 def test_a_start_from_words(kind):
     """The model with virtual tokens that start from words computes the same as with the words."""

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 
+import pages
 import pytest
 import tiny
 import torch
@@ -552,3 +553,29 @@ def test_a_compiled_model(encoder):
     changed = logits(compiled)
     assert not torch.allclose(changed, expected)
     torch.testing.assert_close(changed, logits(model))
+
+
+def test_the_whole_model_beside_it(tmp_path, monkeypatch):
+    """The page's code for the paper's SuperGLUE runs: both parts learn, and both come back."""
+    (code,) = (block for block in pages.blocks("docs/ptuning.md") if "requires_grad_(True)" in block)
+    monkeypatch.chdir(tmp_path)
+    base = tiny.model("bert", "AutoModelForMaskedLM")
+    model = get_peft_model(base, PTuningConfig(num_virtual_tokens=2)).train()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    ids = tiny.ids(2, 9)
+    ids[:, [1, 4]] = torch.tensor(model.base_model.get_placeholder_ids())
+    seen = {}
+
+    def learn(optimizer):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        seen["unmoved"] = {name for name, each in model.named_parameters() if torch.equal(each, before[name])}
+        seen["moved_words"] = not torch.equal(
+            base.get_input_embeddings().weight, before["base_model.model.bert.embeddings.word_embeddings.weight"]
+        )
+        seen["logits"] = model.eval()(input_ids=ids).logits
+
+    scope = {"model": model, "learn": learn}
+    exec(code.replace("# ... train ...", "learn(optimizer)"), scope)
+    assert seen["moved_words"] and not any("ptuning_" in name for name in seen["unmoved"])
+    torch.testing.assert_close(scope["model"].eval()(input_ids=ids).logits, seen["logits"])

@@ -11,6 +11,7 @@ from conftest import WORDS, save_base, write_rows
 from datasets import Dataset
 from torch.nn import functional as F
 
+from prefix_adapter import PrefixTuningV2Config, get_peft_model
 from prefix_adapter.training import (
     Data,
     JointRecipe,
@@ -22,8 +23,9 @@ from prefix_adapter.training import (
     train_together,
 )
 from prefix_adapter.training.evaluation import rows_of
-from prefix_adapter.training.model import load_base, load_tokenizer, wrap
-from prefix_adapter.training.tasks.cloze import Cloze, logits_at
+from prefix_adapter.training.model import load_base, load_tokenizer, trained_parameters, wrap
+from prefix_adapter.training.tasks.cloze import Cloze
+from prefix_adapter.training.tasks.template_task import logits_at
 
 CLASSES = {
     "bert": "AutoModelForMaskedLM",
@@ -227,6 +229,34 @@ def test_one_input_serves_words_that_begin_alike(bases):
     assert causal["variants"][0] == [0, 0, 1, 0]
     masked = new_task(bases["bert"], end).features(columns, [0], True)
     assert sorted(len(ids) for ids in masked["input_ids"][0]) == [6, 7, 8]
+
+
+def test_an_adapter_around_another_one(bases):
+    task = new_task(bases["gpt2"], "{text} {p:2} {mask}", adapter={"peft_type": "PTUNING_V1"})
+    model = wrap(task.recipe, task, *load_base(task.recipe, task))
+    model = get_peft_model(model, PrefixTuningV2Config(num_virtual_tokens=2), "outer").eval()
+    batch = batch_of(task, ROWS)
+    every = torch.arange(batch["input_ids"].shape[1]).expand(len(batch["input_ids"]), -1)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        found = logits_at(model, inputs, every.flip(1), "input_ids")
+    torch.testing.assert_close(found, expected.flip(1))
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_trainable_words_start_from_the_plain_text(kind, bases):
+    template, plain = '{text} {p:"w60"} w61 {mask} w62', TEMPLATE
+    trained = new_task(bases[kind], template, adapter={"peft_type": "PTUNING_V1"})
+    model = wrap(trained.recipe, trained, *load_base(trained.recipe, trained)).eval()
+    expected = new_task(bases[kind], plain)
+    base = load_base(expected.recipe, expected)[0].eval()
+    config = model.active_peft_config
+    assert (config.encoder_reparameterization_type, config.init_token_ids) == (None, spell(trained.tokenizer, "w60"))
+    with torch.no_grad():
+        found = trained.loss(model, batch_of(trained, ROWS))[1]
+        torch.testing.assert_close(found, expected.loss(base, batch_of(expected, ROWS))[1])
+    assert trained_parameters(model)
 
 
 # Labels, words and settings

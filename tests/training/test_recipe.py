@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from transformers import AutoTokenizer
 
 from prefix_adapter import PrefixTuningV2Config, PTuningConfig
-from prefix_adapter.templates import Template
+from prefix_adapter.templates import Field, Mask, Template, Text
 from prefix_adapter.training import Data, Recipe, RecipeError, load_recipe, recipe_names, train
 from prefix_adapter.training.model import adapter_config, load_base, new_scheduler, wrap
 from prefix_adapter.training.recipe import TASKS, add_recipe_arguments, recipe_from, recipe_path
@@ -32,7 +32,7 @@ CLOZE = {
     ),
     "cloze-wic": ("A [SEP] B <p> *C *? Yes", {"False": "No", "True": "Yes"}),
 }
-KLUE_CLOZE, PTUNING = "klue-nli-cloze", "cloze-ptuning"
+KLUE_CLOZE, PTUNING, LAMA = "klue-nli-cloze", "cloze-ptuning", "lama"
 # Transcribed from the run scripts of https://github.com/THUDM/P-tuning-v2: length, rate, epochs, batch, dropout.
 PUBLISHED = {
     "bert-large-boolq": (40, 5e-3, 100, 32, 0.1),
@@ -66,7 +66,15 @@ KLUE_NLI = {
     "klue-nli-prefix-200-mlp-768": (200, 768, "0.698"),
 }
 DOCUMENTATION = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
-KINDS = {"causal-lm": "gpt2", "chat": "gpt2", "distil": "gpt2", "seq2seq-lm": "t5", "cloze": "gpt2"}
+KINDS = {
+    "causal-lm": "gpt2",
+    "chat": "gpt2",
+    "distil": "gpt2",
+    "seq2seq-lm": "t5",
+    "cloze": "gpt2",
+    "fill-mask": "gpt2",
+    "lama": "bert",
+}
 CLOZE_WORDS = ["Yes", "No", "Maybe", "예", "아니요", "아마"]
 BASE = "task: sequence-classification\nmodel: m\noutput_dir: o\n"
 
@@ -102,21 +110,21 @@ def bases(tmp_path_factory) -> dict[str, str]:
 
 
 def test_names_of_the_recipes():
-    assert set(recipe_names()) == {*PUBLISHED, *KLUE_NLI, *TASKS, WITH_LORA, *CLOZE, KLUE_CLOZE, PTUNING}
+    assert set(recipe_names()) == {*PUBLISHED, *KLUE_NLI, *TASKS, WITH_LORA, *CLOZE, KLUE_CLOZE, PTUNING, LAMA}
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_each_recipe_can_be_used(name, bases):
     recipe = load_recipe(name)
     assert Path(recipe.output_dir) == Path("runs") / name
-    recipe.model = bases[KINDS.get(name if recipe.task == "cloze" else recipe.task, "bert")]
+    recipe.model = bases[KINDS.get(name if recipe.task in ("cloze", "fill-mask") else recipe.task, "bert")]
     task = TASK_CLASSES[recipe.task](recipe, AutoTokenizer.from_pretrained(recipe.model))
     assert task.max_length == recipe.max_length
     assert set(recipe.data.columns) <= {*task.columns, *task.optional_columns, task.target}
     config = adapter_config(recipe, task)
     if recipe.adapter["peft_type"] == "FULL":
         assert config is None
-    elif name == PTUNING:
+    elif name in (PTUNING, LAMA):
         assert isinstance(config, PTuningConfig) and config.num_virtual_tokens == 9
     else:
         assert isinstance(config, PrefixTuningV2Config)
@@ -134,6 +142,16 @@ def test_each_recipe_can_be_used(name, bases):
         optimizer.step()
         scheduler.step()
     assert 0 <= scheduler.get_last_lr()[0] < recipe.learning_rate
+
+
+def test_lama():
+    """Transcribed from https://github.com/THUDM/P-tuning: the query of p_tuning/modeling.py, the options of cli.py."""
+    recipe = load_recipe(LAMA)
+    pieces = [getattr(piece, "index", piece) for piece in Template(recipe.task_kwargs["template"]).pieces]
+    assert pieces == [0, 1, 2, Mask(), 3, 4, 5, Text(" "), Field("sub_label"), 6, 7, 8]
+    assert recipe.data.columns == {"label": "obj_label"} and recipe.lr_scheduler_kwargs == {"gamma": 0.98}
+    options = (recipe.learning_rate, recipe.weight_decay, recipe.batch_size, recipe.early_stopping_patience)
+    assert (*options, recipe.num_train_epochs, recipe.seed) == (1e-5, 5e-4, 8, 20, 100, 34)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

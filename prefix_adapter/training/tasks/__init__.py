@@ -4,6 +4,7 @@ from .causal_lm import CausalLM
 from .chat import Chat
 from .cloze import Cloze
 from .distil import Distil
+from .fill_mask import FillMask
 from .multiple_choice import MultipleChoice
 from .question_answering import QuestionAnswering
 from .seq2seq_lm import Seq2SeqLM
@@ -21,6 +22,7 @@ TASK_CLASSES: dict[str, type[Task]] = {
     "seq2seq-lm": Seq2SeqLM,
     "cloze": Cloze,
     "distil": Distil,
+    "fill-mask": FillMask,
 }
 
 __all__ = ["TASK_CLASSES", "Task"]

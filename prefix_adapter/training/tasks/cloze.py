@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ...templates import EncodedTemplate, Template, TemplateEncoder, TemplateError
+from ...templates import EncodedTemplate, TemplateError
 from ..data import DataError, rows_of
 from ..recipe import RecipeError
-from ..settings import LANGUAGE_MODELS, TASK_SETTINGS
+from ..settings import TASK_SETTINGS
 from .labels import (
     WeightedLabels,
     classification_metrics,
@@ -24,19 +22,15 @@ from .labels import (
     sort_labels,
     unknown_label_problem,
 )
-from .task import Columns, Row, text_problem
+from .task import Columns, Row
+from .template_task import TemplateTask, logits_at
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..recipe import Recipe
 
-_CLASSES = {
-    "masked": ("AutoModelForMaskedLM", None),
-    "causal": ("AutoModelForCausalLM", "CAUSAL_LM"),
-    "seq2seq": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
-}
 _SENTINELS = ("<extra_id_0>", "<extra_id_1>")
 """The tokens with which T5 and similar models mark a gap, and the start of the next one."""
 
@@ -68,7 +62,7 @@ class Sentence:
         self.inputs = {name: ids[:-1] for name, ids in self.inputs.items()}
 
 
-class Cloze(WeightedLabels):
+class Cloze(TemplateTask, WeightedLabels):
     """Predict the label whose word fits best into a text (Schick and Schütze 2021; Liu et al. 2021, arXiv:2103.10385).
 
     `task_kwargs.template` makes one text of the columns of a row, and `task_kwargs.verbalizer` has the words of each
@@ -89,45 +83,16 @@ class Cloze(WeightedLabels):
             labels have the same tokens.
     """
 
-    has_head = False
-    trains_new_modules = False
-    target = "label"
     settings = TASK_SETTINGS["cloze"]
     default_metric = "accuracy"
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(recipe, tokenizer)
-        self.tokenizer.padding_side = "right"  # models count positions from the left and include padding
-        config = _load_config(recipe)
-        self.kind = self._find_kind(config)
-        self.auto_class, self.peft_task_type = _CLASSES[self.kind]
-        self.decoder_start: Any = getattr(config, "decoder_start_token_id", None)
+        self.decoder_start: Any = getattr(self.model_config, "decoder_start_token_id", None)
         if self.kind == "seq2seq" and self.decoder_start is None:
             raise RecipeError(f"`model`: the configuration of {recipe.model} has no `decoder_start_token_id`.")
         if self.kwargs["score"] not in ("sum", "mean"):
             raise RecipeError(f"`task_kwargs.score` must be sum or mean, got {self.kwargs['score']!r}.")
-        if not self.kwargs["template"]:
-            raise RecipeError("`task_kwargs.template` is missing, for instance `{text} It was {mask}.`")
-        try:
-            self.template = Template(self.kwargs["template"])
-            if not self.template.has_mask and self.kind != "seq2seq":
-                raise TemplateError(f"a {self.kind} language model needs one `{{mask}}`, and there is none.")
-            first = len(tokenizer)
-            self.placeholder_token_ids = list(range(first, first + self.template.num_virtual_tokens))
-            self.encoder = TemplateEncoder(
-                self.template,
-                tokenizer,
-                max_length=self.max_length,
-                placeholder_token_ids=self.placeholder_token_ids,
-                add_end=self.kind != "causal",
-            )
-            place = self.encoder.encode(dict.fromkeys(self.template.fields, ""), [[0]])[0].answer
-        except TemplateError as error:
-            raise RecipeError(f"`task_kwargs.template`: {error}") from error
-        self._may_start_with_answer = self.kind == "causal" and place.start == 0
-        if self._may_start_with_answer and not self.template.fields:
-            raise RecipeError("`task_kwargs.template`: a causal language model needs a token before `{mask}`.")
-        self.columns = dict.fromkeys(self.template.fields, "a field of the template")
         vocabulary = tokenizer.get_vocab()
         self._sentinels = [vocabulary[name] for name in _SENTINELS if name in vocabulary]
         has_gap = self._sentinels or tokenizer.mask_token is not None
@@ -142,23 +107,6 @@ class Cloze(WeightedLabels):
         labels = self.labels or list(self.verbalizer)
         if labels:
             self._set_words(labels)
-
-    def _find_kind(self, config: PreTrainedConfig) -> str:
-        """The kind of language model: the setting, or what the model's configuration says."""
-        kind = self.kwargs["language_model"]
-        if kind not in (None, *LANGUAGE_MODELS):
-            raise RecipeError(f"`task_kwargs.language_model` must be one of {LANGUAGE_MODELS}, got {kind!r}.")
-        is_masked = (
-            type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
-            or "AutoModelForMaskedLM" in (getattr(config, "auto_map", None) or {})
-        ) and not config.is_decoder
-        if kind is None and config.is_encoder_decoder:
-            kind = "seq2seq"
-        elif kind is None:
-            kind = "masked" if is_masked and self.tokenizer.mask_token is not None else "causal"
-        if kind == "masked" and self.tokenizer.mask_token is None:
-            raise RecipeError(f"`task_kwargs.language_model`: the tokenizer of {self.recipe.model} has no mask token.")
-        return str(kind)
 
     # ---- The labels and their words
 
@@ -236,18 +184,8 @@ class Cloze(WeightedLabels):
         self.learn_weights(rows)
 
     def problem(self, row: Row, with_targets: bool) -> str | None:
-        for name in self.columns:
-            if problem := text_problem(row, name, may_be_empty=True):
-                return problem
-        if self.columns and not any(row[name].strip() for name in self.columns):
-            return f"{', '.join(map(repr, self.columns))}: there is no text."
-        if self._may_start_with_answer or self.template.whole_fields:
-            try:
-                text = self.encoder.encode(row, self._answers)[0]
-            except TemplateError as error:
-                return str(error)
-            if self.kind == "causal" and text.answer.start == 0:
-                return "there is no token before `{mask}`, which a causal language model needs."
+        if problem := self.template_problem(row, self._answers):
+            return problem
         if with_targets and row[self.target] is None:
             return f"{self.target!r} is missing."
         if with_targets and self.labels is not None and self.label_number(row[self.target]) is None:
@@ -276,7 +214,7 @@ class Cloze(WeightedLabels):
     def _input_names(self) -> set[str]:
         """The names of the model's inputs."""
         decoder = [_DECODER] if self.kind == "seq2seq" else []
-        return {*self.tokenizer.model_input_names, "input_ids", "attention_mask", *decoder}
+        return {*super()._input_names, *decoder}
 
     def _sentences(self, row: Row) -> list[Sentence]:
         """The text of a row with each of the words."""
@@ -327,8 +265,7 @@ class Cloze(WeightedLabels):
         return variants, numbers
 
     def real_tokens(self, feature: Row) -> list[int]:
-        placeholders = set(self.placeholder_token_ids)
-        return [token for token in feature["input_ids"][0] if token not in placeholders]
+        return self.without_placeholders(feature["input_ids"][0])
 
     def collate(self, features: Sequence[Row]) -> dict[str, Tensor]:
         """Make a batch of all inputs of some rows.
@@ -435,58 +372,3 @@ def _read_verbalizer(verbalizer: Any) -> dict[str, list[str]]:
             )
         result[str(label)] = found
     return result
-
-
-def _load_config(recipe: Recipe) -> PreTrainedConfig:
-    revision = {name: value for name, value in recipe.model_kwargs.items() if name == "revision"}
-    try:
-        return transformers.AutoConfig.from_pretrained(
-            recipe.model, **revision, trust_remote_code=recipe.trust_remote_code
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(f"`model`: {recipe.model!r} has no configuration that can be read: {error}") from error
-
-
-def logits_at(model: Any, inputs: dict[str, Tensor], positions: Tensor, main: str) -> Tensor:
-    """The logits of a language model at some places only.
-
-    Other places do not reach the language model's head: with a vocabulary of 250,000 words, its logits at all places
-    would need gigabytes.
-
-    Args:
-        model: A language model, with or without an adapter or a wrapper of Accelerate's.
-        inputs: Its inputs, padded on the right.
-        positions: The places, `[batch, places]`.
-        main: The input whose places these are.
-
-    Returns:
-        The logits, `[batch, places, vocabulary]`.
-    """
-    own = extract_model_from_parallel(getattr(model, "module", model))
-    base = own.get_base_model() if hasattr(own, "get_base_model") else own
-    backbone = base.base_model
-    length, count = inputs[main].shape[1], positions.shape[1]
-    was_called = False
-
-    def take(states: Tensor) -> Tensor:
-        # Methods such as prompt tuning put virtual tokens in front.
-        places = (positions + states.shape[1] - length)[..., None]
-        return states.gather(1, places.expand(-1, -1, states.shape[-1]))
-
-    def keep(module: Any, args: Any, output: Any) -> Any:
-        nonlocal was_called
-        was_called = True
-        if isinstance(output, tuple):
-            return (take(output[0]), *output[1:])
-        output["last_hidden_state"] = take(output["last_hidden_state"])
-        return output
-
-    # A compiled model would keep the hook of its first batch.
-    can_hook = backbone is not base and not is_compiled_module(own)
-    handle = backbone.register_forward_hook(keep) if can_hook else None
-    try:
-        logits: Tensor = model(**inputs).logits
-    finally:
-        if handle is not None:
-            handle.remove()
-    return logits if was_called and logits.shape[1] == count else take(logits)

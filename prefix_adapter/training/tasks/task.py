@@ -108,6 +108,8 @@ class Task:
             tokenizer.pad_token = tokenizer.eos_token  # GPT-like models have no padding token; padding is masked
         self.placeholder_token_ids: list[int] = []
         """The token ids of virtual tokens in the inputs. The adapter replaces them before they are looked up."""
+        self.start_token_ids: list[int | None] = []
+        """The token id of the word that each of them starts from; `None` for a random start."""
         self.embeddings: int | None = None
         """The number of tokens that the model has embeddings for; set when the model is loaded."""
 
