@@ -181,7 +181,7 @@ def features_of(task, rows, columns):
     return Dataset.from_dict(task.features(data[:], list(range(len(data))), with_targets=True))
 
 
-def build(recipes, tasks, inputs):
+def build(recipes, tasks, features):
     """Return the model with the adapters of an arm, one for each recipe."""
     import torch
     from torch import nn
@@ -192,7 +192,7 @@ def build(recipes, tasks, inputs):
     torch.manual_seed(recipes[0].seed)
     base, new = training.load_base(recipes[0], tasks[0])
     model = training.wrap(recipes[0], tasks[0], base, new)
-    training.initialize_prefix(recipes[0], tasks[0], model, inputs)
+    training.initialize_prefix(recipes[0], tasks[-1], model, features)  # the task that made the features
     for recipe, task in zip(recipes[1:], tasks[1:], strict=True):
         model = get_peft_model(model, training.adapter_config(recipe, task), "second")
     # Autocast casts frozen weights in each forward. Casting them once gives the same numbers in less time.
@@ -261,7 +261,7 @@ def run(args, name, count, draw, arm):
     features = {split: features_of(task, rows, columns) for split, rows in splits.items() if rows}
     best, tried = None, {}
     for rate in way.rates or (None,):
-        model = build(recipes, tasks, list(task.start_tokens(features["train"])) if way.adapters else [])
+        model = build(recipes, tasks, features.get("train"))
         if rate is not None:
             fit(model, task, features["train"], replace(recipes[-1], learning_rate=rate), own.steps[count])
             tried[rate] = evaluate(model, task, features["validation"], splits["validation"])
