@@ -55,7 +55,7 @@ def recipes(args, arm, n):
     if arm != "next tokens":
         return measure, measure
     rows = {name: str(args.output / "text.jsonl") for name in ("train", "validation")}
-    context = json.loads((args.output / "text.jsonl").read_text())["text"]
+    context = json.loads((args.output / "text.jsonl").read_text(encoding="utf-8"))["text"]
     # A step has about as many tokens as one of the distillation, with the teacher's.
     train = Recipe(
         task="causal-lm", data=Data(**rows), adapter=adapter, batch_size=4, max_length=256, init_text=context,
@@ -104,7 +104,7 @@ def run(args, arm, n):
     else:
         model = wrap(measure, task, base, [])
         if n:
-            context = json.loads((args.output / "text.jsonl").read_text())["text"]
+            context = json.loads((args.output / "text.jsonl").read_text(encoding="utf-8"))["text"]
             init_from_text(model, context, tokenizer=task.tokenizer, truncate=True)
     accelerator = Accelerator(mixed_precision="bf16")
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
@@ -123,9 +123,9 @@ def speeds(args):
     from prefix_adapter import PrefixTuningV2Config, get_peft_model, init_from_text
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    context = json.loads((args.output / "text.jsonl").read_text())["text"]
+    context = json.loads((args.output / "text.jsonl").read_text(encoding="utf-8"))["text"]
     ids, count = tokenizer(context, add_special_tokens=False)["input_ids"], 32
-    prompt = json.loads((args.output / "held-out.jsonl").read_text().splitlines()[0])["prompt"]
+    prompt = json.loads((args.output / "held-out.jsonl").read_text(encoding="utf-8").splitlines()[0])["prompt"]
     prompt = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     whole = torch.cat([torch.tensor([ids]), prompt], dim=1)
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
@@ -191,7 +191,7 @@ def main():
     parser.add_argument("--report", action="store_true", help="Print the tables of the results and do no more.")
     args = parser.parse_args()
     args.results = args.results or args.output / "results.jsonl"
-    lines = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
+    lines = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()] if args.results.exists() else []
     if args.report:
         print(report(lines))
         return
