@@ -191,7 +191,11 @@ def main():
     parser.add_argument("--report", action="store_true", help="Print the tables of the results and do no more.")
     args = parser.parse_args()
     args.results = args.results or args.output / "results.jsonl"
-    lines = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()] if args.results.exists() else []
+    lines = (
+        [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()]
+        if args.results.exists()
+        else []
+    )
     if args.report:
         print(report(lines))
         return
