@@ -136,10 +136,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer, Generic[InfoT]):
 
     def match_buffers(self, adapter_name: str) -> None:
         """Give the buffers of an adapter the dtype of its parameters: PEFT casts parameters alone."""
-        dtype = next(parameter.dtype for parameter in self.parameters_of(adapter_name))
+        parameters = self.parameters_of(adapter_name)
+        if not parameters:  # an adapter of another method, which PEFT loads through this model
+            return
         for module in self.modules_of(adapter_name):
             if module is not None and not list(module.parameters()):
-                module.to(dtype)
+                module.to(parameters[0].dtype)
 
     def _check_file(
         self,
