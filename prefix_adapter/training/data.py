@@ -49,7 +49,7 @@ def load_rows(data: Data, split: str, seed: int = 0) -> datasets.Dataset:
         >>> rows = load_rows(Data(train="train.jsonl", columns={"text": "review"}), "train")
     """
     if split == "train" and data.mixture is not None:
-        return _mix([load_rows(each, split) for each in data.sources], data, seed)
+        return mix([load_rows(each, split) for each in data.sources], data, seed)
     source = getattr(data, split)
     rows = read_file(source) if data.path is None else load_split(data, source)
     return rename(rows, data.columns, source)
@@ -76,8 +76,17 @@ def load_split(data: Data, split: str, **more: Any) -> Any:
         raise DataError(f"data.path {data.path!r}, split {split!r}: {type(error).__name__}: {error}") from error
 
 
-def _mix(parts: list[datasets.Dataset], data: Data, seed: int) -> datasets.Dataset:
-    """Mix the rows of several sources. Columns that not all sources have are left out."""
+def mix(parts: list[datasets.Dataset], data: Data, seed: int) -> datasets.Dataset:
+    """Mix the rows of the sources of a mixture. Columns that not all sources have are left out.
+
+    Args:
+        parts: The rows of each of `data.sources`.
+        data: The source of the rows.
+        seed: The seed of the draws of a mixture with weights.
+
+    Raises:
+        DataError: If the same column has other types in another source.
+    """
     common = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
     parts = [part.select_columns(common) for part in parts]
     first = parts[0].features

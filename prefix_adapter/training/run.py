@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from ..adapters.saved import fold
 from ..files.whole import UNFINISHED
 from . import checkpoint, outputs, reports
-from .data import divide, load_rows
+from .data import divide, load_rows, mix
 from .distributed import propagate_errors, tensor_parallel_size
 from .files import fsync_path, path_in_errors
 from .loop import Loop, training_accelerator
@@ -371,13 +371,15 @@ def load_splits(recipe: Recipe, task: Task) -> dict[str, Dataset | RowStream]:
     data = recipe.data
     if data.streaming:
         return stream_splits(data, task, recipe.seed)
-    sources = {each.train: load_rows(each, "train") for each in data.sources} if data.mixture else {}
-    rows = {
-        split: load_rows(data, split, recipe.seed) for split in ("train", "validation", "test") if getattr(data, split)
-    }
+    parts = [(each.train, load_rows(each, "train")) for each in data.sources] if data.mixture else []
+    rows = {"train": mix([own for _, own in parts], data, recipe.seed)} if parts else {}
+    for split in ("train", "validation", "test"):
+        if split not in rows and getattr(data, split):
+            rows[split] = load_rows(data, split)
     names = {split: data.training_source if split == "train" else getattr(data, split) for split in rows}
-    check_optional_columns(task, {**sources, **{names[split]: own for split, own in rows.items()}})
-    for name, own in sources.items():
+    named = [*parts, *((names[split], own) for split, own in rows.items())]
+    check_optional_columns(task, [(name, own.column_names) for name, own in named])
+    for name, own in parts:
         task.check(own, name)  # The numbers of rows in a mixture say nothing.
     task.check(rows["train"], names["train"])
     task.learn_labels(rows["train"], names["train"])

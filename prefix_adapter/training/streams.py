@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,7 @@ class StreamBatches:
 
     def __init__(self, stream: RowStream, use: Callable[[datasets.Dataset], int], batch_size: int, seed: int) -> None:
         self.stream, self.use, self.batch_size, self.seed = stream, use, batch_size, seed
-        self._first, self._batches = 0, Batches(0, batch_size, seed)
+        self._first = 0
         self._read_block()
 
     def __getitem__(self, step: int) -> list[int]:
@@ -160,18 +160,18 @@ def first_rows(data: Data, split: str, task: Task, seed: int) -> datasets.Datase
     return _checked(rows, task, source, 0)
 
 
-def check_optional_columns(task: Task, sources: Mapping[str, datasets.Dataset]) -> None:
+def check_optional_columns(task: Task, sources: Sequence[tuple[str, Collection[str]]]) -> None:
     """Check that each optional column of a task is in all sources or in none.
+
+    Args:
+        task: The task.
+        sources: The name and the columns of each source.
 
     Raises:
         DataError: If it is not.
     """
-    _check_columns(task, {name: rows.column_names for name, rows in sources.items()})
-
-
-def _check_columns(task: Task, sources: Mapping[str, Collection[str]]) -> None:
     for column in task.optional_columns:
-        lacking = [name for name, columns in sources.items() if column not in columns]
+        lacking = [name for name, columns in sources if column not in columns]
         if 0 < len(lacking) < len(sources):
             raise DataError(
                 f"{lacking[0]} has no column {column!r}, but other sources have: that would be another task."
@@ -181,7 +181,7 @@ def _check_columns(task: Task, sources: Mapping[str, Collection[str]]) -> None:
 def _open(data: Data, split: str, task: Task, seed: int) -> datasets.IterableDataset:
     """The rows of a split, with the columns of the task only."""
     sources = data.sources if split == "train" else [data]
-    streams, found = [], {}
+    streams, found = [], list[tuple[str, Collection[str]]]()
     for each in sources:
         source = getattr(each, split)
         stream = stream_file(source) if each.path is None else load_split(each, source, streaming=True)
@@ -193,10 +193,11 @@ def _open(data: Data, split: str, task: Task, seed: int) -> datasets.IterableDat
                 raise DataError(f"{source} has no column {theirs!r} (data.columns.{ours}); it has {[*first[0]]}.")
         row = _rename(first[0], each.columns)
         task.check(datasets.Dataset.from_list([row]), source)
-        found[source] = names = task.column_names(row.keys())
+        names = task.column_names(row.keys())
+        found.append((source, names))
         stream = stream.map(_select, fn_kwargs={"columns": each.columns, "names": names})
         streams.append(stream.select_columns(names))
-    _check_columns(task, found)
+    check_optional_columns(task, found)
     if len(streams) == 1:
         return streams[0]
     try:

@@ -108,6 +108,18 @@ def test_bad_data(values, message):
 # ---- Streams
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_sources_whose_splits_have_the_same_name(base, files, tmp_path, streaming):
+    rows = {"prompts": [{"prompt": "w1", "text": "w2"}] * 3, "texts": [{"text": "w2"}] * 3}
+    for name, own in rows.items():
+        Dataset.from_list(own).save_to_disk(tmp_path / name / "train")
+        (tmp_path / name / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
+    mixed = [{"path": str(tmp_path / name), "train": "train", "weight": 1} for name in ("texts", "prompts")]
+    data = Data(mixture=mixed, validation=files["validation"], streaming=streaming)
+    with pytest.raises(DataError, match="train has no column 'prompt', but other sources have"):
+        train(make_recipe(base, tmp_path / "out", data, max_steps=2))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
