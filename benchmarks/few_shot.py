@@ -4,9 +4,9 @@
     python benchmarks/few_shot.py --report
 
 The data folder contains `banking77` and `klue-nli`, the folder of models `smollm2-135m` and `gemma3-270m`. A draw
-takes as many training rows of each label as `rows` says, and as many validation rows. Every arm has the same rows,
-steps, batches and number of tried learning rates. The rate is chosen on the validation rows of the draw, and the test
-rows are evaluated once, with that rate. Evaluation is after the last step only.
+takes as many training rows of each label as `rows` says, and as many validation rows if there are so many. Every arm
+has the same rows, steps, batches and number of tried learning rates. The rate is chosen on the validation rows of the
+draw, and the test rows are evaluated once, with that rate. Evaluation is after the last step only.
 
 The work is resumable: finished cells are in `--results` and are not repeated. The order is rows, set, draw, arm, so
 that the cells that exist after a stop are comparable.
@@ -26,6 +26,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import runs
 from learning import mean_and_spread
 
 BATCH, EVAL_BATCH, WARMUP = 8, 32, 0.1
@@ -106,7 +107,7 @@ SETS = {
             "cash_withdrawal_charge": "fee",
         },
         template="{p:3}{text}{p:3}\nThis question is about the{p:3} {mask}",
-        steps={16: 20, 32: 20, 128: 40},
+        steps={16: 40, 32: 60, 128: 120},
     ),
     "klue-nli": Set(
         title="KLUE-NLI, Gemma 3 270M",
@@ -117,7 +118,7 @@ SETS = {
         template="{p:3}{premise}{p:3}\n질문: {hypothesis:strip}?\n답:{p:3} {mask}",
         columns={"text": "premise", "text_pair": "hypothesis"},
         max_length=96,
-        steps={16: 20, 32: 20, 128: 40},
+        steps={16: 40, 32: 60, 128: 120},
     ),
 }
 
@@ -138,9 +139,9 @@ def splits_of(args, name, count, draw):
     train, validation = [], []
     chance = random.Random(f"{name} {count} {draw}")
     for label, rows in read(folder / "train.jsonl.gz", own.words).items():
-        if len(rows) < 2 * count:
-            raise SystemExit(f"{name} has {len(rows)} rows of {label}, too few for {count} and as many to validate.")
-        drawn = chance.sample(rows, 2 * count)
+        if len(rows) <= count:
+            raise SystemExit(f"{name} has {len(rows)} rows of {label}, too few for {count} and others to validate.")
+        drawn = chance.sample(rows, min(2 * count, len(rows)))
         train, validation = train + drawn[:count], validation + drawn[count:]
     test = [row for rows in read(folder / f"{own.test}.jsonl.gz", own.words).values() for row in rows]
     test = random.Random(0).sample(test, min(own.test_rows, len(test)))
@@ -201,7 +202,16 @@ def build(recipes, tasks, features):
             module.weight = nn.Parameter(module.weight.bfloat16(), requires_grad=False)
             if module.bias is not None:
                 module.bias = nn.Parameter(module.bias.bfloat16(), requires_grad=False)
-    return model
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def loss_of(model, task, features):
+    """Return the batch of some features on the model's device, its loss and the model's output, in bf16 autocast."""
+    import torch
+
+    batch = {key: value.to(model.device) for key, value in task.collate([dict(each) for each in features]).items()}
+    with torch.autocast(model.device.type, torch.bfloat16):
+        return batch, *task.loss(model, batch)
 
 
 def evaluate(model, task, features, rows):
@@ -211,11 +221,10 @@ def evaluate(model, task, features, rows):
     model.eval()
     order = sorted(range(len(features)), key=lambda index: len(str(features[index]["input_ids"])))
     answers, loss = [None] * len(features), 0.0
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad():
         for start in range(0, len(order), EVAL_BATCH):
             part = order[start : start + EVAL_BATCH]
-            batch = task.collate([dict(features[index]) for index in part])
-            own, output = task.loss(model, batch)
+            batch, own, output = loss_of(model, task, [features[index] for index in part])
             loss += own.item() * len(part)
             for index, record in zip(part, task.outputs(model, batch, output), strict=True):
                 answers[index] = task.answer(rows[index], [features[index]], [record])
@@ -238,8 +247,7 @@ def fit(model, task, features, recipe, steps):
         if len(waiting) < BATCH:
             waiting = chance.sample(range(len(features)), len(features))
         part, waiting = waiting[:BATCH], waiting[BATCH:]
-        with torch.autocast("cpu", torch.bfloat16):
-            loss, _ = task.loss(model, task.collate([dict(features[index]) for index in part]))
+        _, loss, _ = loss_of(model, task, [features[index] for index in part])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
         optimizer.step()
@@ -249,9 +257,14 @@ def fit(model, task, features, recipe, steps):
 
 def run(args, name, count, draw, arm):
     """Do one cell: train with each rate, choose by the validation rows, evaluate the test rows once."""
+    import datasets
+    import torch
+
     from prefix_adapter.training.model import load_tokenizer, trained_parameters
     from prefix_adapter.training.tasks import TASK_CLASSES
 
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
     own, way, started = SETS[name], ARMS[arm], (time.perf_counter(), time.process_time())
     splits = splits_of(args, name, count, draw)
     recipes = [recipe_of(args, name, arm, adapter, draw) for adapter in way.adapters or ({"peft_type": "NONE"},)]
@@ -278,6 +291,7 @@ def run(args, name, count, draw, arm):
         "steps": own.steps[count] if tried else 0,
         "seconds": round(time.perf_counter() - started[0], 1),
         "cpu_seconds": round(time.process_time() - started[1], 1),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
 
 
@@ -290,33 +304,14 @@ def cells(args):
             yield from ((name, count, draw, arm) for draw in args.draws for arm in trained)
 
 
-def read_results(args):
-    """Return the finished cells."""
-    if not args.results.exists():
-        return {}
-    lines = map(json.loads, args.results.read_text(encoding="utf-8").splitlines())
-    return {tuple(cell): values for *cell, values in lines}
-
-
 def study(args):
     """Do all cells that `--results` does not have yet."""
-    import datasets
-    import torch
-
-    torch.set_num_threads(1)
-    datasets.disable_progress_bars()
-    for cell in cells(args):
-        if cell in read_results(args):
-            continue
-        values = run(args, *cell)
-        print(*cell, values, flush=True)
-        with open(args.results, "a", encoding="utf-8") as file:
-            file.write(json.dumps([*cell, values]) + "\n")
+    runs.run_all(args.results, args.jobs, lambda _: cells(args), lambda cell: (run, args, *cell))
 
 
 def report(args):
     """Print the tables of the finished cells, in Markdown."""
-    known = read_results(args)
+    known = runs.read(args.results)
     for name, own in SETS.items():
         counts = sorted({count for other, count, *_ in known if other == name and count})
         print(f"**{own.title}**\n\n| | trained | {' | '.join(f'{count} rows a label' for count in counts)} |")
@@ -343,6 +338,7 @@ def main():
     parser.add_argument("--data", type=Path, help="folder with the data sets")
     parser.add_argument("--models", type=Path, help="folder with the models")
     parser.add_argument("--results", type=Path, default=here.with_name("few_shot_results.jsonl"))
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
     parser.add_argument("--report", action="store_true", help="print the tables of the finished cells")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))

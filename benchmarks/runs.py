@@ -1,0 +1,50 @@
+"""Runs of a study: in parallel, each recorded as one line of JSON when it ends; finished runs are not repeated."""
+
+import itertools
+import json
+import traceback
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+
+
+def read(path):
+    """Return the results of the finished runs, by the run's key."""
+    if not path.exists():
+        return {}
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {tuple(key): values for *key, values in lines}
+
+
+def run_all(path, jobs, next_keys, job_of):
+    """Do all runs that a file does not have yet. A run that fails does not stop the others.
+
+    Args:
+        path: The file of the results.
+        jobs: The number of processes.
+        next_keys: Returns, for the results so far, the keys of the runs that can start, the most important first.
+        job_of: Returns, for a key, a function and its arguments; the function returns the results of the run.
+
+    Raises:
+        SystemExit: If a run failed.
+    """
+    known, running, failed = read(path), {}, {}
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        while True:
+            busy = {*running.values(), *failed, *known}
+            waiting = (key for key in next_keys(known) if key not in busy)
+            for key in itertools.islice(waiting, jobs - len(running)):
+                running[pool.submit(*job_of(key))] = key
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                key = running.pop(future)
+                if future.exception():
+                    failed[key] = future.exception()
+                    traceback.print_exception(failed[key])
+                    continue
+                known[key] = future.result()
+                print(*key, known[key], flush=True)
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps([*key, known[key]]) + "\n")
+    if failed:
+        raise SystemExit("failed: " + "; ".join(f"{key}: {error}" for key, error in failed.items()))
