@@ -256,6 +256,24 @@ def measure(args: argparse.Namespace, path: str) -> list[dict]:
     return results
 
 
+def summary(results: list[dict]) -> list[str]:
+    """Return what the table says of the largest number of adapters, in three sentences, a line each."""
+    least, most = (limit(each["adapters"] for each in results) for limit in (min, max))
+    rates = {(each["path"], each["adapters"], each["server"]): each["requests_per_second"] for each in results}
+    parts = [
+        f"{rates[path, most, 'mixed']:.0f} requests a second to `/{path}` ({rates[path, least, 'mixed']:.0f} with "
+        f"{least}), {rates[path, most, 'mixed'] / rates[path, most, 'by_adapter']:.1f} times as many as with a batch "
+        "for each adapter"
+        for path in dict.fromkeys(each["path"] for each in results)
+    ]
+    wrong, compared = (sum(count) for count in zip(*((len(e["wrong"]), e["compared"]) for e in results), strict=True))
+    return [
+        f"With {most} adapters, mixed batches answer {', and '.join(parts)}.",
+        "Without mixed batches the adapters wait for each other, the longer the more steps a request takes.",
+        f"{wrong} of {compared:,} answers differed from those of the adapter alone.",
+    ]
+
+
 def report(args: argparse.Namespace, results: list[dict], before: float) -> str:
     """Return the figures as a page."""
     commit = subprocess.run(
@@ -271,6 +289,8 @@ def report(args: argparse.Namespace, results: list[dict], before: float) -> str:
         "",
         "This page shows the throughput and latency of the [example server](serving.md#a-server) under load, for "
         "mixed batches and for batches with one adapter or one request.",
+        "",
+        *summary(results),
         "",
         f"- **Setup**: {args.clients} clients on the same machine ({machine}), each with one request at a time; one "
         "torch thread; batches of up to 64; adapters of 20 tokens, with heads of "

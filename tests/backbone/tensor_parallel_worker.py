@@ -1,5 +1,6 @@
-"""torchrun ... tensor_parallel_worker.py FOLDER MODEL:CASE ...: a model over all processes, and in one process alone.
+"""tensor_parallel_worker.py FOLDER MODEL:CASE ...: a model over all processes, and in one process alone.
 
+The environment is that of torchrun, which `test_tensor_parallel.py` sets.
 `found-RANK.json` in the folder has what came out, by MODEL:CASE. A case is one of CASES,
 each of which trains an adapter, or one of those in `run`. With a model of HEADS_WHOLE each process computes all heads.
 """
@@ -62,7 +63,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "deepseek_v2": lambda: tr.DeepseekV2Config(**SMALL, **LATENT, num_key_value_heads=4),
 }
 HEADS_WHOLE = ("llama, 1 head", "llama, 2 heads")
-# A rate at which an MLP falls far in 20 steps would magnify rounding.
+# A rate at which an MLP falls far would magnify rounding.
 CASES: dict[str, dict[str, Any]] = {
     "table": {},
     "table, AdamW": {"optimizer": "AdamW"},
@@ -78,7 +79,7 @@ CASES: dict[str, dict[str, Any]] = {
         "encoder_hidden_size": 16,
     },
 }
-STEPS = 20
+STEPS = 8
 
 folder, jobs = Path(sys.argv[1]), sys.argv[2:]
 dist.init_process_group("gloo")

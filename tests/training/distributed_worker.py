@@ -39,11 +39,20 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from prefix_adapter.training import JointRecipe, Recipe, TrainingInterrupted, checkpoint, train, train_together
+from prefix_adapter.training import (
+    JointRecipe,
+    Recipe,
+    TrainingInterrupted,
+    checkpoint,
+    reports,
+    train,
+    train_together,
+)
 from prefix_adapter.training import run as run_module
 from prefix_adapter.training.loop import Loop
 
 torch.set_num_threads(1)
+reports.draw_curve = lambda *args: None  # takes longer than a tiny run
 rank = int(os.environ["RANK"])
 jobs_file = Path(sys.argv[1])
 

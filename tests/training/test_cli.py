@@ -192,9 +192,16 @@ def script(tmp_path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("how", ["module", "script"])
 @pytest.mark.parametrize(
-    "arguments", ["--help", "train --help", "search --help", "train --learning_rat 3", "train --seed x", "predict"]
+    ("how", "arguments"),
+    [
+        ("script", "--help"),
+        ("module", "train --help"),
+        ("script", "search --help"),
+        ("module", "train --learning_rat 3"),
+        ("script", "train --seed x"),
+        ("module", "predict"),
+    ],
 )
 def test_help_and_mistakes_do_not_wait_for_torch(script, how, arguments):
     called = ["-m", "prefix_adapter"] if how == "module" else [script]

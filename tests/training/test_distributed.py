@@ -1,10 +1,12 @@
 """Two processes on the CPU give the results of one: data parallel (DDP), sharded (FSDP2, DeepSpeed), two machines.
 
-A fixture starts each launcher once for all its tests. The launcher runs `distributed_worker.py`.
+A fixture starts each launcher once for all its tests. The launcher runs `distributed_worker.py`. Most of them are
+Accelerate's launcher in this process, with forks in place of torchrun's processes, which would import everything.
 """
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -13,17 +15,21 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed.run
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import save_base, topic_rows, write_rows
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from prefix_adapter.training import Data, JointRecipe, Recipe, RecipeError, checkpoint, train, train_together
+from prefix_adapter.training import Data, JointRecipe, Recipe, RecipeError, checkpoint, reports, train, train_together
 from prefix_adapter.training.distributed import check_launch
 from prefix_adapter.training.loop import new_accelerator
 
@@ -136,27 +142,57 @@ def one(recipes, tmp_path_factory) -> Path:
     """The folder with the runs of one process, by the names of the recipes."""
     folder = tmp_path_factory.mktemp("one")
     torch.set_num_threads(1)
-    for name in ("topic", "tags", "generated"):
-        own = recipes[name]
-        train(Recipe(**{**own, "data": Data(**own["data"]), "output_dir": folder / name}))
-    train_together(JointRecipe.from_dict({**recipes["joint"], "output_dir": str(folder / "joint")}))
+    with mock.patch.object(reports, "draw_curve"):  # takes longer than a tiny run
+        for name in ("topic", "tags", "generated"):
+            own = recipes[name]
+            train(Recipe(**{**own, "data": Data(**own["data"]), "output_dir": folder / name}))
+        train_together(JointRecipe.from_dict({**recipes["joint"], "output_dir": str(folder / "joint")}))
     return folder
 
 
+ENVIRONMENT = {
+    "ACCELERATE_USE_CPU": "true",
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def options_of(config: str, *arguments: str) -> list[str]:
+    return ["--config_file", str(EXAMPLES / config), "--num_processes", "2", "--mixed_precision", "no", *arguments]
+
+
 def launch(config: str, *arguments: str, **options) -> subprocess.Popen:
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / config)]
-    command += ["--num_processes", "2", "--mixed_precision", "no", *arguments]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options_of(config, *arguments)]
     return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
+        command,
+        env={**os.environ, **ENVIRONMENT},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **options,
+    )
+
+
+def process(rank: int, processes: int, port: str, jobs: list[str]) -> None:
+    """What a process of torchrun's is given, and does."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    AcceleratorState._reset_state(reset_partial_state=True)  # of this process's own runs
+    sys.argv = [WORKER, *jobs]
+    runpy.run_path(WORKER, run_name="__main__")
+
+
+def forks(arguments) -> None:
+    """In place of torchrun. If one process fails, torch ends the others and raises its error."""
+    processes = int(arguments.nproc_per_node)
+    torch.multiprocessing.start_processes(
+        process,
+        (processes, arguments.master_port, arguments.training_script_args),
+        nprocs=processes,
+        start_method="fork",
     )
 
 
@@ -179,8 +215,9 @@ def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
 def work(config: str, folder: Path, jobs: list[dict]) -> dict[str, list[dict]]:
     """Run jobs in two processes, and return the reports of both by the names of the jobs."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    status, output = finish(launch(config, "--main_process_port", "0", WORKER, str(folder / "jobs.json")))
-    assert status == 0, output
+    options = options_of(config, "--main_process_port", "0", WORKER, str(folder / "jobs.json"))
+    with mock.patch.dict(os.environ, ENVIRONMENT), mock.patch.object(torch.distributed.run, "run", forks):
+        launch_command(launch_command_parser().parse_args(options))
     return {
         job["name"]: [json.loads((folder / f"{job['name']}-{rank}.json").read_text()) for rank in (0, 1)]
         for job in jobs

@@ -536,7 +536,10 @@ def test_without_optuna(recipe, monkeypatch):
         search(recipe, Search(RATES))
 
 
-def test_several_processes(recipe):
+def test_several_processes(recipe, monkeypatch):
+    # A fork need not import everything again, as the process of the test below does.
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
     recipe.max_steps = 1
     report = search(recipe, Search(RATES, n_trials=3, n_jobs=2, sampler="random", pruner="none"))
     done = trials(recipe)
@@ -545,10 +548,7 @@ def test_several_processes(recipe):
     assert report["best_value"] == max(trial.value for trial in done)
 
 
-def test_an_error_in_another_process(recipe, monkeypatch):
+def test_an_error_in_another_process(recipe):
     """A batch of eight rows cannot be divided into three parts. Only a training finds this error."""
-    # A fork need not import everything again, as the processes of the test above do.
-    fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
     with pytest.raises(RecipeError, match="`batch_size`"):
         search(recipe, Search({"gradient_accumulation_steps": [3]}, n_trials=1, n_jobs=2))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rouge_score.rouge_scorer import RougeScorer
 from transformers import GenerationConfig
 
 from ..recipe import RecipeError
@@ -72,6 +71,8 @@ class TextGeneration(Task):
 
     def metrics(self, answers: list[Row], targets: list[Any]) -> dict[str, float]:
         """Exact match (spaces around the texts ignored) and F-measures of ROUGE (Lin 2004), as means over the rows."""
+        from rouge_score.rouge_scorer import RougeScorer  # it imports nltk, which takes two seconds
+
         pairs = [(target, answer["prediction"]) for target, answer in zip(targets, answers, strict=True)]
         scorer = RougeScorer(list(self.rouge), tokenizer=_Words())
         scores = [scorer.score(*pair) for pair in pairs]

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.text import squad
 
 from ..data import DataError
 from ..recipe import RecipeError
@@ -223,6 +222,8 @@ class QuestionAnswering(Task):
 
 def _squad(predictions: Sequence[str], targets: Sequence[Any]) -> dict[str, float]:
     """Exact match and F1; case, punctuation and articles are ignored. The empty text stands for no answer."""
+    from torchmetrics.functional.text import squad  # it takes two seconds
+
     scores = squad(
         [{"prediction_text": text, "id": str(i)} for i, text in enumerate(predictions)],
         [{"answers": {"text": each["text"] or [""]}, "id": str(i)} for i, each in enumerate(targets)],
