@@ -20,11 +20,13 @@ from torch import nn
 
 from ..config import PrefixTuningV2Config
 from ..files.check import check_embeddings, check_size
-from ..files.contents import SAVED_ROOT
+from ..files.contents import SAVED_ROOT, SECOND
 from ..model import PrefixTuningV2Model
 from ..prefix.names import LAYER_NAME
 from .saved import PREFIX_ROOT, AnyPath, open_adapter
 
+# What is downloaded of an adapter. A second adapter is rejected, so its config suffices.
+_FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "recipe.yaml", f"{SECOND}/{CONFIG_NAME}"]
 Shape = tuple[int, ...]
 
 
@@ -311,7 +313,7 @@ def _find_folder(adapter: str) -> Path:
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(adapter, allow_patterns=[CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "recipe.yaml"]))
+        return Path(snapshot_download(adapter, allow_patterns=_FILES))
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise FileNotFoundError(f"There is no adapter {adapter!r}: no such folder, and none on the Hub.") from error
 

@@ -20,7 +20,7 @@ from ..prefix.encoder import PrefixEncoder
 from ..prefix.layer import PrefixTuningV2Layer, find_prefix_layer
 from ..prefix.slots import describe_slots
 from .base_model import attention_window, warn_of_window
-from .saved import AnyPath, open_adapter, read_encoder
+from .saved import AnyPath, open_adapters, read_encoder
 
 # Outputs with the prefix and with the text are compared on at most this number of tokens.
 _COMPARED_TOKENS = 4
@@ -331,7 +331,7 @@ def _from_model(layer: PrefixTuningV2Layer, source: str) -> _StartPrefix:
 
 
 def _from_saved(source: AnyPath) -> _StartPrefix:
-    saved = open_adapter(source, PrefixTuningV2Config)
+    saved = open_adapters(source, PrefixTuningV2Config)[0]  # a second adapter does not matter here
     config, (encoder, _) = saved.config, read_encoder(saved)
     return _StartPrefix(
         config.num_virtual_tokens,

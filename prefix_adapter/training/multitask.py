@@ -99,6 +99,8 @@ class JointRecipe:
             raise RecipeError(f"`sampling_exponent` must be a number from 0 to 10, got {exponent!r}.")
         if self.settings.adapter["peft_type"] != "PREFIX_TUNING_V2":
             raise RecipeError("`adapter.peft_type`: tasks can share a prefix only, so it must be PREFIX_TUNING_V2.")
+        if self.settings.second_adapter:
+            raise RecipeError("`second_adapter`: tasks can share a prefix only. Leave it out.")
         # Sorted, so that a run does not depend on the order of the tasks in a file.
         self.recipes = {
             name: dataclasses.replace(recipe, output_dir=os.path.join(self.output_dir, name))

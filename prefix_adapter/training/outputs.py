@@ -1,6 +1,7 @@
 """The output folder of a run: its files, its lock, and the checks before a run uses it.
 
 adapter_model.safetensors, adapter_config.json   the best adapter, folded into a table: the files to publish
+second/             the second adapter, in the same two files
 README.md           the model card: data, settings, metrics, how to load the adapter
 recipe.yaml         the exact recipe with its labels, which `predict` and `evaluate` read
 results.json        metrics, steps, versions, time
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..files.card import CARD
+from ..files.contents import SECOND
 from ..files.whole import UNFINISHED
 from .distributed import propagate_errors
 from .files import LOCK_FILES, atomic_write, lock_folder
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 RECIPE, METRICS, RESULTS, CURVE = "recipe.yaml", "metrics.jsonl", "results.json", "curve.png"
 CHECKPOINTS, LOGS = "checkpoints", "logs"
 _WEIGHTS = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "trained.safetensors"}
-RUN_FILES = {RECIPE, METRICS, RESULTS, CURVE, CARD, CHECKPOINTS, LOGS, *_WEIGHTS}
+RUN_FILES = {RECIPE, METRICS, RESULTS, CURVE, CARD, CHECKPOINTS, LOGS, SECOND, *_WEIGHTS}
 """All files and folders that a run creates."""
 INFERRED_KEYS = ("labels", "task_kwargs")
 """The keys of a recipe that a run fills in from the rows if the user does not set them."""

@@ -441,6 +441,17 @@ def test_beside_a_prefix(first):
     assert all(p.requires_grad and p.grad.abs().sum() > 0 for p in own["v"] + own["p"])
 
 
+def test_each_is_saved_from_its_own_model(tmp_path, monkeypatch):
+    """The page's code for two adapters: they come back on a fresh base model."""
+    (code,) = (block for block in pages.blocks("docs/ptuning.md") if "selected_adapters" in block)
+    monkeypatch.chdir(tmp_path)
+    model = get_peft_model(base(), PTuningConfig(num_virtual_tokens=N), "words")
+    model = get_peft_model(model, PrefixTuningV2Config(num_virtual_tokens=4, init_std=1.0), "prefix").eval()
+    scope = {"model": model, "fresh": base()}
+    exec(code, scope)
+    assert scope["model"] is not model and torch.equal(logits(scope["model"].eval()), logits(model))
+
+
 @pytest.mark.parametrize("order", ["lora first", "lora last"])
 def test_beside_lora_on_the_embeddings(order):
     """LoRA replaces the embedding module. A virtual token is the adapter's vector, without LoRA's change."""
