@@ -27,6 +27,11 @@ from .saved import PREFIX_ROOT, AnyPath, open_adapter
 
 # What is downloaded of an adapter. A second adapter is rejected, so its config suffices.
 _FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "recipe.yaml", f"{SECOND}/{CONFIG_NAME}"]
+# The way out for adapters of other methods.
+_OTHERS = (
+    "A pool is for prefixes. To have several such adapters on one model, use PEFT's `model.load_adapter`, and name "
+    "the adapter of each row in `adapter_names`."
+)
 Shape = tuple[int, ...]
 
 
@@ -194,7 +199,7 @@ class AdapterPool:
 
     def _insert(self, folder: Path) -> LoadedAdapter:
         """Check an adapter's files, and put the adapter into the model."""
-        saved = open_adapter(folder, PrefixTuningV2Config)
+        saved = open_adapter(folder, PrefixTuningV2Config, instead=_OTHERS)
         config, task = saved.config, saved.task_type
         others = {adapter.task_type for adapter in self._loaded.values()}
         if others - {task}:

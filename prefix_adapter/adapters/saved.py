@@ -102,7 +102,11 @@ class SavedAdapter(Generic[ConfigT]):
 
 
 def open_adapter(
-    adapter: AnyPath, config_class: type[ConfigT] | tuple[type[ConfigT], ...], revision: str | None = None
+    adapter: AnyPath,
+    config_class: type[ConfigT] | tuple[type[ConfigT], ...],
+    revision: str | None = None,
+    *,
+    instead: str = "",
 ) -> SavedAdapter[ConfigT]:
     """Find a saved adapter that works alone, and read its config.
 
@@ -110,12 +114,13 @@ def open_adapter(
         adapter: The adapter's folder, or its name on the Hub.
         config_class: The class that its config must have, or several such classes.
         revision: Its revision on the Hub.
+        instead: What can be done with an adapter of another method, as a sentence for the message.
 
     Raises:
         ValueError: If there is no adapter, its config is damaged, or it belongs to another method; the message names
             it. Also if it was trained together with a second adapter.
     """
-    first, *further = open_adapters(adapter, config_class, revision)
+    first, *further = open_adapters(adapter, config_class, revision, instead=instead)
     if further:
         raise ValueError(
             f"{adapter} was trained together with a second adapter, in its folder {SECOND}, and does not work alone. "
@@ -126,7 +131,11 @@ def open_adapter(
 
 
 def open_adapters(
-    adapter: AnyPath, config_class: type[ConfigT] | tuple[type[ConfigT], ...], revision: str | None = None
+    adapter: AnyPath,
+    config_class: type[ConfigT] | tuple[type[ConfigT], ...],
+    revision: str | None = None,
+    *,
+    instead: str = "",
 ) -> list[SavedAdapter[Any]]:
     """Find a saved adapter, and the second one that was trained together with it, if there is one.
 
@@ -134,11 +143,12 @@ def open_adapters(
         adapter: As for `open_adapter`.
         config_class: As for `open_adapter`, for the first adapter.
         revision: As for `open_adapter`.
+        instead: As for `open_adapter`.
 
     Raises:
         ValueError: As for `open_adapter`; not if there is a second adapter.
     """
-    first = _open(AdapterSource.of(adapter, kwargs={"revision": revision}), config_class)
+    first = _open(AdapterSource.of(adapter, kwargs={"revision": revision}), config_class, instead)
     second = AdapterSource.of(adapter, SECOND, {"revision": revision})
     path = None if isinstance(first.config, PTuningConfig) else second.find_if_there(CONFIG_NAME)
     # PEFT saves any adapter that a user has called "second" into such a folder.
@@ -147,7 +157,9 @@ def open_adapters(
     return [first, _open(second, PTuningConfig)]
 
 
-def _open(source: AdapterSource, config_class: type[ConfigT] | tuple[type[ConfigT], ...]) -> SavedAdapter[ConfigT]:
+def _open(
+    source: AdapterSource, config_class: type[ConfigT] | tuple[type[ConfigT], ...], instead: str = ""
+) -> SavedAdapter[ConfigT]:
     """Find one saved adapter, and read its config; see `open_adapter`."""
     # PEFT reads the type before any other check, and fails with any kind of error if the file is damaged.
     path = source.find_config()
@@ -160,7 +172,7 @@ def _open(source: AdapterSource, config_class: type[ConfigT] | tuple[type[Config
         classes = config_class if isinstance(config_class, tuple) else (config_class,)
         types = [each().peft_type for each in classes if each is not AdapterConfig]
         wanted = " or ".join(str(getattr(each, "value", each)) for each in types) or "this package"
-        raise ValueError(f"{source} is a {kind} adapter, not one of {wanted}.")
+        raise ValueError(f"{source} is a {kind} adapter, not one of {wanted}.{instead and f' {instead}'}")
     try:
         subfolder = {"subfolder": source.subfolder} if source.subfolder else {}
         return SavedAdapter(source, method.from_pretrained(source.name, **subfolder, **source.options))

@@ -372,12 +372,12 @@ class Recipe:
         for name in given:
             if not getattr(self, name).strip():
                 raise RecipeError(f"`{name}` is empty; leave it out for a random start.")
-            if self.adapter["peft_type"] != "PREFIX_TUNING_V2":
-                raise RecipeError(f"`{name}` is for PREFIX_TUNING_V2, not for {self.adapter['peft_type']}.")
         if self.init_rows:
             given.append("init_rows")
-            if self.adapter["peft_type"] != "PREFIX_TUNING_V2":
-                raise RecipeError(f"`init_rows` is for PREFIX_TUNING_V2, not for {self.adapter['peft_type']}.")
+        kind = self.adapter["peft_type"]
+        if given and kind != "PREFIX_TUNING_V2":
+            words = ' Virtual tokens start from words with `{p:"words"}` in the template.' * (kind == "PTUNING_V1")
+            raise RecipeError(f"`{given[0]}` is for PREFIX_TUNING_V2, not for {kind}. Leave it out.{words}")
         if len(given) > 1:
             raise RecipeError(f"`{given[0]}` and `{given[1]}` are both set; set only one of them.")
         if self.init_text is not None and self.task not in ("causal-lm", "chat", "distil"):
