@@ -1,13 +1,17 @@
 """A prefix or LoRA, with P-Tuning's virtual tokens beside it: against models put together by hand; its whole life."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import save_base, write_rows
+from hub_server import TOKEN, serve
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 
@@ -305,6 +309,44 @@ def test_what_loads_one_adapter_alone_refuses_the_folder(run, llama, tmp_path):
     fresh.add_adapter("second", PrefixTuningV2Config(num_virtual_tokens=2))
     fresh.save_pretrained(tmp_path / "two")
     AdapterPool(transformers.AutoModelForCausalLM.from_pretrained(llama)).load(tmp_path / "two")
+
+
+ON_THE_HUB = """
+import sys, torch
+from prefix_adapter import AdapterPool, push_to_hub
+from prefix_adapter.adapters.saved import describe_adapter
+from prefix_adapter.training import evaluate_adapter, load_trained
+
+folder, base, rows = sys.argv[1:]
+push_to_hub(folder, "user/both")
+model = load_trained("user/both", model=base)[2]
+own = load_trained(folder)[2].state_dict()
+assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
+assert evaluate_adapter("user/both", rows, model=base) == evaluate_adapter(folder, rows)
+assert describe_adapter("user/both")["second_adapter"]["peft_type"] == "PTUNING_V1"
+try:
+    AdapterPool(model.get_base_model().get_base_model()).load("user/both")
+except ValueError as error:
+    assert "trained together with a second adapter" in str(error), error
+else:
+    raise AssertionError
+"""
+
+
+@pytest.mark.slow
+def test_the_hub_has_both(llama, tmp_path):
+    recipe = recipe_of(llama, tmp_path, max_steps=1)
+    train(recipe, quiet=True)
+    tests = Path(__file__).resolve().parents[1]
+    with serve() as hub:
+        network = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        network |= {"HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
+        network |= {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(tests.parent)}
+        command = [sys.executable, "-c", ON_THE_HUB, recipe.output_dir, llama, str(tmp_path / "validation.jsonl")]
+        done = subprocess.run(command, env={**os.environ, **network}, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert hub.unknown == []
+        assert {"second/adapter_config.json", "second/adapter_model.safetensors"} <= hub.repos["user/both"].keys()
 
 
 def test_a_folder_without_its_second_adapter(llama, tmp_path):
