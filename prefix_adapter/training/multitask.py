@@ -390,7 +390,8 @@ class JointRun(TrainingRun):
 
     def check_recipe(self, *ignored: str) -> None:
         """See `TrainingRun.check_recipe`."""
-        earlier = load_joint_recipe(outputs.find_recipe(self.folder))
+        path = outputs.find_recipe(self.folder)
+        earlier = load_joint_recipe(path)
         for key, old, new in (
             ("tasks", list(earlier.recipes), list(self.recipes)),
             ("sampling_exponent", earlier.sampling_exponent, self.recipe.sampling_exponent),
@@ -399,7 +400,7 @@ class JointRun(TrainingRun):
                 raise RecipeError(f"`{key}`: the run in {self.folder} was started with {old!r}, not {new!r}.")
         for name, own in self.recipes.items():
             with task_in_errors(name):
-                outputs.check_same_recipe(earlier.recipes[name], own, *ignored)
+                outputs.check_same_recipe(earlier.recipes[name], path, own, *ignored)
 
     def earlier_task_folders(self) -> Sequence[str]:
         """See `TrainingRun.earlier_task_folders`."""

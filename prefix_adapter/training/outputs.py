@@ -161,18 +161,24 @@ def clear(folder: Path, resume: bool) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def check_same_recipe(earlier: Recipe, now: Recipe, *ignored: str) -> None:
+def check_same_recipe(earlier: Recipe, path: Path, now: Recipe, *ignored: str) -> None:
     """Check that a run is resumed with its own recipe, except for `CHANGEABLE_KEYS` and the `ignored` keys.
 
+    Args:
+        earlier: the recipe of the run.
+        path: its file. One that was cut off may still be a valid recipe.
+        now: the recipe to resume with.
+        *ignored: keys that may differ.
+
     Raises:
-        RecipeError: if a key has another value; the message names the key.
+        RecipeError: if a key has another value; the message names the key and the file.
     """
     old, new = earlier.to_dict(), now.to_dict()
     for key in old:
         if old[key] != new[key] and key not in (*CHANGEABLE_KEYS, *ignored):
             raise RecipeError(
-                f"`{key}`: the run in {now.output_dir} was started with {old[key]!r}, not {new[key]!r}. Resume it "
-                "with its own recipe, or start a new run."
+                f"`{key}`: the run in {now.output_dir} was started with {old[key]!r}, not {new[key]!r} (see "
+                f"{path}). Resume it with its own recipe, or start a new run."
             )
 
 

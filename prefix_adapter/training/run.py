@@ -145,7 +145,7 @@ class TrainingRun:
                 f"`output_dir`: the adapter in {self.folder} was trained together with others, and cannot be resumed "
                 "alone."
             )
-        outputs.check_same_recipe(load_recipe(path), self.settings, *ignored)
+        outputs.check_same_recipe(load_recipe(path), path, self.settings, *ignored)
 
     def earlier_task_folders(self) -> Sequence[str]:
         """The `task_folders` of the run that is in the output folder now."""
