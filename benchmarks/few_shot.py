@@ -195,7 +195,7 @@ def build(recipes, tasks, features):
     model = training.wrap(recipes[0], tasks[0], base, new)
     training.initialize_prefix(recipes[0], tasks[-1], model, features)  # the task that made the features
     for recipe, task in zip(recipes[1:], tasks[1:], strict=True):
-        model = get_peft_model(model, training.adapter_config(recipe, task), "second")
+        model = get_peft_model(model, training.adapter_configs(recipe, task)[0], "second")
     # Autocast casts frozen weights in each forward. Casting them once gives the same numbers in less time.
     for module in model.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:

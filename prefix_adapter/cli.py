@@ -198,6 +198,14 @@ def _info(options: Any) -> None:
     if options.json:
         _print_json(found)
         return
+    _print_adapter(found)
+    if "second_adapter" in found:
+        print("\nsecond adapter, trained together with it:\n")
+        _print_adapter(found["second_adapter"])
+
+
+def _print_adapter(found: dict[str, Any]) -> None:
+    """Print the description of an adapter; its texts are untrusted."""
     rows = {name: _printable(found[name]) for name in ("peft_type", "base_model", "task_type")}
     rows |= {_printable(name): _printable(value) for name, value in found["settings"].items()}
     rows |= {f"{part} parameters": f"{count:,}" for part, count in found["parameters"].items()}

@@ -20,11 +20,18 @@ from torch import nn
 
 from ..config import PrefixTuningV2Config
 from ..files.check import check_embeddings, check_size
-from ..files.contents import SAVED_ROOT
+from ..files.contents import SAVED_ROOT, SECOND
 from ..model import PrefixTuningV2Model
 from ..prefix.names import LAYER_NAME
 from .saved import PREFIX_ROOT, AnyPath, open_adapter
 
+# What is downloaded of an adapter. A second adapter is rejected, so its config suffices.
+_FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "recipe.yaml", f"{SECOND}/{CONFIG_NAME}"]
+# The way out for adapters of other methods.
+_OTHERS = (
+    "A pool is for prefixes. To have several such adapters on one model, use PEFT's `model.load_adapter`, and name "
+    "the adapter of each row in `adapter_names`."
+)
 Shape = tuple[int, ...]
 
 
@@ -192,7 +199,7 @@ class AdapterPool:
 
     def _insert(self, folder: Path) -> LoadedAdapter:
         """Check an adapter's files, and put the adapter into the model."""
-        saved = open_adapter(folder, PrefixTuningV2Config)
+        saved = open_adapter(folder, PrefixTuningV2Config, instead=_OTHERS)
         config, task = saved.config, saved.task_type
         others = {adapter.task_type for adapter in self._loaded.values()}
         if others - {task}:
@@ -311,7 +318,7 @@ def _find_folder(adapter: str) -> Path:
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(adapter, allow_patterns=[CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "recipe.yaml"]))
+        return Path(snapshot_download(adapter, allow_patterns=_FILES))
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise FileNotFoundError(f"There is no adapter {adapter!r}: no such folder, and none on the Hub.") from error
 

@@ -42,6 +42,13 @@ _NAMES = {
     "mlp.2.": "output.",
 }
 
+# The way out for files with other names.
+_LAYOUTS = (
+    "A LAMA run has `embedding`, with the tensors of `embedding`, `lstm_head` and `mlp_head`. A SuperGLUE run has "
+    "`prompt_embeddings`, and `lstm_head` and `mlp_head`, or `mlp`. From any other file, compute the vectors and put "
+    "them into a table (`PTuningConfig(encoder_reparameterization_type=None)`)."
+)
+
 
 def import_ptuning(
     source: AnyPath,
@@ -84,7 +91,7 @@ def import_ptuning(
     needed = PromptSizes(length, size, kind, width).shapes
     misfits = find_misfits(shapes_of(encoder), needed, {})
     if misfits:
-        raise ValueError(f"{source} has no prompt encoder of P-tuning: {'; '.join(misfits)}.")
+        raise ValueError(f"{source} has no prompt encoder of P-tuning: {'; '.join(misfits)}. {_LAYOUTS}")
     config = PTuningConfig(
         num_virtual_tokens=length,
         placeholder_token_ids=placeholder_token_ids,
@@ -109,10 +116,12 @@ def _read_encoder(source: Path) -> dict[str, Tensor]:
     for name, tensor in theirs.items():
         root = next((each for each in _NAMES if name.startswith(each)), None)
         if root is None:
-            raise ValueError(f"{source} has {shorten(name)}, which is no part of P-tuning's prompt encoder.")
+            raise ValueError(
+                f"{source} has {shorten(name)}, which is no part of P-tuning's prompt encoder. {_LAYOUTS}"
+            )
         encoder[_NAMES[root] + name.removeprefix(root)] = tensor
     if any(name not in encoder or encoder[name].dim() != 2 for name in ("embedding.weight", "hidden.weight")):
-        raise ValueError(f"{source} is no checkpoint of P-tuning: it has no prompt encoder.")
+        raise ValueError(f"{source} is no checkpoint of P-tuning: it has no prompt encoder. {_LAYOUTS}")
     broken = [name for name, tensor in encoder.items() if not tensor.isfinite().all()]
     if broken:
         raise ValueError(f"{source} has values that are not finite, in {shorten(', '.join(broken))}.")

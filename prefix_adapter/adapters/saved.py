@@ -14,14 +14,14 @@ from typing import Any, Generic, TypeVar
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import PrefixTuningV2Config
 from ..files.card import CARD, changed_settings, read_card, task_type_of
 from ..files.check import Shapes, find_misfits, read_weights
-from ..files.contents import SAVED_ROOT, shapes_of
+from ..files.contents import SAVED_ROOT, SECOND, shapes_of
 from ..files.source import AdapterSource, open_weights, read_header, read_json
 from ..files.whole import check_free, new_folder
 from ..messages import shorten
@@ -102,20 +102,65 @@ class SavedAdapter(Generic[ConfigT]):
 
 
 def open_adapter(
-    adapter: AnyPath, config_class: type[ConfigT] | tuple[type[ConfigT], ...], revision: str | None = None
+    adapter: AnyPath,
+    config_class: type[ConfigT] | tuple[type[ConfigT], ...],
+    revision: str | None = None,
+    *,
+    instead: str = "",
 ) -> SavedAdapter[ConfigT]:
-    """Find a saved adapter, and read its config.
+    """Find a saved adapter that works alone, and read its config.
 
     Args:
         adapter: The adapter's folder, or its name on the Hub.
         config_class: The class that its config must have, or several such classes.
         revision: Its revision on the Hub.
+        instead: What can be done with an adapter of another method, as a sentence for the message.
 
     Raises:
         ValueError: If there is no adapter, its config is damaged, or it belongs to another method; the message names
-            it.
+            it. Also if it was trained together with a second adapter.
     """
-    source = AdapterSource.of(adapter, kwargs={"revision": revision})
+    first, *further = open_adapters(adapter, config_class, revision, instead=instead)
+    if further:
+        raise ValueError(
+            f"{adapter} was trained together with a second adapter, in its folder {SECOND}, and does not work alone. "
+            "The commands `evaluate`, `predict`, `info`, `fold` and `push` can use both; in Python, load both as the "
+            "model card says."
+        )
+    return first
+
+
+def open_adapters(
+    adapter: AnyPath,
+    config_class: type[ConfigT] | tuple[type[ConfigT], ...],
+    revision: str | None = None,
+    *,
+    instead: str = "",
+) -> list[SavedAdapter[Any]]:
+    """Find a saved adapter, and the second one that was trained together with it, if there is one.
+
+    Args:
+        adapter: As for `open_adapter`.
+        config_class: As for `open_adapter`, for the first adapter.
+        revision: As for `open_adapter`.
+        instead: As for `open_adapter`.
+
+    Raises:
+        ValueError: As for `open_adapter`; not if there is a second adapter.
+    """
+    first = _open(AdapterSource.of(adapter, kwargs={"revision": revision}), config_class, instead)
+    second = AdapterSource.of(adapter, SECOND, {"revision": revision})
+    path = None if isinstance(first.config, PTuningConfig) else second.find_if_there(CONFIG_NAME)
+    # PEFT saves any adapter that a user has called "second" into such a folder.
+    if path is None or read_json(path).get("peft_type") != PTuningConfig.method.value:
+        return [first]
+    return [first, _open(second, PTuningConfig)]
+
+
+def _open(
+    source: AdapterSource, config_class: type[ConfigT] | tuple[type[ConfigT], ...], instead: str = ""
+) -> SavedAdapter[ConfigT]:
+    """Find one saved adapter, and read its config; see `open_adapter`."""
     # PEFT reads the type before any other check, and fails with any kind of error if the file is damaged.
     path = source.find_config()
     kind = read_json(path).get("peft_type")
@@ -127,9 +172,10 @@ def open_adapter(
         classes = config_class if isinstance(config_class, tuple) else (config_class,)
         types = [each().peft_type for each in classes if each is not AdapterConfig]
         wanted = " or ".join(str(getattr(each, "value", each)) for each in types) or "this package"
-        raise ValueError(f"{adapter} is a {kind} adapter, not one of {wanted}.")
+        raise ValueError(f"{source} is a {kind} adapter, not one of {wanted}.{instead and f' {instead}'}")
     try:
-        return SavedAdapter(source, method.from_pretrained(source.name, **source.options))
+        subfolder = {"subfolder": source.subfolder} if source.subfolder else {}
+        return SavedAdapter(source, method.from_pretrained(source.name, **subfolder, **source.options))
     except Exception as error:  # configs of other methods check little, and fail with any kind of error
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
@@ -205,11 +251,23 @@ def _fill(encoder: PrefixEncoder | PromptEncoder, parts: Mapping[str, Tensor]) -
             module.load_state_dict({key: parts[f"{field}.{key}"] for key in module.state_dict()}, assign=True)
 
 
+def has_encoder(adapter: AnyPath) -> bool:
+    """Whether `fold` has something to do in a folder: an adapter with an encoder."""
+    if not os.path.isfile(os.path.join(adapter, CONFIG_NAME)):
+        return False
+    return any(_has_encoder(each) for each in open_adapters(adapter, PeftConfig))
+
+
+def _has_encoder(saved: SavedAdapter[Any]) -> bool:
+    return isinstance(saved.config, AdapterConfig) and saved.config.has_encoder
+
+
 def fold(source: AnyPath, target: AnyPath) -> Path:
     """Replace the encoder of a saved adapter by the plain table that it computes, in a new folder of a few hundred KB.
 
     The base model is not needed. Task heads and other trained modules are copied, and so are the model card's text and
-    the files of a training run that `evaluate` and `predict` read.
+    the files of a training run that `evaluate` and `predict` read. Of two adapters that were trained together, those
+    with an encoder are folded, and the other is copied.
 
     Args:
         source: The adapter's folder, or its name on the Hub.
@@ -229,29 +287,41 @@ def fold(source: AnyPath, target: AnyPath) -> Path:
         ```
     """
     target = check_free(target)
-    saved: SavedAdapter[Any] = open_adapter(source, AdapterConfig)
-    config = saved.config
-    if not config.has_encoder:
-        raise ValueError(f"{source} is a table already (`{config.table_setting}`).")
-    encoder: PrefixEncoder | PromptEncoder
-    encoder, weights = read_prompt_encoder(saved) if isinstance(config, PTuningConfig) else read_encoder(saved)
-    folded = encoder.folded()
-    for field, module in zip(folded._fields, folded, strict=True):
-        if module is not None:
-            weights |= {f"{saved.root}{field}.{key}": tensor for key, tensor in module.state_dict().items()}
-    config.note_folded()
-    others = {name: path for name in _RUN_FILES if (path := saved.source.find_if_there(name))}
-    card = saved.source.find_if_there(CARD)
+    found = open_adapters(source, PeftConfig)
+    first = found[0]
+    if len(found) == 1 and not isinstance(first.config, AdapterConfig):
+        first = open_adapter(source, AdapterConfig)  # raises: another method has nothing to fold
+    if not any(map(_has_encoder, found)):
+        raise ValueError(f"{source} is a table already (`{found[-1].config.table_setting}`).")
+    weights = [_folded_weights(saved) if _has_encoder(saved) else read_weights(saved.weights_path) for saved in found]
+    others = {name: path for name in _RUN_FILES if (path := first.source.find_if_there(name))}
+    card = first.source.find_if_there(CARD)
     text = card and read_card(card)
     with new_folder(target) as folder:
         for name, path in others.items():
             shutil.copyfile(path, folder / name)
         if text:
             text.save(folder / CARD)
-        contents = {key: tensor.contiguous() for key, tensor in weights.items()}
-        save_file(contents, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(folder)
+        for saved, own in zip(found, weights, strict=True):
+            place = folder / (saved.source.subfolder or "")
+            place.mkdir(exist_ok=True)
+            contents = {key: tensor.contiguous() for key, tensor in own.items()}
+            save_file(contents, place / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            saved.config.save_pretrained(place)
     return target
+
+
+def _folded_weights(saved: SavedAdapter[Any]) -> dict[str, Tensor]:
+    """The tensors of a saved adapter once its encoder is folded, by their names in the file. Its config notes it."""
+    encoder: PrefixEncoder | PromptEncoder
+    is_prompt = isinstance(saved.config, PTuningConfig)
+    encoder, weights = read_prompt_encoder(saved) if is_prompt else read_encoder(saved)
+    folded = encoder.folded()
+    for field, module in zip(folded._fields, folded, strict=True):
+        if module is not None:
+            weights |= {f"{saved.root}{field}.{key}": tensor for key, tensor in module.state_dict().items()}
+    saved.config.note_folded()
+    return weights
 
 
 def describe_adapter(adapter: AnyPath, revision: str | None = None) -> dict[str, Any]:
@@ -264,14 +334,19 @@ def describe_adapter(adapter: AnyPath, revision: str | None = None) -> dict[str,
     Returns:
         Its `peft_type`, `base_model`, `task_type` and `settings` (those that differ from the defaults), the number of
         its `parameters` in the `prefix` (or the `virtual tokens`) and in `other` tensors, the `bytes` of its file, and
-        the shape and dtype of each of its `tensors`. The texts are untrusted: escape them before printing them in a
-        terminal.
+        the shape and dtype of each of its `tensors`; and the same of the `second_adapter` that was trained together
+        with it, if there is one. The texts are untrusted: escape them before printing them in a terminal.
 
     Raises:
         ValueError: If there is no adapter, or its file is damaged.
         OSError: If the Hub cannot be reached.
     """
-    saved = open_adapter(adapter, PeftConfig, revision)
+    first, *further = map(_describe, open_adapters(adapter, PeftConfig, revision))
+    return {**first, "second_adapter": further[0]} if further else first
+
+
+def _describe(saved: SavedAdapter[Any]) -> dict[str, Any]:
+    """Describe one saved adapter; see `describe_adapter`."""
     config, header = saved.config, saved.read_header()
     own = "virtual tokens" if isinstance(config, PTuningConfig) else "prefix"
     parameters = {own: 0, "other": 0}

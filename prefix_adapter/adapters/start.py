@@ -20,10 +20,16 @@ from ..prefix.encoder import PrefixEncoder
 from ..prefix.layer import PrefixTuningV2Layer, find_prefix_layer
 from ..prefix.slots import describe_slots
 from .base_model import attention_window, warn_of_window
-from .saved import AnyPath, open_adapter, read_encoder
+from .saved import AnyPath, open_adapters, read_encoder
 
 # Outputs with the prefix and with the text are compared on at most this number of tokens.
 _COMPARED_TOKENS = 4
+# The way out for adapters of other methods.
+_WORDS = "The virtual tokens of P-Tuning start from words with `PTuningConfig(init_token_ids=...)`."
+_FURTHER = (
+    "Only a prefix starts as a copy of another one. To train an adapter further, load it with "
+    "`PeftModel.from_pretrained(base_model, adapter, is_trainable=True)`."
+)
 
 
 # ---- From a text
@@ -66,7 +72,7 @@ def init_from_text(
         init_from_text(model, text)
         ```
     """
-    layer = find_prefix_layer(model, adapter_name)
+    layer = find_prefix_layer(model, adapter_name, "Only a prefix starts from a text in this way. " + _WORDS)
     adapter, base = layer.adapters[adapter_name], layer.model
     _check_adapter(layer, adapter_name)
     ids = token_ids(text, tokenizer)
@@ -293,7 +299,7 @@ def init_from(model: nn.Module, source: AnyPath, adapter_name: str = "default") 
         init_from(model, "runs/nli")
         ```
     """
-    layer = find_prefix_layer(model, adapter_name)
+    layer = find_prefix_layer(model, adapter_name, _FURTHER)
     adapter, layout = layer.adapters[adapter_name], describe_slots(layer.adapters[adapter_name].columns)
     start = _from_model(layer, str(source)) if source in layer.adapters else _from_saved(source)
     if start.length != adapter.length:
@@ -331,7 +337,7 @@ def _from_model(layer: PrefixTuningV2Layer, source: str) -> _StartPrefix:
 
 
 def _from_saved(source: AnyPath) -> _StartPrefix:
-    saved = open_adapter(source, PrefixTuningV2Config)
+    saved = open_adapters(source, PrefixTuningV2Config, instead=_FURTHER)[0]  # a second adapter does not matter here
     config, (encoder, _) = saved.config, read_encoder(saved)
     return _StartPrefix(
         config.num_virtual_tokens,

@@ -24,6 +24,7 @@ from peft.utils import CONFIG_NAME
 from ..messages import shorten
 from ..private import running_push_card
 from ..version import __version__
+from .contents import SECOND
 from .markdown import code, file_name, hub_name, link, table, without_paths
 from .whole import new_file
 
@@ -216,6 +217,24 @@ def own_method_card(
         settings={**settings, **changed},
         task_type=task_type_of(config),
     )
+
+
+def second_part() -> str:
+    """The part of a card on the second adapter of a run, P-Tuning's virtual tokens."""
+    return f"""## Load the second adapter
+
+P-Tuning's virtual tokens were trained together with this adapter, and are in the folder `{SECOND}`. The model needs
+both. Behind the code above:
+
+```python
+import prefix_adapter
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, "{PLACE}", "{SECOND}", subfolder="{SECOND}")
+```
+
+The inputs have the token ids of the setting `placeholder_token_ids` in `{SECOND}/{CONFIG_NAME}` where virtual tokens
+stand."""
 
 
 def fold_note(encoder: str) -> str:

@@ -14,6 +14,8 @@ from ..messages import join_names, shorten
 
 # PEFT puts this in front of the name of every tensor that it saves.
 SAVED_ROOT = "base_model.model."
+# A second adapter has this name, and its files are in a folder of this name beside those of the first one.
+SECOND = "second"
 # The names that PEFT itself adds to `modules_to_save`, by task type. A model has at most one of them.
 PEFT_HEADS = {
     "SEQ_CLS": {"classifier", "score"},

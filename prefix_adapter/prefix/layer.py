@@ -292,12 +292,13 @@ def _slices(sizes: list[int]) -> list[slice]:
     return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
-def find_prefix_layer(model: nn.Module, adapter_name: str | None = None) -> PrefixTuningV2Layer:
+def find_prefix_layer(model: nn.Module, adapter_name: str | None = None, instead: str = "") -> PrefixTuningV2Layer:
     """The layer with the prefixes of a model.
 
     Args:
         model: A `PeftModel`, or a transformers model with a prefix in it.
         adapter_name: An adapter that it must have.
+        instead: What can be done if the adapter is of another method, for the message.
 
     Raises:
         ValueError: If there is no such adapter.
@@ -306,5 +307,8 @@ def find_prefix_layer(model: nn.Module, adapter_name: str | None = None) -> Pref
     if layer is None or adapter_name not in (None, *layer.adapters):
         known = list(layer.adapters) if layer is not None else []
         name = "" if adapter_name is None else f" {adapter_name!r}"
-        raise ValueError(f"There is no prefix adapter{name}; there are {known}.")
+        other = (getattr(model, "peft_config", None) or {}).get(adapter_name)
+        kind = getattr(other, "peft_type", None)
+        hint = "" if kind is None else f" {adapter_name!r} is a {getattr(kind, 'value', kind)} adapter. {instead}"
+        raise ValueError(f"There is no prefix adapter{name}; there are {known}.{hint}".rstrip())
     return layer

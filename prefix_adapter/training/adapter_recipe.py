@@ -11,7 +11,7 @@ from ..messages import shorten
 from .recipe import Data, Recipe, RecipeError, read_values
 
 _KEYS = ("task", "model", "load_in_4bit", "labels", "max_length", "eval_batch_size", "mixed_precision", "seed")
-"""The keys that are read, besides `data.columns`, `adapter.peft_type`, `model_kwargs` and `task_kwargs`."""
+"""The keys that are read, besides `data.columns`, the methods of the adapters, `model_kwargs` and `task_kwargs`."""
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 _MODEL_KWARGS: dict[str, Any] = {
     "dtype": lambda value: value in _DTYPES,
@@ -61,12 +61,14 @@ def load_adapter_recipe(
     kept["trust_remote_code"] = trust_remote_code
     if model is not None:
         kept["model"] = model
-    data, adapter = values.get("data", {}), values.get("adapter", {})
+    data = values.get("data", {})
     known = {each.name for each in dataclasses.fields(Data)} - {"num_proc"} if rows else {"columns"}
     if isinstance(data, dict):
         kept["data"] = {key: value for key, value in data.items() if key in known}
-    if isinstance(adapter, dict) and "peft_type" in adapter:
-        kept["adapter"] = {"peft_type": adapter["peft_type"]}
+    for key in ("adapter", "second_adapter"):
+        adapter = values.get(key, {})
+        if isinstance(adapter, dict) and "peft_type" in adapter:
+            kept[key] = {"peft_type": adapter["peft_type"]}
     try:
         kept["model_kwargs"] = _harmless_model_kwargs(_mapping(values, "model_kwargs"), trust_remote_code)
         kept["task_kwargs"] = _mapping(values, "task_kwargs")

@@ -2,6 +2,7 @@
 
     checkpoints/step-000120/
       adapter_model.safetensors   the trained weights under PEFT's names, beside PEFT's configuration: a saved adapter
+      second/                     a second adapter, with the same two files
       optimizer.safetensors       AdamW's moments
       state.json                  step, best step so far, schedule, random number generator states
       SHA256SUMS                  checksums of these files, in the format of `sha256sum`
@@ -45,7 +46,7 @@ from ..files.contents import TensorSpec
 from ..files.whole import UNFINISHED, new_folder
 from .distributed import gathered_parameters, save_deepspeed_state
 from .files import fsync_path, path_in_errors
-from .model import adapter_tensors, trained_parameters
+from .model import AdapterPart, adapter_parts, adapter_tensors, trained_parameters
 from .recipe import RecipeError
 
 if TYPE_CHECKING:
@@ -77,15 +78,25 @@ def saved_steps(checkpoints: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def _saved_names(model: nn.Module) -> dict[str, str] | None:
-    """The name of each saved tensor in PEFT's file; `None` if the file has the model's own names."""
+def _saved_names(model: nn.Module) -> dict[str, dict[str, str]]:
+    """The name of each saved tensor in its file, by the model's name, for each file in the folder of a checkpoint."""
+    own, files = list(adapter_tensors(model)), {}
     if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning:
-        return None
-    own = list(adapter_tensors(model))
+        return {_WEIGHTS: {name: name for name in own}}
     # Each tensor is known by a number in its place. Under tensor parallelism PEFT copies the tensors.
     placeholders = {name: torch.tensor([number]) for number, name in enumerate(own)}
-    saved = get_peft_model_state_dict(model, state_dict=placeholders, save_embedding_layers=False)
-    return {own[int(each)]: name for name, each in saved.items()}
+    for part in adapter_parts(model):
+        saved = get_peft_model_state_dict(
+            part.model, _names_in(part, placeholders), adapter_name=part.name, save_embedding_layers=False
+        )
+        folder = "" if part.name == "default" else f"{part.name}/"
+        files[f"{folder}{SAFETENSORS_WEIGHTS_NAME}"] = {own[int(each)]: name for name, each in saved.items()}
+    return files
+
+
+def _names_in(part: AdapterPart, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model that are in the PEFT model of one of its adapters, by their names there."""
+    return {name.removeprefix(part.root): each for name, each in tensors.items() if name.startswith(part.root)}
 
 
 def save_weights(model: nn.Module, weights: dict[str, Tensor], folder: str | os.PathLike[str]) -> None:
@@ -96,42 +107,43 @@ def save_weights(model: nn.Module, weights: dict[str, Tensor], folder: str | os.
         weights: the tensors of `adapter_tensors`, unsharded and on the CPU, by the model's names.
         folder: an existing folder.
     """
-    if _saved_names(model) is None:
+    if _WEIGHTS in _saved_names(model):
         save_file(weights, os.path.join(folder, _WEIGHTS), metadata={"format": "pt"})
-    else:
-        model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)  # type: ignore[operator]
+        return
+    for part in adapter_parts(model):
+        part.model.save_pretrained(
+            os.fspath(folder),
+            selected_adapters=[part.name],  # by default PEFT saves the other one too, under names of this model
+            state_dict=_names_in(part, weights),
+            save_embedding_layers=False,
+        )
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load the file of `save_weights` into a model, which may be sharded.
+    """Load the files of `save_weights` into a model, which may be sharded.
 
     Raises:
-        CheckpointError: if the file is damaged or belongs to another model; the model is unchanged.
+        CheckpointError: if a file is damaged or belongs to another model; the model is unchanged.
     """
     check_weights(model, folder)
-    names = _saved_names(model)
-    contents = load_file(_weights_file(folder, names))
-    weights: Any = contents if names is None else {own: contents[saved] for own, saved in names.items()}
+    weights: dict[str, Any] = {}
+    for file, names in _saved_names(model).items():
+        contents = load_file(folder / file)
+        weights |= {own: contents[saved] for own, saved in names.items()}
     with gathered_parameters(trained_parameters(model).values(), modified=True):
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def check_weights(model: nn.Module, folder: Path) -> None:
-    """Check that the file of `save_weights` fits a model.
+    """Check that the files of `save_weights` fit a model.
 
     Raises:
-        CheckpointError: if the file is damaged, or its tensors are not the model's trained parameters.
+        CheckpointError: if a file is damaged, or its tensors are not the model's trained parameters.
     """
-    names = _saved_names(model)
     tensors = adapter_tensors(model)
-    if names is not None:
-        tensors = {saved: tensors[own] for own, saved in names.items()}
-    specs = {name: TensorSpec.of(each) for name, each in tensors.items()}
-    _check_tensors(_weights_file(folder, names), specs, model)
-
-
-def _weights_file(folder: Path, names: dict[str, str] | None) -> Path:
-    return folder / (_WEIGHTS if names is None else SAFETENSORS_WEIGHTS_NAME)
+    for file, names in _saved_names(model).items():
+        specs = {saved: TensorSpec.of(tensors[own]) for own, saved in names.items()}
+        _check_tensors(folder / file, specs, model)
 
 
 def _check_tensors(path: Path, needed: dict[str, TensorSpec], model: nn.Module) -> None:

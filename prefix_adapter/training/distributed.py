@@ -63,11 +63,13 @@ def check_launch(accelerator: Accelerator, recipe: Recipe) -> None:
             f"{transformers.__version__} does not have. Use `distributed_type: MULTI_GPU` with all processes for "
             "tensor parallelism (examples/accelerate/tensor_parallel.yaml), or FSDP without `parallelism_config`."
         )
-    if divided > 1 and recipe.adapter["peft_type"] != "PREFIX_TUNING_V2":
-        raise RecipeError(
-            "`adapter.peft_type`: under tensor parallelism PREFIX_TUNING_V2 can be trained, with `lora_r` too, and "
-            f"{recipe.adapter['peft_type']} cannot. Use a configuration without `parallelism_config`."
-        )
+    for part in ("adapter", "second_adapter"):
+        method = getattr(recipe, part).get("peft_type", "PREFIX_TUNING_V2")
+        if divided > 1 and method != "PREFIX_TUNING_V2":
+            raise RecipeError(
+                f"`{part}.peft_type`: under tensor parallelism PREFIX_TUNING_V2 can be trained, with `lora_r` too, "
+                f"and {method} cannot. Use a configuration without `parallelism_config`."
+            )
     shares = connected // divided
     if recipe.batch_size % (shares * parts):
         raise RecipeError(
@@ -159,7 +161,9 @@ def prepare_for_training(
     initialize_optimizer_state(optimizer)
     if accelerator.distributed_type == DistributedType.FSDP and hasattr(model, "generate"):
         register_fsdp_forward_method(prepared, "generate")
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = model
+        while hasattr(base, "get_base_model"):  # there may be an adapter around an adapter
+            base = base.get_base_model()
         base._is_fsdp_managed_module = True  # `generate` reads this and keeps the processes in step.
     return prepared, wrapped, optimizer
 

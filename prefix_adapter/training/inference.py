@@ -17,6 +17,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from tqdm.auto import tqdm
 
+from ..files.contents import SECOND
 from ..files.source import AdapterSource
 from . import checkpoint, outputs
 from .adapter_recipe import load_adapter_recipe
@@ -25,7 +26,14 @@ from .data import DataError, divide, load_rows
 from .evaluation import answer_rows, evaluate
 from .files import atomic_write, check_new, fsync_path
 from .loop import training_accelerator
-from .model import check_virtual_tokens, load_base, load_tokenizer, trained_parameters, wrap
+from .model import (
+    check_virtual_tokens,
+    load_base,
+    load_tokenizer,
+    peft_allows_a_second_adapter,
+    trained_parameters,
+    wrap,
+)
 from .recipe import NO_ADAPTER, Recipe, RecipeError, load_recipe, say
 from .streams import first_rows
 from .tasks import TASK_CLASSES
@@ -80,13 +88,32 @@ def load_trained(
             checkpoint.load_weights(whole, Path(adapter))
         return recipe, task, whole.eval()
     try:
-        if getattr(PeftConfig.from_pretrained(str(adapter), revision=revision), "megatron_config", None):
-            raise ValueError("`megatron_core` in its configuration names a module to import, which is not allowed.")
-        wrapped = PeftModel.from_pretrained(base, str(adapter), revision=revision)
+        wrapped = _load_adapter(base, adapter, "default", revision=revision)
+        if recipe.second_adapter:
+            with peft_allows_a_second_adapter():
+                wrapped = _load_adapter(wrapped, adapter, SECOND, revision=revision, subfolder=SECOND)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{adapter}: there is no finished adapter to load: {error}") from error
     check_virtual_tokens(recipe, task, wrapped.active_peft_config)
     return recipe, task, wrapped.eval()
+
+
+def _load_adapter(model: Any, adapter: str | os.PathLike[str], name: str, **place: Any) -> PeftModel:
+    """Put a saved adapter into a model.
+
+    Args:
+        model: The model.
+        adapter: The adapter's folder, or its name on the Hub.
+        name: Its name in the model.
+        **place: Its `revision`, and its `subfolder`.
+
+    Raises:
+        ValueError: If it is damaged, or does not fit the model.
+        OSError: If there is none.
+    """
+    if getattr(PeftConfig.from_pretrained(str(adapter), **place), "megatron_config", None):
+        raise ValueError("`megatron_core` in its configuration names a module to import, which is not allowed.")
+    return PeftModel.from_pretrained(model, str(adapter), adapter_name=name, **place)
 
 
 def _recipe_of(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
@@ -19,13 +20,13 @@ from ..adapters.start import init_from, init_from_text, token_ids
 # Not from peft: this import registers our method with PEFT.
 from ..api import PeftModel, get_peft_model, turn_off_dropout
 from ..backbone.parallel import is_divided
-from ..files.contents import PEFT_HEADS
+from ..files.contents import PEFT_HEADS, SAVED_ROOT, SECOND
 from ..messages import join_names
 from ..prefix.layer import PrefixTuningV2Layer, find_prefix_layer
 from .recipe import NO_ADAPTER, RecipeError, say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from datasets import Dataset
     from peft import PeftConfig
@@ -233,29 +234,44 @@ def _fit_tokenizer(recipe: Recipe, task: Task, model: Any) -> None:
         config.pad_token_id = tokenizer.pad_token_id
 
 
-def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
-    """The PEFT configuration of a recipe; `None` for FULL, HEAD and NONE.
+def adapter_configs(recipe: Recipe, task: Task) -> list[PeftConfig]:
+    """The PEFT configurations of a recipe: of `adapter`, and of `second_adapter`; none for FULL, HEAD and NONE.
 
     Raises:
-        RecipeError: if the method or a setting does not exist, or a value is invalid.
+        RecipeError: if a method or a setting does not exist, or a value is invalid.
     """
-    settings = dict(recipe.adapter)
+    configs = []
+    if recipe.adapter["peft_type"] not in NO_ADAPTER:
+        configs.append(_new_config(recipe, task, "adapter"))
+    elif settings := [key for key in recipe.adapter if key != "peft_type"]:
+        raise RecipeError(f"`adapter.{settings[0]}`: {recipe.adapter['peft_type']} has no settings.")
+    if recipe.second_adapter:
+        if configs[0].is_prompt_learning:
+            raise RecipeError(
+                f"`second_adapter`: PEFT's {recipe.adapter['peft_type']} changes the inputs itself, and nothing can "
+                "stand beside it. Set another `adapter`: a prefix or LoRA."
+            )
+        configs.append(_new_config(recipe, task, "second_adapter"))
+    check_virtual_tokens(recipe, task, configs[-1] if configs else None)
+    return configs
+
+
+def _new_config(recipe: Recipe, task: Task, part: str) -> PeftConfig:
+    """The PEFT configuration under one key of a recipe, `adapter` or `second_adapter`.
+
+    Raises:
+        RecipeError: see `adapter_configs`.
+    """
+    settings = dict(getattr(recipe, part))
     kind = settings.pop("peft_type")
-    if kind in NO_ADAPTER:
-        check_virtual_tokens(recipe, task, None)
-        if settings:
-            raise RecipeError(f"`adapter.{next(iter(settings))}`: {kind} has no settings.")
-        return None
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
     if config_class is None:
         known = sorted(str(getattr(name, "value", name)) for name in PEFT_TYPE_TO_CONFIG_MAPPING)
-        raise RecipeError(f"`adapter.peft_type`: there is no method {kind!r}; there are {[*known, *NO_ADAPTER]}.")
+        raise RecipeError(f"`{part}.peft_type`: there is no method {kind!r}; there are {[*known, *NO_ADAPTER]}.")
     fields = {each.name for each in dataclasses.fields(config_class)}
     for key in settings:
         if key not in fields:
-            raise RecipeError(
-                f"`adapter.{key}`: {config_class.__name__} has no such setting; it has {sorted(fields)}."
-            )
+            raise RecipeError(f"`{part}.{key}`: {config_class.__name__} has no such setting; it has {sorted(fields)}.")
     if kind == "PREFIX_TUNING_V2" and task.has_head and not settings.get("prefix_projection"):
         settings.setdefault("init_std", _TABLE_STD)
     if "placeholder_token_ids" in fields and task.placeholder_token_ids:
@@ -278,8 +294,7 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
     try:
         config = config_class(**settings)
     except (ValueError, TypeError) as error:
-        raise RecipeError(f"`adapter`: {error}") from error
-    check_virtual_tokens(recipe, task, config)
+        raise RecipeError(f"`{part}`: {error}") from error
     if config.is_prompt_learning and config.task_type is None:
         raise RecipeError(
             f"`adapter.peft_type`: PEFT's {kind} needs an `adapter.task_type`, and has none for this task."
@@ -293,26 +308,32 @@ def check_virtual_tokens(recipe: Recipe, task: Task, config: PeftConfig | None) 
     Args:
         recipe: the recipe.
         task: the recipe's task.
-        config: the PEFT configuration of the adapter; `None` if there is none.
+        config: the PEFT configuration of the recipe's last adapter; `None` if there is none.
 
     Raises:
-        RecipeError: if it does not, or if it has other token ids for them.
+        RecipeError: if it does not, if it has other token ids for them, or if the second adapter has none to train.
     """
     ids = getattr(config, "placeholder_token_ids", None)
+    part = "second_adapter" if recipe.second_adapter else "adapter"
+    if recipe.second_adapter and not task.placeholder_token_ids:
+        raise RecipeError(
+            "`second_adapter` trains virtual tokens, and `task_kwargs.template` has none. Put `{p}` where they are to "
+            "stand, or leave `second_adapter` out."
+        )
     if not task.placeholder_token_ids or ids == task.placeholder_token_ids:
         return
     if ids is None:
         raise RecipeError(
             f"`task_kwargs.template` has virtual tokens (`{{p}}`), which {recipe.adapter['peft_type']} does not "
-            "train: leave them out, or set another `adapter.peft_type`."
+            "train: leave them out, set another `adapter.peft_type`, or add `second_adapter: {peft_type: PTUNING_V1}`."
         )
     raise RecipeError(
-        f"`adapter.placeholder_token_ids`: the adapter has {ids}, and the template {task.placeholder_token_ids}."
+        f"`{part}.placeholder_token_ids`: the adapter has {ids}, and the template {task.placeholder_token_ids}."
     )
 
 
 def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> nn.Module:
-    """Add the adapter to the base model and freeze everything that is not trained.
+    """Add the adapter or adapters to the base model and freeze everything that is not trained.
 
     Args:
         recipe: the recipe.
@@ -322,10 +343,11 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> n
             values are random, and would be other values when the adapter is loaded.
 
     Raises:
-        RecipeError: see `adapter_config`.
+        RecipeError: see `adapter_configs`.
         UnsupportedBackboneError: if the model does not support a prefix.
     """
-    config = adapter_config(recipe, task)
+    configs = adapter_configs(recipe, task)
+    config, second = (*configs, None, None)[:2]
     if recipe.adapter["peft_type"] != "FULL" and not recipe.backbone_dropout:
         turn_off_dropout(base)
     model: Any = base
@@ -340,6 +362,10 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> n
             more = [name for name in new if not known & set(name.split("."))]
             config.modules_to_save = [*(config.modules_to_save or ()), *more] or None
         model = get_peft_model(base, config)
+        if second is not None:
+            with peft_allows_a_second_adapter():
+                model = get_peft_model(model, second, SECOND)
+            second.base_model_name_or_path = config.base_model_name_or_path  # PEFT looks for it in the inner model
     elif recipe.adapter["peft_type"] == "HEAD":
         base.base_model.requires_grad_(False)
         for name in new:
@@ -405,6 +431,39 @@ def _has_decoder_prefix(model: nn.Module) -> bool:
     return any(isinstance(module, PrefixTuningV2Layer) and module.kinds == {"decoder"} for module in model.modules())
 
 
+@contextmanager
+def peft_allows_a_second_adapter() -> Iterator[None]:
+    """Leave out PEFT's two warnings of an adapter that is put around another one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are trying to modify a model with PEFT for a second time")
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute in the model")
+        yield
+
+
+class AdapterPart(NamedTuple):
+    """One of the adapters of a model.
+
+    Attributes:
+        name: its name in the PEFT model.
+        model: the PEFT model that was made with it.
+        root: what the names of this model's tensors begin with in the whole model.
+    """
+
+    name: str
+    model: PeftModel
+    root: str
+
+
+def adapter_parts(model: nn.Module) -> list[AdapterPart]:
+    """The adapters of a run's model, the first one first; none for a model without PEFT."""
+    if not isinstance(model, PeftModel):
+        return []
+    inner = model.get_base_model()
+    if isinstance(inner, PeftModel):
+        return [AdapterPart("default", inner, SAVED_ROOT), AdapterPart(SECOND, model, "")]
+    return [AdapterPart("default", model, "")]
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require gradients, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -422,8 +481,11 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**trained_parameters(model), **frozen}
 
 
-def learning_rates(recipe: Recipe, model: nn.Module) -> tuple[float, float]:
-    """The learning rates of the adapter and of the head; defaults take the place of missing values."""
+def learning_rates(recipe: Recipe, model: nn.Module) -> list[float]:
+    """The learning rates of the adapter and of the head, and of the second adapter if the recipe has one.
+
+    Defaults take the place of missing values.
+    """
     kind = recipe.adapter["peft_type"]
     rate, head_rate = recipe.learning_rate, recipe.head_learning_rate
     if rate is None and recipe.adapter.get("prefix_projection"):
@@ -432,34 +494,40 @@ def learning_rates(recipe: Recipe, model: nn.Module) -> tuple[float, float]:
         rate = _DECODER_RATE if _has_decoder_prefix(model) else _RATES.get(kind, 1e-2)
     if head_rate is None:
         head_rate = rate if kind == "FULL" else _HEAD_RATE
-    return rate, head_rate
+    return [rate, head_rate, *([recipe.second_learning_rate or rate] if recipe.second_adapter else ())]
 
 
 def new_optimizer(recipe: Recipe, model: nn.Module, fused: bool = False) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) with one learning rate for the adapter and one for the head.
+    """AdamW (Loshchilov and Hutter 2019) with a learning rate for the adapter, the head and the second adapter.
 
     Args:
         recipe: the recipe.
         model: the model.
         fused: whether to use PyTorch's fused kernel.
     """
-    rate, head_rate = learning_rates(recipe, model)
-    groups: dict[str, list[nn.Parameter]] = {"adapter": [], "head": []}
+    groups: dict[str, list[nn.Parameter]] = {"adapter": [], "head": [], "second_adapter": []}
     for name, parameter in trained_parameters(model).items():
-        groups["head" if _in_head(model, name) else "adapter"].append(parameter)
-    settings = [
-        {"params": parameters, "lr": head_rate if part == "head" else rate, "name": part}
-        for part, parameters in groups.items()
+        groups[_part_of(model, name)].append(parameter)
+    rates = learning_rates(recipe, model)
+    settings: list[dict[str, Any]] = [
+        {"params": parameters, "lr": rates[number], "name": part}
+        for number, (part, parameters) in enumerate(groups.items())
         if parameters
     ]
-    settings = settings or [{"params": [], "lr": rate, "name": "adapter"}]  # AdamW needs a group
+    settings = settings or [{"params": [], "lr": rates[0], "name": "adapter"}]  # AdamW needs a group
     return torch.optim.AdamW(settings, weight_decay=recipe.weight_decay, fused=fused or None)
 
 
-def _in_head(model: nn.Module, name: str) -> bool:
-    if isinstance(model, PeftModel):
-        return "modules_to_save" in name
-    return not name.startswith(f"{model.base_model_prefix}.")
+def _part_of(model: nn.Module, name: str) -> str:
+    """The part of a model that a trained parameter belongs to: adapter, head or second_adapter."""
+    parts = adapter_parts(model)
+    if not parts:
+        return "adapter" if name.startswith(f"{model.base_model_prefix}.") else "head"
+    if "modules_to_save" in name:
+        return "head"
+    # The second adapter's layer is a child of the inner PEFT model, the first one's is deeper in it.
+    is_second = len(parts) == 2 and not name.startswith(f"{parts[0].root}{SAVED_ROOT}")
+    return "second_adapter" if is_second else "adapter"
 
 
 def new_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int, steps_per_epoch: int) -> Any:

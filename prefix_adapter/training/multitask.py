@@ -99,6 +99,8 @@ class JointRecipe:
             raise RecipeError(f"`sampling_exponent` must be a number from 0 to 10, got {exponent!r}.")
         if self.settings.adapter["peft_type"] != "PREFIX_TUNING_V2":
             raise RecipeError("`adapter.peft_type`: tasks can share a prefix only, so it must be PREFIX_TUNING_V2.")
+        if self.settings.second_adapter:
+            raise RecipeError("`second_adapter`: tasks can share a prefix only. Leave it out.")
         # Sorted, so that a run does not depend on the order of the tasks in a file.
         self.recipes = {
             name: dataclasses.replace(recipe, output_dir=os.path.join(self.output_dir, name))
@@ -388,7 +390,8 @@ class JointRun(TrainingRun):
 
     def check_recipe(self, *ignored: str) -> None:
         """See `TrainingRun.check_recipe`."""
-        earlier = load_joint_recipe(outputs.find_recipe(self.folder))
+        path = outputs.find_recipe(self.folder)
+        earlier = load_joint_recipe(path)
         for key, old, new in (
             ("tasks", list(earlier.recipes), list(self.recipes)),
             ("sampling_exponent", earlier.sampling_exponent, self.recipe.sampling_exponent),
@@ -397,7 +400,7 @@ class JointRun(TrainingRun):
                 raise RecipeError(f"`{key}`: the run in {self.folder} was started with {old!r}, not {new!r}.")
         for name, own in self.recipes.items():
             with task_in_errors(name):
-                outputs.check_same_recipe(earlier.recipes[name], own, *ignored)
+                outputs.check_same_recipe(earlier.recipes[name], path, own, *ignored)
 
     def earlier_task_folders(self) -> Sequence[str]:
         """See `TrainingRun.earlier_task_folders`."""

@@ -1,6 +1,7 @@
 """The output folder of a run: its files, its lock, and the checks before a run uses it.
 
 adapter_model.safetensors, adapter_config.json   the best adapter, folded into a table: the files to publish
+second/             the second adapter, in the same two files
 README.md           the model card: data, settings, metrics, how to load the adapter
 recipe.yaml         the exact recipe with its labels, which `predict` and `evaluate` read
 results.json        metrics, steps, versions, time
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..files.card import CARD
+from ..files.contents import SECOND
 from ..files.whole import UNFINISHED
 from .distributed import propagate_errors
 from .files import LOCK_FILES, atomic_write, lock_folder
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 RECIPE, METRICS, RESULTS, CURVE = "recipe.yaml", "metrics.jsonl", "results.json", "curve.png"
 CHECKPOINTS, LOGS = "checkpoints", "logs"
 _WEIGHTS = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "trained.safetensors"}
-RUN_FILES = {RECIPE, METRICS, RESULTS, CURVE, CARD, CHECKPOINTS, LOGS, *_WEIGHTS}
+RUN_FILES = {RECIPE, METRICS, RESULTS, CURVE, CARD, CHECKPOINTS, LOGS, SECOND, *_WEIGHTS}
 """All files and folders that a run creates."""
 INFERRED_KEYS = ("labels", "task_kwargs")
 """The keys of a recipe that a run fills in from the rows if the user does not set them."""
@@ -159,18 +161,24 @@ def clear(folder: Path, resume: bool) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def check_same_recipe(earlier: Recipe, now: Recipe, *ignored: str) -> None:
+def check_same_recipe(earlier: Recipe, path: Path, now: Recipe, *ignored: str) -> None:
     """Check that a run is resumed with its own recipe, except for `CHANGEABLE_KEYS` and the `ignored` keys.
 
+    Args:
+        earlier: the recipe of the run.
+        path: its file. One that was cut off may still be a valid recipe.
+        now: the recipe to resume with.
+        *ignored: keys that may differ.
+
     Raises:
-        RecipeError: if a key has another value; the message names the key.
+        RecipeError: if a key has another value; the message names the key and the file.
     """
     old, new = earlier.to_dict(), now.to_dict()
     for key in old:
         if old[key] != new[key] and key not in (*CHANGEABLE_KEYS, *ignored):
             raise RecipeError(
-                f"`{key}`: the run in {now.output_dir} was started with {old[key]!r}, not {new[key]!r}. Resume it "
-                "with its own recipe, or start a new run."
+                f"`{key}`: the run in {now.output_dir} was started with {old[key]!r}, not {new[key]!r} (see "
+                f"{path}). Resume it with its own recipe, or start a new run."
             )
 
 

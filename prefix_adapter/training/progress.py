@@ -80,13 +80,16 @@ def describe_task(objective: TaskObjective, model: Any, trained: int) -> str:
     """
     recipe, task = objective.recipe, objective.task
     total = model.num_parameters()  # of transformers: it counts weights in 4 bits, of which two share a number
-    rate, head_rate = learning_rates(recipe, model)
+    rate, head_rate, *second_rate = learning_rates(recipe, model)
+    methods = " and ".join(each["peft_type"] for each in (recipe.adapter, recipe.second_adapter) if each)
+    rates = [f"{rate:g}", *([f"of the head {head_rate:g}"] if task.has_head else ())]
+    rates += [f"of the second adapter {each:g}" for each in second_rate]
     lines = [
         f"{recipe.task} with {recipe.model}",
         f"  rows: {', '.join(f'{_count(rows)} {split}' for split, rows in objective.rows.items())}",
         f"  labels: {_join_labels(task.labels)}" if task.labels else "",
-        f"  trained: {trained:,} of {total:,} parameters ({recipe.adapter['peft_type']})",
-        f"  learning rate: {rate:g}{f', of the head {head_rate:g}' if task.has_head else ''}",
+        f"  trained: {trained:,} of {total:,} parameters ({methods})",
+        f"  learning rate: {', '.join(rates)}",
     ]
     return "\n".join(filter(None, lines))
 

@@ -36,6 +36,8 @@ TASKS = (
 )
 STREAMING_TASKS = ("causal-lm", "chat", "seq2seq-lm")
 """The tasks whose training rows may be a stream: they learn nothing from the rows before training."""
+TEMPLATE_TASKS = ("cloze", "fill-mask")
+"""The tasks whose rows become texts by a template, which may have virtual tokens."""
 NO_ADAPTER = ("FULL", "HEAD", "NONE")
 """Values of `adapter.peft_type` that are no PEFT methods: full fine-tuning, the task head alone, or no training."""
 _KERNEL_KWARGS = ("allow_all_kernels", "use_kernels", "kernel_config")
@@ -196,6 +198,9 @@ class Recipe:
             that a table next to a new task head starts at `init_std: 0.5`. For comparison, `peft_type` can be any
             other PEFT method, FULL (full fine-tuning) or HEAD (the task head alone). With NONE the run trains nothing
             and only evaluates the base model, in a task without a new head.
+        second_adapter: A second PEFT configuration, trained and saved beside `adapter`, for cloze and fill-mask. Its
+            `peft_type` is PTUNING_V1: the virtual tokens of the template (`{p}`). `adapter` is then a prefix, LoRA or
+            another PEFT method without virtual tokens of its own.
         init_from: A saved adapter (folder or name on the Hub). The prefix starts as a copy of its prefix, so `adapter`
             must set the same `num_virtual_tokens` and other settings of its shape. The task head starts from random
             weights.
@@ -223,6 +228,7 @@ class Recipe:
         learning_rate: Learning rate of the adapter. Default: 3e-2 for a table (1e-2 on a decoder), 1e-3 for an MLP,
             2e-3 for LoRA, 3e-5 for FULL, 1e-2 for other PEFT methods.
         head_learning_rate: Learning rate of the task head. Default: 2e-2; with FULL, `learning_rate`.
+        second_learning_rate: Learning rate of `second_adapter`. Default: that of `adapter`.
         weight_decay: Weight decay of AdamW, for adapter and head.
         max_grad_norm: Maximum norm of the gradients, which are clipped to it; 0 for no clipping.
         lr_scheduler_type: A name that `transformers.get_scheduler` knows, or `exponential`, which multiplies the
@@ -263,6 +269,7 @@ class Recipe:
     output_dir: str
     data: Data = field(default_factory=Data)
     adapter: dict[str, Any] = field(default_factory=dict)
+    second_adapter: dict[str, Any] = field(default_factory=dict)
     init_from: Optional[str] = None
     init_text: Optional[str] = None
     init_rows: Optional[bool] = None
@@ -279,6 +286,7 @@ class Recipe:
     group_by_length: bool = False
     learning_rate: Optional[float] = None
     head_learning_rate: Optional[float] = None
+    second_learning_rate: Optional[float] = None
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     lr_scheduler_type: str = "linear"
@@ -299,10 +307,8 @@ class Recipe:
     def __post_init__(self) -> None:
         _check_types(self)
         self._check_remote_code()
-        kind = self.adapter.get("peft_type", "PREFIX_TUNING_V2")
-        if not isinstance(kind, str):
-            raise RecipeError(f"`adapter.peft_type` must be the name of a method, got {kind!r}.")
-        self.adapter = {**self.adapter, "peft_type": kind.upper()}
+        self.adapter = self._with_method("adapter", "PREFIX_TUNING_V2")
+        self._check_second_adapter()
         self._check_initial_prefix()
         self._check_dropout()
         if self.load_in_4bit and self.adapter["peft_type"] == "FULL":
@@ -311,7 +317,7 @@ class Recipe:
             raise RecipeError(
                 "`load_in_4bit` and `model_kwargs.quantization_config` are both set; set only one of them."
             )
-        for name in ("learning_rate", "head_learning_rate", "num_train_epochs"):
+        for name in ("learning_rate", "head_learning_rate", "second_learning_rate", "num_train_epochs"):
             _check_range(name, getattr(self, name), above=0)
         counts = ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_length", "max_steps")
         for name in (*counts, "eval_steps", "save_steps", "logging_steps", "early_stopping_patience"):
@@ -324,18 +330,54 @@ class Recipe:
         if len({type(label) for label in self.labels or []}) > 1:
             raise RecipeError(f"`labels` must be all strings or all integers, got {self.labels}.")
 
+    def _with_method(self, key: str, default: str) -> dict[str, Any]:
+        """The configuration under `key`, with the name of its method in capitals."""
+        own: dict[str, Any] = getattr(self, key)
+        kind = own.get("peft_type", default)
+        if not isinstance(kind, str):
+            raise RecipeError(f"`{key}.peft_type` must be the name of a method, got {kind!r}.")
+        return {**own, "peft_type": kind.upper()}
+
+    def _check_second_adapter(self) -> None:
+        """Check `second_adapter`, and whether it can stand beside `adapter`."""
+        if not self.second_adapter:
+            if self.second_learning_rate is not None:
+                raise RecipeError("`second_learning_rate` is the rate of `second_adapter`, and there is none.")
+            return
+        self.second_adapter = self._with_method("second_adapter", "PTUNING_V1")
+        first, second = self.adapter["peft_type"], self.second_adapter["peft_type"]
+        if second != "PTUNING_V1":
+            raise RecipeError(
+                f"`second_adapter.peft_type` must be PTUNING_V1, got {second!r}. Any other method can be `adapter`."
+            )
+        if self.task not in TEMPLATE_TASKS:
+            raise RecipeError(
+                "`second_adapter` trains the virtual tokens of a template, so it is for "
+                f"{' and '.join(TEMPLATE_TASKS)}, not for {self.task}. Leave it out."
+            )
+        if first == "PTUNING_V1":
+            raise RecipeError(
+                "`second_adapter`: `adapter.peft_type` is PTUNING_V1 too. Leave `second_adapter` out, or set another "
+                "`adapter`: a prefix or LoRA."
+            )
+        if first in NO_ADAPTER:
+            raise RecipeError(
+                f"`second_adapter` stands beside a first one, and `adapter.peft_type` is {first}. For virtual tokens "
+                "alone set `adapter: {peft_type: PTUNING_V1}`."
+            )
+
     def _check_initial_prefix(self) -> None:
         """Check `init_from`, `init_text` and `init_rows`."""
         given = [name for name in ("init_from", "init_text") if getattr(self, name) is not None]
         for name in given:
             if not getattr(self, name).strip():
                 raise RecipeError(f"`{name}` is empty; leave it out for a random start.")
-            if self.adapter["peft_type"] != "PREFIX_TUNING_V2":
-                raise RecipeError(f"`{name}` is for PREFIX_TUNING_V2, not for {self.adapter['peft_type']}.")
         if self.init_rows:
             given.append("init_rows")
-            if self.adapter["peft_type"] != "PREFIX_TUNING_V2":
-                raise RecipeError(f"`init_rows` is for PREFIX_TUNING_V2, not for {self.adapter['peft_type']}.")
+        kind = self.adapter["peft_type"]
+        if given and kind != "PREFIX_TUNING_V2":
+            words = ' Virtual tokens start from words with `{p:"words"}` in the template.' * (kind == "PTUNING_V1")
+            raise RecipeError(f"`{given[0]}` is for PREFIX_TUNING_V2, not for {kind}. Leave it out.{words}")
         if len(given) > 1:
             raise RecipeError(f"`{given[0]}` and `{given[1]}` are both set; set only one of them.")
         if self.init_text is not None and self.task not in ("causal-lm", "chat", "distil"):

@@ -21,6 +21,7 @@ from ..files.card import (
     config_card,
     new_card,
     read_card,
+    second_part,
     write_card,
 )
 from ..files.markdown import code, file_name, hub_name, link, table, without_paths
@@ -222,9 +223,12 @@ def training_part(recipe: Recipe, results: dict[str, Any], curve: bool) -> str:
     ]
     settings = {
         "task": recipe.task,
-        "adapter": yaml.safe_dump(without_paths(recipe.adapter), default_flow_style=True, width=2**31).strip(),
+        "adapter": _as_text(recipe.adapter),
+        **({"second adapter": _as_text(recipe.second_adapter)} if recipe.second_adapter else {}),
         "trained parameters": f"{results['trained_parameters']:,}",
-        "learning rate (adapter, head)": f"{results['learning_rates'][0]:g}, {results['learning_rates'][1]:g}",
+        f"learning rate (adapter, head{', second adapter' if recipe.second_adapter else ''})": ", ".join(
+            f"{rate:g}" for rate in results["learning_rates"]
+        ),
         "schedule": f"{recipe.lr_scheduler_type}, warm-up {recipe.warmup_ratio:g}",
         "batch size": str(recipe.batch_size),
         "epochs": f"{results['epochs']:g}",
@@ -257,6 +261,11 @@ def training_part(recipe: Recipe, results: dict[str, Any], curve: bool) -> str:
     )
 
 
+def _as_text(settings: dict[str, Any]) -> str:
+    """The settings of an adapter on one line."""
+    return yaml.safe_dump(without_paths(settings), default_flow_style=True, width=2**31).strip()
+
+
 def _describe_source(data: Data, more: str) -> str:
     source = link(data.path, "datasets/") if data.path else "files"
     parts = [data.name, data.train] if data.path and data.name else [file_name(data.train)]
@@ -283,7 +292,8 @@ def write_run_card(folder: Path, recipe: Recipe, results: dict[str, Any]) -> Non
         "datasets": sorted({name for path in paths if path and (name := hub_name(path))}) or None,
         "metrics": sorted(set(results["validation"]) - {"loss"}),
     }
-    parts = {**ours.parts, "training": training_part(recipe, results, (folder / CURVE).is_file())}
+    second = {"second adapter": second_part()} if recipe.second_adapter else {}
+    parts = {**ours.parts, **second, "training": training_part(recipe, results, (folder / CURVE).is_file())}
     write_card(folder / CARD, OwnCard(ours.title, data, parts), read_run_card(recipe) or new_card())
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from accelerate.utils import set_seed
 
-from ..adapters.saved import fold
+from ..adapters.saved import fold, has_encoder
 from ..files.whole import UNFINISHED
 from . import checkpoint, outputs, reports
 from .data import divide, load_rows, mix
@@ -22,7 +22,7 @@ from .distributed import propagate_errors, tensor_parallel_size
 from .files import fsync_path, path_in_errors
 from .loop import Loop, training_accelerator
 from .model import (
-    adapter_config,
+    adapter_configs,
     check_packages,
     initialize_prefix,
     learning_rates,
@@ -145,7 +145,7 @@ class TrainingRun:
                 f"`output_dir`: the adapter in {self.folder} was trained together with others, and cannot be resumed "
                 "alone."
             )
-        outputs.check_same_recipe(load_recipe(path), self.settings, *ignored)
+        outputs.check_same_recipe(load_recipe(path), path, self.settings, *ignored)
 
     def earlier_task_folders(self) -> Sequence[str]:
         """The `task_folders` of the run that is in the output folder now."""
@@ -270,7 +270,7 @@ class TrainingRun:
                 "metric": own.metric,
                 "epochs": own.batches.epochs(steps),
                 "trained_parameters": sizes[name],
-                "learning_rates": list(learning_rates(own.recipe, models[name])),
+                "learning_rates": learning_rates(own.recipe, models[name]),
                 "max_length": own.task.max_length,
                 "rows": {
                     split: None if isinstance(rows, RowStream) else len(rows) for split, rows in own.rows.items()
@@ -310,7 +310,7 @@ class TrainingRun:
                 check_packages(recipe)
                 # Each task has its own tokenizer, because tasks change tokenizer settings.
                 tasks[name] = TASK_CLASSES[recipe.task](recipe, load_tokenizer(recipe))
-                adapter_config(recipe, tasks[name])
+                adapter_configs(recipe, tasks[name])
                 rows[name] = load_splits(recipe, tasks[name])
         processes = tensor_parallel_size(accelerator)
         set_seed(self.settings.seed)  # Every process draws the same initial weights.
@@ -409,21 +409,26 @@ def write_adapter(recipe: Recipe, best: Path, lines: list[dict[str, Any]], resul
     folder = Path(recipe.output_dir)
     with path_in_errors(folder), tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as scratch:
         export = Path(scratch) / "adapter"
-        if recipe.adapter["peft_type"] == "PREFIX_TUNING_V2" and recipe.adapter.get("prefix_projection"):
+        if has_encoder(best):
             fold(best, export)
+        elif results["steps"]:
+            left_out = shutil.ignore_patterns(*checkpoint.RESUME_FILES)
+            shutil.copytree(best, export, ignore=left_out, copy_function=shutil.copyfile)
         else:
             export.mkdir()
-            for path in best.iterdir() if results["steps"] else ():
-                if path.name not in checkpoint.RESUME_FILES:
-                    shutil.copyfile(path, export / path.name)
         recipe.save(export / outputs.RECIPE)
         reports.draw_curve(lines, results["metric"], results["best_step"], export / outputs.CURVE)
         (export / outputs.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         reports.write_run_card(export, recipe, results)
-        paths = sorted(export.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name))
+        # The first adapter's weights are the very last.
+        paths = [path for path in export.rglob("*") if path.is_file()]
+        paths.sort(key=lambda path: (path.suffix == ".safetensors", path.parent == export, path.name))
         for path in paths:
             path.chmod(0o644)  # safetensors creates files that only their owner can read.
             fsync_path(path)
         for path in paths:
-            path.replace(folder / path.name)
-        fsync_path(folder)
+            target = folder / path.relative_to(export)
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
+        for place in {folder / path.relative_to(export).parent for path in paths}:
+            fsync_path(place)

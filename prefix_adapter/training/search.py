@@ -40,7 +40,7 @@ from filelock import FileLock, Timeout
 
 from .files import write_text
 from .loop import TrainingDiverged, TrainingInterrupted
-from .model import adapter_config, load_tokenizer
+from .model import adapter_configs, load_tokenizer
 from .outputs import CHANGEABLE_KEYS
 from .recipe import Recipe, RecipeError
 from .run import load_splits, train
@@ -215,7 +215,7 @@ def _check_space(job: _SearchJob, tokenizer: PreTrainedTokenizerBase) -> None:
             point = choose_point(job.space, lambda each, chosen=chosen: chosen.get(each.name, each.ends[0]))  # type: ignore
             try:
                 candidate = job.recipe_of(point)
-                adapter_config(candidate, TASK_CLASSES[candidate.task](candidate, tokenizer))
+                adapter_configs(candidate, TASK_CLASSES[candidate.task](candidate, tokenizer))
             except RecipeError as error:
                 raise RecipeError(f"`space.{parameter.key}`: {value!r} is invalid: {error}") from error
 

@@ -89,6 +89,10 @@ def test_what_is_no_checkpoint(tmp_path, capsys):
         torch.save(content, path)
         with pytest.raises(ValueError, match=message):
             import_ptuning(path, tmp_path / "a")
+    for unknown in ({"embedding": {**encoder, "other.weight": torch.zeros(2)}}, {"prompt": encoder}, encoder):
+        torch.save(unknown, path)
+        with pytest.raises(ValueError, match=r"A LAMA run .* A SuperGLUE run has `prompt_embeddings`"):
+            import_ptuning(path, tmp_path / "a")
     with pytest.raises(ValueError, match="There is no file"):
         import_ptuning(tmp_path / "missing.ckpt", tmp_path / "a")
     assert not (tmp_path / "a").exists() and "must not run" not in capsys.readouterr().out

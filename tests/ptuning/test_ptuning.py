@@ -12,8 +12,18 @@ import transformers as tr
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
-from prefix_adapter import PrefixTuningV2Config, PTuningConfig, fold, get_peft_model
+from prefix_adapter import (
+    AdapterPool,
+    PrefixTuningV2Config,
+    PTuningConfig,
+    fold,
+    get_peft_model,
+    init_from,
+    init_from_text,
+    set_strength,
+)
 from prefix_adapter.adapters.saved import describe_adapter
+from prefix_adapter.training import Recipe, RecipeError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You are trying to modify a model with PEFT", "ignore:Already found a `peft_config`"
@@ -441,6 +451,17 @@ def test_beside_a_prefix(first):
     assert all(p.requires_grad and p.grad.abs().sum() > 0 for p in own["v"] + own["p"])
 
 
+def test_each_is_saved_from_its_own_model(tmp_path, monkeypatch):
+    """The page's code for two adapters: they come back on a fresh base model."""
+    (code,) = (block for block in pages.blocks("docs/ptuning.md") if "selected_adapters" in block)
+    monkeypatch.chdir(tmp_path)
+    model = get_peft_model(base(), PTuningConfig(num_virtual_tokens=N), "words")
+    model = get_peft_model(model, PrefixTuningV2Config(num_virtual_tokens=4, init_std=1.0), "prefix").eval()
+    scope = {"model": model, "fresh": base()}
+    exec(code, scope)
+    assert scope["model"] is not model and torch.equal(logits(scope["model"].eval()), logits(model))
+
+
 @pytest.mark.parametrize("order", ["lora first", "lora last"])
 def test_beside_lora_on_the_embeddings(order):
     """LoRA replaces the embedding module. A virtual token is the adapter's vector, without LoRA's change."""
@@ -579,3 +600,32 @@ def test_the_whole_model_beside_it(tmp_path, monkeypatch):
     exec(code.replace("# ... train ...", "learn(optimizer)"), scope)
     assert seen["moved_words"] and not any("ptuning_" in name for name in seen["unmoved"])
     torch.testing.assert_close(scope["model"].eval()(input_ids=ids).logits, seen["logits"])
+
+
+def test_what_is_for_prefixes_names_the_way_out(tmp_path):
+    """A pool, and a start from a text or from another adapter."""
+    model = wrap()
+    model.save_pretrained(tmp_path / "words")
+    prefix = get_peft_model(base(), PrefixTuningV2Config(num_virtual_tokens=N))
+    further = "is_trainable=True"
+    cases = [
+        (
+            lambda: AdapterPool(base()).load(tmp_path / "words"),
+            "`model.load_adapter`, and name the adapter of each row",
+        ),
+        (lambda: init_from(prefix, tmp_path / "words"), further),
+        (lambda: init_from(model, tmp_path / "words"), further),
+        (lambda: init_from_text(model, [1, 2, 3]), "init_token_ids="),
+        (lambda: set_strength(model, 0.5), ""),
+    ]
+    for refused, way_out in cases:
+        with pytest.raises(ValueError, match=f"is a PTUNING_V1 adapter.*{way_out}"):
+            refused()
+
+
+@pytest.mark.parametrize("key", ["init_from", "init_text", "init_rows"])
+def test_recipe_keys_for_prefixes(key):
+    message = f"`{key}` is for PREFIX_TUNING_V2, not for PTUNING_V1. Leave it out. .* `{{p:"
+    with pytest.raises(RecipeError, match=message):
+        value = True if key == "init_rows" else "words"
+        Recipe("cloze", "unused", "unused", adapter={"peft_type": "ptuning_v1"}, **{key: value})

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from prefix_adapter import PrefixTuningV2Config, PTuningConfig
 from prefix_adapter.templates import Field, Mask, Template, Text
 from prefix_adapter.training import Data, Recipe, RecipeError, load_recipe, recipe_names, train
-from prefix_adapter.training.model import adapter_config, load_base, new_scheduler, wrap
+from prefix_adapter.training.model import adapter_configs, load_base, new_scheduler, wrap
 from prefix_adapter.training.recipe import TASKS, add_recipe_arguments, recipe_from, recipe_path
 from prefix_adapter.training.tasks import TASK_CLASSES
 
@@ -32,7 +32,7 @@ CLOZE = {
     ),
     "cloze-wic": ("A [SEP] B <p> *C *? Yes", {"False": "No", "True": "Yes"}),
 }
-KLUE_CLOZE, PTUNING, LAMA = "klue-nli-cloze", "cloze-ptuning", "lama"
+KLUE_CLOZE, PTUNING, LAMA, BOTH = "klue-nli-cloze", "cloze-ptuning", "lama", "cloze-both"
 # Transcribed from the run scripts of https://github.com/THUDM/P-tuning-v2: length, rate, epochs, batch, dropout.
 PUBLISHED = {
     "bert-large-boolq": (40, 5e-3, 100, 32, 0.1),
@@ -110,7 +110,9 @@ def bases(tmp_path_factory) -> dict[str, str]:
 
 
 def test_names_of_the_recipes():
-    assert set(recipe_names()) == {*PUBLISHED, *KLUE_NLI, *TASKS, WITH_LORA, *CLOZE, KLUE_CLOZE, PTUNING, LAMA}
+    assert set(recipe_names()) == {
+        *(*PUBLISHED, *KLUE_NLI, *TASKS, WITH_LORA, *CLOZE, KLUE_CLOZE, PTUNING, LAMA, BOTH)
+    }
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -121,7 +123,8 @@ def test_each_recipe_can_be_used(name, bases):
     task = TASK_CLASSES[recipe.task](recipe, AutoTokenizer.from_pretrained(recipe.model))
     assert task.max_length == recipe.max_length
     assert set(recipe.data.columns) <= {*task.columns, *task.optional_columns, task.target}
-    config = adapter_config(recipe, task)
+    config, *more = adapter_configs(recipe, task) or [None]
+    assert [type(each) for each in more] == ([PTuningConfig] if name == BOTH else [])
     if recipe.adapter["peft_type"] == "FULL":
         assert config is None
     elif name in (PTUNING, LAMA):
@@ -133,7 +136,7 @@ def test_each_recipe_can_be_used(name, bases):
         assert config.init_std == (0.5 if name in [*TASKS, WITH_LORA] and task.has_head else 0.02)
     if name in TASKS:
         recipe.adapter |= {"prefix_projection": True, "num_frozen_tokens": 0}
-        assert adapter_config(recipe, task).init_std == 0.02
+        assert adapter_configs(recipe, task)[0].init_std == 0.02
     # The first step uses the rate, and the last step a lower one.
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=recipe.learning_rate)
