@@ -118,11 +118,18 @@ def find_tensor_parallelism(model: nn.Module) -> TensorParallelism | None:
 
     Raises:
         ValueError: If weights are divided in a way that does not show one group of processes with the same batch, or
-            by FSDP2: that must come after the adapter.
+            by FSDP2: that must come after the adapter. If each process has some of the layers.
     """
     size, name = getattr(model, "tp_size", None) or 1, type(model).__name__
     if not (dist.is_available() and dist.is_initialized()):
         return None
+    stages = getattr(getattr(getattr(model, "config", None), "distributed_config", None), "pp_size", None) or 1
+    if stages > 1:
+        raise ValueError(
+            f"The layers of {name} are divided over {stages} processes (pipeline parallelism, `pp_size`), and an "
+            "adapter needs all layers in each process. Load the model with `tp_plan='auto'` instead, or whole and "
+            "apply FSDP2 after the adapter was added (docs/distributed.md)."
+        )
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from typing import Any
 
 import transformers
 from packaging.requirements import Requirement
@@ -84,13 +85,24 @@ class UnsupportedBackboneError(ValueError):
                 f"get_peft_model(model.{name}, config)`. What came of trying: {self}",
             )
 
-    def point_to_processes(self, parallelism: TensorParallelism | None) -> None:
-        """If tensor parallelism divides the model, say that its heads may be the cause."""
-        if parallelism is not None:
+    def point_to_processes(self, model: nn.Module, parallelism: TensorParallelism | None) -> None:
+        """If tensor parallelism divides `model`, say that its heads are or may be the cause."""
+        if parallelism is None:
+            return
+        config: Any = getattr(model, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+        plan = "A `tp_plan` can have each process compute all heads (docs/distributed.md)."
+        if isinstance(heads, int) and heads % parallelism.size:
+            self.args = (
+                f"{type(model).__name__} cannot take a prefix, because its number of key/value heads, {heads}, is no "
+                f"multiple of the number of processes, {parallelism.size}, over which tensor parallelism divides it. "
+                f"{plan} What came of trying: {self}",
+            )
+        else:
             self.args = (
                 f"{self} Tensor parallelism divides the model over {parallelism.size} processes. If one process can "
-                "have the adapter, the number of key/value heads may be no multiple of the number of processes. A "
-                "`tp_plan` can have each process compute all heads (docs/distributed.md).",
+                f"have the adapter, the way in which its heads are divided may be the cause. {plan}",
             )
 
 

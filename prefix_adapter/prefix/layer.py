@@ -59,7 +59,7 @@ class PrefixTuningV2Layer(AdapterLayer[AdapterInfo]):
             found = find_attention_targets(model) if entry_point == "attention" else find_targets(model)
         except UnsupportedBackboneError as error:
             error.point_to_inner_model(model)
-            error.point_to_processes(find_tensor_parallelism(model))
+            error.point_to_processes(model, find_tensor_parallelism(model))
             raise
         super().__init__(model)
         self.entry_point, self._found = entry_point, found

@@ -39,6 +39,8 @@ SMALL: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
     "initializer_range": 0.2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+# Sizes that 3 processes can divide.
+THIRDS = {**SMALL, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 6}
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
 GPT = {"vocab_size": 96, "n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}
 LATENT = {
@@ -46,11 +48,20 @@ LATENT = {
     "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1,
     "topk_group": 1, "first_k_dense_replace": 1,
 }  # fmt: skip
+SPECIAL = {name: SMALL[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
+
+
+def stack() -> Any:
+    """An encoder or decoder."""
+    return tr.T5GemmaModuleConfig(**SMALL, num_key_value_heads=4, head_dim=8, sliding_window=6)
+
+
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: tr.LlamaConfig(**SMALL, num_key_value_heads=2),
     "llama, 4 heads": lambda: tr.LlamaConfig(**SMALL, num_key_value_heads=4),
     "llama, 2 heads": lambda: tr.LlamaConfig(**SMALL, num_key_value_heads=2),
     "llama, 1 head": lambda: tr.LlamaConfig(**SMALL, num_key_value_heads=1),
+    "llama, 3 heads": lambda: tr.LlamaConfig(**THIRDS, num_key_value_heads=3),
     "qwen3": lambda: tr.Qwen3Config(**SMALL, num_key_value_heads=4, head_dim=8),
     "gemma3": lambda: tr.Gemma3TextConfig(**SMALL, num_key_value_heads=4, head_dim=8, sliding_window=64),
     "gpt_neox": lambda: tr.GPTNeoXConfig(**SMALL),
@@ -61,6 +72,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "mixtral": lambda: tr.MixtralConfig(**SMALL, **EXPERTS, num_key_value_heads=4),
     "gpt_oss": lambda: tr.GptOssConfig(**SMALL, **EXPERTS, num_key_value_heads=4, head_dim=8, sliding_window=64),
     "deepseek_v2": lambda: tr.DeepseekV2Config(**SMALL, **LATENT, num_key_value_heads=4),
+    "cohere2": lambda: tr.Cohere2Config(**SMALL, num_key_value_heads=4, sliding_window=6),
+    "t5gemma": lambda: tr.T5GemmaConfig(encoder=stack(), decoder=stack(), **SPECIAL, initializer_range=0.2),
 }
 HEADS_WHOLE = ("llama, 1 head", "llama, 2 heads")
 # A rate at which an MLP falls far would magnify rounding.
@@ -70,6 +83,7 @@ CASES: dict[str, dict[str, Any]] = {
     "MLP": {"optimizer": "AdamW", "rate": 0.005, "prefix_projection": True, "encoder_hidden_size": 16},
     "low rank": {"optimizer": "AdamW", "lora_r": 4},
     "text": {"text": [5, 6, 7, 8, 9]},
+    "frozen": {"text": [5, 6, 7, 8, 9], "optimizer": "AdamW", "num_frozen_tokens": 2},
     "attention": {"entry_point": "attention", "optimizer": "AdamW"},
     "checkpointing": {
         "checkpointing": True,
@@ -100,7 +114,11 @@ def load(name: str, divided: bool) -> Any:
         styles["o_proj"] = "rowwise_split_input"
         plan = {f"model.layers.*.self_attn.{key}": style for key, style in styles.items()}
     options = {"distributed_config": DistributedConfig(tp_size=size, tp_plan=plan)} if divided else {}
-    return tr.AutoModelForCausalLM.from_pretrained(folder / name, **options)
+    return auto_class(name).from_pretrained(folder / name, **options)
+
+
+def auto_class(name: str) -> Any:
+    return tr.AutoModelForSeq2SeqLM if CONFIGS[name]().is_encoder_decoder else tr.AutoModelForCausalLM
 
 
 def config(**settings: Any) -> PrefixTuningV2Config:
@@ -126,7 +144,8 @@ def train(
 ) -> dict[str, Any]:
     """An adapter's losses, its outputs with and without a strength, its weights, and the folder where it is saved."""
     torch.manual_seed(7 + 100 * (rank if divided else 0))  # the processes draw other numbers
-    model = get_peft_model(load(name, divided), config(**settings))
+    task = "SEQ_2_SEQ_LM" if CONFIGS[name]().is_encoder_decoder else "CAUSAL_LM"
+    model = get_peft_model(load(name, divided), config(task_type=task, **settings))
     if text:
         init_from_text(model, text)
     if checkpointing:
@@ -250,6 +269,11 @@ def sharded(name: str) -> Any:
     return fully_shard(base, mesh=mesh)
 
 
+def staged(name: str) -> Any:
+    """A model with some layers in each process."""
+    return auto_class(name).from_pretrained(folder / name, distributed_config=DistributedConfig(pp_size=size))
+
+
 def run(name: str, case: str) -> Any:
     if case == "refused":
         return attempt(lambda: get_peft_model(load(name, True), config()))
@@ -261,6 +285,8 @@ def run(name: str, case: str) -> Any:
         return attempt(lambda: get_peft_model(words_divided_in_hooks(name), PTuningConfig(task_type="CAUSAL_LM")))
     if case == "FSDP2, P-Tuning":
         return attempt(lambda: get_peft_model(sharded(name), PTuningConfig(task_type="CAUSAL_LM")))
+    if case == "pipeline":
+        return attempt(lambda: get_peft_model(staged(name), config()))
     if case == "saved":
         return load_saved(name)
     do = {"mixed": mixed, "by hand": by_hand, "P-Tuning": virtual}.get(case)
@@ -274,7 +300,7 @@ def run(name: str, case: str) -> Any:
 if rank == 0:
     for name in sorted({job.partition(":")[0] for job in jobs}):
         torch.manual_seed(0)
-        tr.AutoModelForCausalLM.from_config(CONFIGS[name]()).save_pretrained(folder / name)
+        auto_class(name).from_config(CONFIGS[name]()).save_pretrained(folder / name)
 dist.barrier()
 seen = {job: run(*job.split(":")) for job in jobs}
 (folder / f"found-{rank}.json").write_text(json.dumps(seen))

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.distributed import DistributedConfig
 
 WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
-TRAINED = ["table", "table, AdamW", "MLP", "low rank", "text", "attention", "checkpointing"]
+TRAINED = ["table", "table, AdamW", "MLP", "low rank", "text", "frozen", "attention", "checkpointing"]
 DIVIDED = ["llama, 4 heads", "qwen3", "gemma3", "gpt_neox", "gptj", "codegen", "mixtral", "gpt_oss", "deepseek_v2"]
+DIVIDED += ["cohere2", "t5gemma"]
+PIPELINE = ["pipeline"] if hasattr(DistributedConfig, "pp_size") else []
 
 
 def work(rank: int, processes: int, port: int, arguments: list[str]) -> None:
@@ -44,7 +47,7 @@ def assert_same_as_one_process(found: dict, job: str) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     cases = ["table", "saved", "low rank", "text", "attention", "mixed", "by hand", "FSDP2", "FSDP2, P-Tuning"]
-    cases += ["P-Tuning", "P-Tuning refused"]
+    cases += ["P-Tuning", "P-Tuning refused", *PIPELINE]
     jobs = [*(f"llama:{case}" for case in cases), "llama, 1 head:MLP", "deepseek_v2:low rank refused"]
     return run(tmp_path_factory.mktemp("two"), 2, jobs)
 
@@ -72,6 +75,8 @@ def test_refused(two):
             message = found[f"llama:{method}"]
             assert "already divided by FSDP2" in message and "Add the adapter first" in message
         assert "divides the word embeddings of LlamaForCausalLM in hooks" in found["llama:P-Tuning refused"]
+        for case in PIPELINE:
+            assert "The layers of LlamaForCausalLM are divided over 2 processes" in found[f"llama:{case}"]
         message = found["deepseek_v2:low rank refused"]
         assert "tensor parallelism divides model.layers.0.self_attn" in message and "`lora_r=0`" in message
 
@@ -97,6 +102,16 @@ def test_models(tmp_path, processes):
 
 
 @pytest.mark.slow
+def test_three_processes(tmp_path):
+    jobs = [f"llama, 3 heads:{case}" for case in ("table, AdamW", "low rank", "attention", "mixed", "P-Tuning")]
+    jobs.append("llama, 1 head:table")
+    for found in run(tmp_path, 3, jobs):
+        for job in jobs:
+            assert_same_as_one_process(found, job)
+
+
+@pytest.mark.slow
 def test_fewer_heads_than_processes(tmp_path):
     for found in run(tmp_path, 4, ["llama:refused"]):
-        assert "the number of key/value heads may be no multiple" in found["llama:refused"]
+        message = found["llama:refused"]
+        assert "its number of key/value heads, 2, is no multiple of the number of processes, 4" in message
