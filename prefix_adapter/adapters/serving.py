@@ -18,7 +18,7 @@ from ..messages import shorten
 from .saved import open_adapter
 
 if not is_serve_available():
-    raise ImportError("The server needs the packages of transformers' own: pip install 'transformers[serving]'")
+    raise ImportError("The server needs more packages: pip install 'prefix-adapter[serve]'")
 
 import uvicorn
 from fastapi import FastAPI
