@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -295,9 +296,19 @@ class PagedPrefixCache:
         """
         if kwargs.get("block_table") is not None:
             raise NotImplementedError("a prefix in front of a table of blocks. Use attn_implementation='sdpa'.")
-        states: KeyValues = self._inner.update(key_states, value_states, layer_idx, kwargs)
-        prefix = self.get_prefix(*states, layer_idx)
-        return states if prefix is None else prepend(prefix, states)
+        prefix, read = self.get_prefix(key_states, value_states, layer_idx), kwargs["read_index"]
+        # A cache that reads nothing returns the new keys and values themselves, which must not be written to.
+        reads = not torch.is_grad_enabled() and all(index.numel() for index in read)
+        if prefix is None or not reads:
+            states: KeyValues = self._inner.update(key_states, value_states, layer_idx, kwargs)
+            return states if prefix is None else prepend(prefix, states)
+        # Joining would copy all keys and values once more than the cache does. So the cache reads n tokens more, those
+        # of its first place, and the prefix is written over what it has read.
+        kwargs["read_index"] = [F.pad(index, (self.length, 0)) for index in read]
+        states = self._inner.update(key_states, value_states, layer_idx, kwargs)
+        for side, columns in zip(states, prefix, strict=True):
+            side[:, :, : self.length] = columns
+        return states
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
