@@ -58,6 +58,12 @@ def pair_rows(count: int) -> list[dict]:
     ]
 
 
+def distil_rows(count: int) -> list[dict]:
+    return [
+        {"context": "w3 w60 w17 w5 w44 w2", "prompt": row["text"], "text": row["target"]} for row in pair_rows(count)
+    ]
+
+
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory) -> dict[str, dict]:
     """The recipes of the runs with one and with two processes, without `output_dir`."""
@@ -75,7 +81,11 @@ def recipes(tmp_path_factory) -> dict[str, dict]:
         "train": write_rows(folder / "pairs.jsonl", pair_rows(16)),
         "validation": write_rows(folder / "more_pairs.jsonl", pair_rows(5)),
     }
-    bert = save_base(folder / "bert", "bert")
+    distilled = {
+        "train": write_rows(folder / "distilled.jsonl", distil_rows(16)),
+        "validation": write_rows(folder / "more_distilled.jsonl", distil_rows(5)),
+    }
+    bert, llama = save_base(folder / "bert", "bert"), save_base(folder / "llama", "llama", "AutoModelForCausalLM")
     adapter = {"num_virtual_tokens": 4, "prefix_dropout": 0.0}
     rates = {"learning_rate": 0.03, "head_learning_rate": 0.005, "logging_steps": 1}
     topic = {
@@ -119,8 +129,15 @@ def recipes(tmp_path_factory) -> dict[str, dict]:
         "text": {
             **topic,
             "task": "causal-lm",
-            "model": save_base(folder / "llama", "llama", "AutoModelForCausalLM"),
+            "model": llama,
             "data": pairs,
+        },
+        "distilled": {
+            **topic,
+            "task": "distil",
+            "model": llama,
+            "data": distilled,
+            "adapter": {**adapter, "num_frozen_tokens": 1},
         },
         "joint": {
             "model": bert,
@@ -276,7 +293,8 @@ def tensor_parallel(recipes, tmp_path_factory) -> SimpleNamespace:
     folder, text = tmp_path_factory.mktemp("tensor_parallel"), recipes["text"]
     mlp = {"num_virtual_tokens": 4, "prefix_dropout": 0.3, "prefix_projection": True, "lora_r": 2}
     random = {**text, "adapter": mlp, "learning_rate": 0.001, "eval_steps": 5}
-    runs = {"text": text, "topic": {**recipes["topic"], "model": text["model"]}, "random": random}
+    topic, distilled = {**recipes["topic"], "model": text["model"]}, recipes["distilled"]
+    runs = {"text": text, "topic": topic, "random": random, "distilled": distilled}
     jobs = [
         *(job(name, recipe) for name, recipe in runs.items()),
         job("stopped", random, interrupt=[1, 3]),
@@ -342,7 +360,7 @@ def test_a_divided_model_is_the_same_run(kind, one, name, request):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["text", "topic", "random"])
+@pytest.mark.parametrize("name", ["text", "topic", "random", "distilled"])
 def test_tensor_parallelism_is_the_same_run(tensor_parallel, tmp_path, name):
     run = tensor_parallel
     assert "results" in run.seen[name][0], run.seen[name][0]["error"]
