@@ -7,10 +7,15 @@ adapter under a name of its own, from a model manager that has loaded them.
 from __future__ import annotations
 
 import copy
+import gc
+import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
+from jinja2 import TemplateError
 from peft import PeftModel
+from transformers import GenerationConfig
 from transformers.utils.import_utils import is_serve_available
 
 from ..config import PrefixTuningV2Config
@@ -38,8 +43,11 @@ try:
 except ImportError as error:
     raise ImportError("The server needs transformers 5.24 or later.") from error
 
+_log = logging.getLogger(__name__)
 # The name of no adapter in `adapter_names`.
 _BASE = "__base__"
+# What transformers raises for a request with a wrong value, before and while it computes an answer.
+_WRONG_VALUE = (ValueError, TypeError, KeyError, TemplateError)
 
 
 class UnknownModelError(ValueError):
@@ -71,9 +79,18 @@ class ServedModel:
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """A manager whose requests all get the adapter."""
-        tuner: Any = self._model.base_model
-        with tuner._enable_peft_forward_hooks(adapter_names=self._names):
+        with self._use_adapter():
             return self._base.init_continuous_batching(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching of requests that all get the adapter."""
+        with self._use_adapter():
+            return self._base.generate_batch(*args, **kwargs)
+
+    def _use_adapter(self) -> AbstractContextManager[Any]:
+        tuner: Any = self._model.base_model
+        context: AbstractContextManager[Any] = tuner._enable_peft_forward_hooks(adapter_names=self._names)
+        return context
 
 
 class AdapterManager(ModelManager):
@@ -208,15 +225,17 @@ def make_app(
     states = GenerationStates(continuous_batching, settings)
     for name, model in manager.served.items():
         if states.use_continuous_batching(model, manager.get_model_modality(model, manager.processor)):
-            try:
-                model.init_continuous_batching(continuous_batching_config=copy.deepcopy(settings))
-            except ValueError as error:  # now, or each request would fail
+            try:  # now, or each request would fail
+                _try_continuous_batching(model)
+            except ValueError as error:
                 raise ValueError(f"{name} cannot be served with continuous batching. {error}") from error
+            gc.collect()  # the cache is in a cycle of references
+    tokenizer = getattr(manager.processor, "tokenizer", manager.processor)
     app = build_server(
         manager,
-        ChatCompletionHandler(manager, states),
-        CompletionHandler(manager, states),
-        ResponseHandler(manager, states),
+        _follow_protocol(ChatCompletionHandler(manager, states), tokenizer),
+        _follow_protocol(CompletionHandler(manager, states), tokenizer),
+        _follow_protocol(ResponseHandler(manager, states), tokenizer),
         TranscriptionHandler(manager, states),
         SystemOneHandler(manager, states),
         generation_state=states,
@@ -226,10 +245,76 @@ def make_app(
     return app
 
 
+def _try_continuous_batching(model: Any) -> None:
+    """Answer one request of one token, on a small cache.
+
+    transformers' engine takes any model, and if it fails, then in each request.
+
+    Raises:
+        ValueError: If the engine fails, or takes no prefix.
+    """
+    one_token = GenerationConfig(max_new_tokens=1, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = ContinuousBatchingConfig(
+        num_blocks=8, max_batch_tokens=64, max_requests_per_batch=1, auto_switch_to_flash=False
+    )
+    results = model.generate_batch([[0]], one_token, continuous_batching_config=small, warmup=False).values()
+    errors = [result.error for result in results if result.error] or ([] if results else ["no answer"])
+    if errors:
+        raise ValueError(
+            f"transformers' engine of continuous batching fails with {model.config.model_type} ({errors[0]}). Serve "
+            "it without --continuous_batching."
+        )
+
+
+def _follow_protocol(handler: Any, tokenizer: Any) -> Any:
+    """The handler, which then answers as OpenAI's clients expect: wrong requests with status 400 and the reason.
+
+    transformers' own answer to most of them is a bare 500, after which it closes the connection.
+    """
+    handle = handler.handle_request
+
+    async def handle_request(body: dict[str, Any], request_id: str) -> Any:
+        body.setdefault("stream", False)  # OpenAI's default; transformers streams a response if nothing is said
+        try:
+            _check_request(body, tokenizer)
+            return await handle(body, request_id)
+        except UnknownModelError:
+            raise
+        except _WRONG_VALUE as error:
+            _log.warning("A request was rejected.", exc_info=True)
+            return _make_error(400, str(error))
+
+    handler.handle_request = handle_request
+    return handler
+
+
+def _check_request(body: dict[str, Any], tokenizer: Any) -> None:
+    """Check what transformers' handlers do not.
+
+    Raises:
+        ValueError: If a value is wrong.
+    """
+    if not isinstance(body.get("model"), str):
+        raise ValueError("`model` must be the name of a served model.")
+    messages = body.get("messages", [{}])
+    if not (isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)):
+        raise ValueError("`messages` must be a list of one or more objects with `role` and `content`.")
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+        if body.get(name) is not None and not (isinstance(body[name], int) and body[name] > 0):
+            raise ValueError(f"`{name}` must be a number of one or more tokens, got {shorten(str(body[name]))}.")
+    if body.get("prompt") == "" and not tokenizer("")["input_ids"]:
+        raise ValueError("`prompt` is empty, and the model begins with no token of its own.")
+
+
+def _make_error(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
+    """An error in the form that OpenAI's clients expect."""
+    body = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
+    return JSONResponse({"error": body}, status_code=status)
+
+
 def _answer_unknown(request: Request, error: Exception) -> JSONResponse:
-    """The answer to a request that names no served model, as OpenAI's clients expect it."""
-    body = {"message": str(error), "type": "invalid_request_error", "param": "model", "code": "model_not_found"}
-    return JSONResponse({"error": body}, status_code=404)
+    """The answer to a request that names no served model."""
+    return _make_error(404, str(error), "model", "model_not_found")
 
 
 def serve(base: str, adapters: Mapping[str, str], host: str, port: int, **options: Any) -> None:

@@ -100,7 +100,7 @@ def client(folder, request):
         with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60) as found:
             yield found
         server.should_exit = True
-        thread.join(30)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -144,7 +144,7 @@ def test_completions(client, expected):
 def test_responses(client, expected):
     for name, texts in expected.items():
         settings = {"model": name, "input": CHATS[0][0]["content"], "max_output_tokens": NEW, "temperature": 0}
-        answer = client.responses.create(**settings, stream=False)  # the server streams if nothing is said
+        answer = client.responses.create(**settings)
         assert answer.output_text == texts[0]
         parts = client.responses.create(**settings, stream=True)
         assert "".join(part.delta for part in parts if part.type == "response.output_text.delta") == texts[0]
@@ -173,6 +173,33 @@ def test_a_model_that_is_not_served(client, folder, expected):
         assert all(known in caught.value.body["message"] for known in expected)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"messages": []}, "`messages` must be a list"),
+        ({"messages": "w3"}, "`messages` must be a list"),
+        ({"model": None}, "`model` must be"),
+        ({"max_tokens": -3}, "`max_tokens` must be a number of one or more tokens"),
+        ({"max_tokens": "8"}, "`max_tokens` must be a number of one or more tokens"),
+        ({"temperature": "hot"}, "hot"),
+        ({"messages": [{"role": "user", "content": 3.5}]}, ""),
+    ],
+)
+def test_wrong_requests(client, expected, wrong, reason):
+    """The client hears the reason, and its connection serves the next request."""
+    body = {"model": "one", "messages": CHATS[0], "max_tokens": NEW, "temperature": 0}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.post("/chat/completions", body={**body, **wrong}, cast_to=dict)
+    assert caught.value.type == "invalid_request_error" and reason in caught.value.body["message"]
+    assert chat(client, "one", CHATS[0]) == expected["one"][0]
+
+
+def test_an_empty_prompt(client, expected):
+    with pytest.raises(openai.BadRequestError, match="`prompt` is empty"):
+        client.completions.create(model="one", prompt="", max_tokens=NEW)
+    assert chat(client, "one", CHATS[0]) == expected["one"][0]
+
+
 def test_what_cannot_be_served(folder, tmp_path, capsys):
     def error_of(*arguments: str) -> str:
         with pytest.raises(SystemExit) as stopped:
@@ -190,3 +217,7 @@ def test_what_cannot_be_served(folder, tmp_path, capsys):
     assert "is an adapter for SEQ_CLS" in error_of(f"one={tmp_path / 'SEQ_CLS'}")
     refused = error_of(f"one={tmp_path / 'CAUSAL_LM'}", "--continuous_batching", "--num_blocks", "64")
     assert "one cannot be served with continuous batching" in refused and "Use `generate`" in refused
+    bart = tiny.save(tmp_path / "bart", "bart", ["w1"], "AutoModelForCausalLM")
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", bart, "--device", "cpu", "--continuous_batching", "--num_blocks", "64"])
+    assert "engine of continuous batching fails with bart" in capsys.readouterr().err + str(stopped.value)
