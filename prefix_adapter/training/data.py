@@ -52,7 +52,7 @@ def load_rows(data: Data, split: str, seed: int = 0) -> datasets.Dataset:
         return mix([load_rows(each, split) for each in data.sources], data, seed)
     source = getattr(data, split)
     rows = read_file(source) if data.path is None else load_split(data, source)
-    return rename(rows, data.columns, source)
+    return rename(rows, data.columns, data.source_of(split))
 
 
 def load_split(data: Data, split: str, **more: Any) -> Any:
@@ -96,8 +96,8 @@ def mix(parts: list[datasets.Dataset], data: Data, seed: int) -> datasets.Datase
                 parts[number] = part.cast(first)
             except (pyarrow.ArrowException, TypeError, ValueError) as error:
                 raise DataError(
-                    f"{data.sources[number].train}: its columns have other types than those of "
-                    f"{data.sources[0].train}: {part.features}, and {first}."
+                    f"{data.sources[number].source_of('train')}: its columns have other types than those of "
+                    f"{data.sources[0].source_of('train')}: {part.features}, and {first}."
                 ) from error
     if data.weights is None:
         return datasets.concatenate_datasets(parts)

@@ -238,8 +238,7 @@ def _rows_of_run(recipe: Recipe, task: Task, split: str) -> tuple[str, Dataset]:
     if data.streaming and split == "train":
         raise RecipeError("`data.streaming`: the run had a stream of training rows. Name a file.")
     read = "train" if split == "validation" and data.validation is None else split
-    name = data.training_source if read == "train" else getattr(data, read)
-    source = name if data.path is None or name == "data.mixture" else f"{data.path}, split {name}"
+    source = data.source_of(read)
     if data.validation is None and split != "test":
         part = "held out of" if split == "validation" else "not held out of"
         source = f"{part} {source}"

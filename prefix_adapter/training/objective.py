@@ -97,7 +97,7 @@ class TaskObjective:
 
     def _use(self, features: Dataset) -> int:
         """Train on these features from here on; return their number."""
-        self.task.check_tokens(features, self.recipe.data.training_source)
+        self.task.check_tokens(features, self.recipe.data.source_of("train"))
         items = [self.task.num_items(labels) for labels in features["labels"]]
         if not all(items):  # For instance a truncated completion. The mean of no losses is not a number.
             kept = [i for i, count in enumerate(items) if count]

@@ -136,10 +136,14 @@ class Data:
         weights = [each["weight"] for each in self.mixture or () if "weight" in each]
         return [weight / sum(weights) for weight in weights] or None
 
-    @property
-    def training_source(self) -> str:
-        """The name of the training rows in messages."""
-        return self.train if self.mixture is None else "data.mixture"
+    def source_of(self, split: str) -> str:
+        """The name of the rows of `train`, `validation` or `test` in messages: a file, or a data set and its split."""
+        if split == "train" and self.mixture is not None:
+            return "data.mixture"
+        if self.path is None:
+            return getattr(self, split)
+        name = f" ({self.name})" if self.name else ""
+        return f"{self.path}{name}, split {getattr(self, split)}"
 
     def _check_mixture(self) -> None:
         if self.mixture is None:

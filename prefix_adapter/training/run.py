@@ -371,12 +371,12 @@ def load_splits(recipe: Recipe, task: Task) -> dict[str, Dataset | RowStream]:
     data = recipe.data
     if data.streaming:
         return stream_splits(data, task, recipe.seed)
-    parts = [(each.train, load_rows(each, "train")) for each in data.sources] if data.mixture else []
+    parts = [(each.source_of("train"), load_rows(each, "train")) for each in data.sources] if data.mixture else []
     rows = {"train": mix([own for _, own in parts], data, recipe.seed)} if parts else {}
     for split in ("train", "validation", "test"):
         if split not in rows and getattr(data, split):
             rows[split] = load_rows(data, split)
-    names = {split: data.training_source if split == "train" else getattr(data, split) for split in rows}
+    names = {split: data.source_of(split) for split in rows}
     named = [*parts, *((names[split], own) for split, own in rows.items())]
     check_optional_columns(task, [(name, own.column_names) for name, own in named])
     for name, own in parts:

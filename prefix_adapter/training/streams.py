@@ -34,7 +34,7 @@ class RowStream:
     """
 
     def __init__(self, data: Data, task: Task, seed: int) -> None:
-        self.source, self.task = data.training_source, task
+        self.source, self.task = data.source_of("train"), task
         self.size = data.shuffle_buffer
         self._held_out = (data.max_validation_rows or 0) if data.validation is None else 0
         self._rows = _open(data, "train", task, seed).skip(self._held_out)
@@ -153,7 +153,7 @@ def first_rows(data: Data, split: str, task: Task, seed: int) -> datasets.Datase
         DataError: If they cannot be read or are invalid, or if there are none.
     """
     name = split if getattr(data, split) else "train"
-    source = data.training_source if name == "train" else getattr(data, name)
+    source = data.source_of(name)
     rows = _read(iter(_open(data, name, task, seed)), getattr(data, f"max_{split}_rows"), source, 0)
     if not rows:
         raise DataError(f"{source} has no rows.")
@@ -183,8 +183,8 @@ def _open(data: Data, split: str, task: Task, seed: int) -> datasets.IterableDat
     sources = data.sources if split == "train" else [data]
     streams, found = [], list[tuple[str, Collection[str]]]()
     for each in sources:
-        source = getattr(each, split)
-        stream = stream_file(source) if each.path is None else load_split(each, source, streaming=True)
+        rows, source = getattr(each, split), each.source_of(split)
+        stream = stream_file(rows) if each.path is None else load_split(each, rows, streaming=True)
         first = _read(iter(stream), 1, source, 0)
         if not first:
             raise DataError(f"{source} has no rows.")

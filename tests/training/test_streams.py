@@ -116,7 +116,7 @@ def test_sources_whose_splits_have_the_same_name(base, files, tmp_path, streamin
         (tmp_path / name / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
     mixed = [{"path": str(tmp_path / name), "train": "train", "weight": 1} for name in ("texts", "prompts")]
     data = Data(mixture=mixed, validation=files["validation"], streaming=streaming)
-    with pytest.raises(DataError, match="train has no column 'prompt', but other sources have"):
+    with pytest.raises(DataError, match=r"texts, split train has no column 'prompt', but other sources have"):
         train(make_recipe(base, tmp_path / "out", data, max_steps=2))
 
 
