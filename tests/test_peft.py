@@ -685,7 +685,8 @@ def test_low_cpu_mem_usage_of_a_further_adapter(make, tmp_path):
     missing = peft.set_peft_model_state_dict(model, weights, "b", low_cpu_mem_usage=True).missing_keys
     assert not [name for name in missing if ".b." in name]
     with torch.no_grad():
-        assert torch.equal(model.eval()(input_ids=tiny.ids()).logits, trained.eval()(input_ids=tiny.ids()).logits)
+        # Not bit for bit: loaded weights lie elsewhere in memory, and some CPUs then round products differently.
+        torch.testing.assert_close(model.eval()(tiny.ids()).logits, trained.eval()(tiny.ids()).logits)
 
 
 def through_pickle(model):

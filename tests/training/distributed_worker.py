@@ -85,7 +85,7 @@ class WatchedLoop(Loop):
             signal.raise_signal(signal.SIGTERM)
         if self.job.get("wait") == self.step:
             jobs_file.with_name(f"waiting-{rank}").write_text(str(os.getpid()))
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 240
             while self._signal is None and time.monotonic() < deadline:
                 time.sleep(0.05)
             time.sleep(1)  # for the second signal
