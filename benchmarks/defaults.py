@@ -9,7 +9,6 @@ others. The best point is chosen on validation rows with a seed of its own. Then
 each seed and evaluated once on the test rows. Finished runs are in `--results` and are not repeated.
 """
 
-import argparse
 import math
 import os
 import random
@@ -128,27 +127,12 @@ def report(args):
 
 def main():
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, help="folder with the data sets")
-    parser.add_argument("--models", type=Path, help="folder with the models e5-small and smollm2-135m")
-    parser.add_argument("--output", type=Path, default=Path("runs/learning"))
-    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("defaults_results.jsonl"))
-    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
-    parser.add_argument("--train-rows", type=int, help="training rows to draw; 0 for all")
-    parser.add_argument("--test-rows", type=int, default=1000, help="test rows to draw; 0 for all")
-    parser.add_argument("--epochs", type=float, help="number of epochs, instead of each data set's own")
-    parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="bf16")
+    parser = runs.new_parser(__doc__, Path(__file__).with_name("defaults_results.jsonl"))
+    learning.add_run_options(parser)
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=PAIRS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--report", action="store_true", help="print the table of the finished runs")
-    args = parser.parse_args()
-    if args.report:
-        report(args)
-    elif args.data and args.models:
-        study(args)
-    else:
-        parser.error("--data and --models are needed, or --report")
+    runs.study_or_report(parser, study, report)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ The work is resumable: finished cells are in `--results` and are not repeated. T
 that the cells that exist after a stop are comparable.
 """
 
-import argparse
 import gzip
 import json
 import os
@@ -333,24 +332,12 @@ def report(args):
 
 def main():
     """Run the command."""
-    here = Path(__file__)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, help="folder with the data sets")
-    parser.add_argument("--models", type=Path, help="folder with the models")
-    parser.add_argument("--results", type=Path, default=here.with_name("few_shot_results.jsonl"))
-    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
-    parser.add_argument("--report", action="store_true", help="print the tables of the finished cells")
+    parser = runs.new_parser(__doc__, Path(__file__).with_name("few_shot_results.jsonl"))
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--rows", nargs="+", type=int, choices=ROWS, default=list(ROWS))
     parser.add_argument("--draws", nargs="+", type=int, choices=DRAWS, default=list(DRAWS))
-    args = parser.parse_args()
-    if args.report:
-        report(args)
-    elif args.data and args.models:
-        study(args)
-    else:
-        parser.error("--data and --models are needed, or --report")
+    runs.study_or_report(parser, study, report)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ The work is resumable: finished runs are in `--results` and are not repeated, an
 `--train-rows 0 --test-rows 0` uses all rows, which takes many hours on a CPU.
 """
 
-import argparse
 import gzip
 import itertools
 import json
@@ -551,29 +550,32 @@ measured on cores shared with other work: they show an order of magnitude and ar
 {notes}"""
 
 
-def main():
-    """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
-    parser.add_argument("--models", type=Path, help="folder with the models e5-small and smollm2-135m")
+def add_run_options(parser):
+    """Add the options of a run: where it writes, and how much it trains."""
     parser.add_argument("--output", type=Path, default=Path("runs/learning"))
-    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("learning_results.jsonl"))
-    parser.add_argument(
-        "--report", type=Path, help="write the tables of the finished runs to this file instead of training"
-    )
-    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
     parser.add_argument("--train-rows", type=int, help="training rows to draw; 0 for all")
     parser.add_argument("--test-rows", type=int, default=1000, help="test rows to draw; 0 for all")
     parser.add_argument("--epochs", type=float, help="number of epochs, instead of each data set's own")
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="bf16")
+
+
+def main():
+    """Run the command."""
+    parser = runs.new_parser(__doc__, Path(__file__).with_name("learning_results.jsonl"))
+    add_run_options(parser)
+    parser.add_argument(
+        "--report", type=Path, help="write the tables of the finished runs to this file instead of training"
+    )
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     args = parser.parse_args()
     if args.report:
         report(args)
-    else:
+    elif args.data:
         study(args)
+    else:
+        parser.error("--data is needed")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Runs of a study: in parallel, each recorded as one line of JSON when it ends; finished runs are not repeated."""
 
+import argparse
 import itertools
 import json
 import traceback
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
+from pathlib import Path
 
 
 def read(path):
@@ -48,3 +50,30 @@ def run_all(path, jobs, next_keys, job_of):
                     file.write(json.dumps([*key, known[key]]) + "\n")
     if failed:
         raise SystemExit("failed: " + "; ".join(f"{key}: {error}" for key, error in failed.items()))
+
+
+def new_parser(doc, results):
+    """Return a parser with the options that all studies have.
+
+    Args:
+        doc: The docstring of the script.
+        results: The default file of the results.
+    """
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("--data", type=Path, help="folder with the data sets")
+    parser.add_argument("--models", type=Path, help="folder with the models")
+    parser.add_argument("--results", type=Path, default=results)
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
+    return parser
+
+
+def study_or_report(parser, study, report):
+    """Add the option `--report`, parse the command line, and do one of both."""
+    parser.add_argument("--report", action="store_true", help="print the tables of the finished runs")
+    args = parser.parse_args()
+    if args.report:
+        report(args)
+    elif args.data and args.models:
+        study(args)
+    else:
+        parser.error("--data and --models are needed, or --report")
