@@ -93,7 +93,7 @@ CASES: dict[str, dict[str, Any]] = {
         "encoder_hidden_size": 16,
     },
 }
-STEPS = 8
+STEPS = 20
 
 folder, jobs = Path(sys.argv[1]), sys.argv[2:]
 dist.init_process_group("gloo")
