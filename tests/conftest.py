@@ -1,4 +1,7 @@
-"""Shared set-up: one thread, no network."""
+"""Shared set-up: one thread, no network.
+
+The process that hands the tests to the workers reads this file too. So only fixtures import torch and the like.
+"""
 
 import os
 
@@ -11,13 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import peft
 import pytest
-import torch
-import transformers.integrations.peft
-from packaging.version import Version
-
-torch.set_num_threads(1)
 
 # Every file of rows that a test makes would stay in the user's own cache.
 _CACHE = tempfile.TemporaryDirectory(prefix="prefix-adapter-datasets-", ignore_cleanup_errors=True)
@@ -57,8 +54,17 @@ def pytest_xdist_make_scheduler(config, log):
         return Scheduling(config, log)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed(_one_thread):
+    import torch
+
     torch.manual_seed(0)
     yield
     state = sys.modules.get("accelerate.state")
@@ -77,6 +83,10 @@ def shared() -> Path:
 @pytest.fixture
 def native_adapters() -> None:
     """transformers' own `add_adapter`, `load_adapter` and so on, which name the oldest peft that they take."""
+    import peft
+    import transformers.integrations.peft
+    from packaging.version import Version
+
     oldest = getattr(transformers.integrations.peft, "MIN_PEFT_VERSION", "0")
     if Version(peft.__version__) < Version(oldest):
         pytest.skip(f"transformers {transformers.__version__} asks for peft {oldest}, and this is {peft.__version__}")

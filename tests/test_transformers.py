@@ -461,7 +461,7 @@ def dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kind, encoder", [("bert", "table"), ("llama", "mlp")])
+@pytest.mark.parametrize("kind, encoder", [("bert", "table"), pytest.param("llama", "mlp", marks=pytest.mark.slow)])
 def test_compile(kind, encoder, dynamo):
     model = wrapped_model(kind, encoder)
     expected, plain = logits(model), logits(base_model(kind))

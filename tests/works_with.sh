@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python3 -m venv .venv-works-with
 .venv-works-with/bin/pip install -q -c constraints.txt -e '.[dev,works-with]'
-.venv-works-with/bin/python -m pytest tests/works_with "$@"
+.venv-works-with/bin/python -m pytest tests/works_with -m "slow or not slow" "$@"

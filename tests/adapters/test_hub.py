@@ -225,6 +225,7 @@ def test_second_adapters_folder_has_a_card(tmp_path):
 # ---- Without this package
 
 
+@pytest.mark.slow
 def test_without_the_import_an_error_names_the_type(tmp_path):
     _, card = save(tmp_path / "adapter", PrefixTuningV2Config(task_type="SEQ_CLS"))
     done = python(

@@ -58,7 +58,9 @@ def logits(model):
 
 
 @pytest.mark.parametrize(
-    ("compiled", "wrap"), [(outer, get), (outer, inject), (in_place, inject), (layers, get)], ids=lambda f: f.__name__
+    ("compiled", "wrap"),
+    [(outer, get), (outer, inject), pytest.param(in_place, inject, marks=pytest.mark.slow), (layers, get)],
+    ids=lambda f: f.__name__,
 )
 def test_wrapped_after_compiling(compiled, wrap):
     """Also where graphs were made before: they do not notice that hooks were added."""

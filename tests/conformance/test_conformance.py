@@ -36,11 +36,27 @@ AT_ATTENTION = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("model_type", "task"), WORKS, ids="-".join)
-def test_works(model_type, task):
-    result = run_one(model_type, task)
+def assert_works(model_type, task, names):
+    result = run_one(model_type, task, names)
     failed = {name: said for name, said in result["checks"].items() if said.startswith("FAIL")}
     assert result["status"] == "works", failed or result.get("why")
+
+
+@pytest.mark.parametrize(("model_type", "task"), WORKS, ids="-".join)
+def test_works(model_type, task):
+    assert_works(model_type, task, [name for name in CHECKS if name != "compiled"])
+
+
+def slow(types, *kept):
+    """The cases of `types`, all slow except those of some types."""
+    marks = {True: (), False: (pytest.mark.slow,)}
+    return [pytest.param(*each, marks=marks[each[0] in kept], id="-".join(each)) for each in types]
+
+
+# The compiler takes longer than all other checks together.
+@pytest.mark.parametrize(("model_type", "task"), slow(WORKS, "bert", "llama"))
+def test_compiled(model_type, task):
+    assert_works(model_type, task, ["compiled"])
 
 
 @pytest.mark.parametrize(("model_type", "task"), [*OTHER_MODALITIES, *AT_ATTENTION], ids="-".join)

@@ -890,7 +890,7 @@ class Run:
         return False
 
     def wait(self):
-        assert wait_until(lambda: self.ready() or self.process.poll() is not None, 120), self.log.read_text()
+        assert wait_until(lambda: self.ready() or self.process.poll() is not None, 300), self.log.read_text()
         assert self.process.poll() is None, self.log.read_text()
 
     def workers(self):

@@ -157,6 +157,7 @@ def test_strength_is_saved_and_loaded(tmp_path):
     torch.testing.assert_close(loaded(**inputs).logits, build()(**inputs).logits)
 
 
+@pytest.mark.slow
 def test_compiled():
     model, inputs = build(), inputs_of()
     compiled = torch.compile(model, backend="eager")

@@ -562,7 +562,7 @@ def test_lower_precision():
     assert logits(model).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("encoder", ["LSTM", None])
+@pytest.mark.parametrize("encoder", [pytest.param("LSTM", marks=pytest.mark.slow), None])
 def test_a_compiled_model(encoder):
     model = wrap(model=base("bert", num_hidden_layers=1), encoder_reparameterization_type=encoder)
     expected = logits(model)

@@ -210,6 +210,7 @@ def killed_at(number: int, run, report: Path) -> bool:
     return was_killed(in_child(work, report), report)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(make, tmp_path):
     train(make("whole"))
     report = tmp_path / "report"
@@ -222,6 +223,7 @@ def test_killed_again_and_again(make, tmp_path):
     assert durable(tmp_path / "killed").keys() == durable(tmp_path / "whole").keys()
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(make, tmp_path):
     long = {"num_train_epochs": 8}
     train(make("whole", **long))

@@ -213,6 +213,7 @@ def test_help_and_mistakes_do_not_wait_for_torch(script, how, arguments):
     assert not imported & heavy
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_program(tmp_path):
     """The command line imports peft late, and PEFT must know the method nevertheless."""
     PrefixTuningV2Config(num_virtual_tokens=3).save_pretrained(tmp_path)

@@ -445,6 +445,7 @@ def test_fsdp_names_what_it_does_not_support(fsdp2):
         assert seen["error"][0] == "RecipeError" and "fsdp_cpu_ram_efficient_loading" in seen["error"][1]
 
 
+@pytest.mark.slow
 def test_signals_and_two_machines_that_go_on(ddp, recipes, tmp_path):
     """A run gets a signal, saves one checkpoint, and is resumed on two machines with the same result."""
     (tmp_path / "jobs.json").write_text(json.dumps([job("random", recipes["random"], wait=7)]))

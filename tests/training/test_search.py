@@ -536,10 +536,14 @@ def test_without_optuna(recipe, monkeypatch):
         search(recipe, Search(RATES))
 
 
-def test_several_processes(recipe, monkeypatch):
-    # A fork need not import everything again, as the process of the test below does.
+def forks(monkeypatch) -> None:
+    """Let a search fork its processes: a fork need not import everything again."""
     fork = multiprocessing.get_context("fork")
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
+
+
+def test_several_processes(recipe, monkeypatch):
+    forks(monkeypatch)
     recipe.max_steps = 1
     report = search(recipe, Search(RATES, n_trials=3, n_jobs=2, sampler="random", pruner="none"))
     done = trials(recipe)
@@ -548,7 +552,10 @@ def test_several_processes(recipe, monkeypatch):
     assert report["best_value"] == max(trial.value for trial in done)
 
 
-def test_an_error_in_another_process(recipe):
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_an_error_in_another_process(recipe, monkeypatch, start):
     """A batch of eight rows cannot be divided into three parts. Only a training finds this error."""
+    if start == "fork":
+        forks(monkeypatch)
     with pytest.raises(RecipeError, match="`batch_size`"):
         search(recipe, Search({"gradient_accumulation_steps": [3]}, n_trials=1, n_jobs=2))

@@ -16,6 +16,7 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_same_steps(tmp_path):
     def train(backend):
         base = tiny.model("llama", "AutoModelForCausalLM", num_hidden_layers=2)
