@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 
 from ..files.check import check_file
 from ..files.contents import TensorSpec
@@ -130,6 +131,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     for file, names in _saved_names(model).items():
         contents = load_file(folder / file)
         weights |= {own: contents[saved] for own, saved in names.items()}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # A forward may leave weights gathered, and torch cannot load into such weights.
     with gathered_parameters(trained_parameters(model).values(), modified=True):
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
 
