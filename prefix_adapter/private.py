@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers.utils import PushToHubMixin
 
@@ -38,6 +38,16 @@ OVERRIDDEN_PEFT_METHODS = {
     "LoraModel": ("_enable_peft_forward_hooks",),  # receives `adapter_names`, for tuners that have it
     "BaseTunerLayer": ("_move_adapter_to_device_of_base_layer",),  # PEFT expects one base layer here
 }
+
+
+def _find_call(function: Callable[..., Any]) -> dict[str, Any]:
+    """The local variables of the innermost running call of a function of another library; empty if there is none."""
+    called = inspect.unwrap(function).__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not called:
+        frame = frame.f_back
+    # A copy: from Python 3.13 on `f_locals` is a proxy without all methods of a dictionary.
+    return {} if frame is None else dict(frame.f_locals)
 
 
 # ---- PEFT
@@ -70,15 +80,26 @@ def running_config_read() -> ReadingConfig | None:
     Returns:
         The arguments of that call; `None` outside of such a call.
     """
-    reader = inspect.unwrap(PeftConfig.from_pretrained).__code__
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not reader:
-        frame = frame.f_back
-    # A copy: from Python 3.13 on `f_locals` is a proxy without all methods of a dictionary.
-    found = {} if frame is None else dict(frame.f_locals)
+    found = _find_call(PeftConfig.from_pretrained)
     if not {"pretrained_model_name_or_path", "subfolder", "hf_hub_download_kwargs"} <= found.keys():
         return None
     return ReadingConfig(found["pretrained_model_name_or_path"], found["subfolder"], found["hf_hub_download_kwargs"])
+
+
+def running_save_names(model: nn.Module) -> list[str]:
+    """Find the adapters that a running call of `PeftModel.save_pretrained` saves.
+
+    PEFT asks a tuner for the tensors of one adapter after the other, and writes each before it asks for the next. A
+    tuner that finds an adapter that cannot be saved must know the others before the first one is written.
+
+    Private names: the local variables `self` and `selected_adapters` of `PeftModel.save_pretrained`.
+    `tests/ptuning/test_ptuning.py` fails when one of them changes.
+
+    Returns:
+        The names; empty outside of such a call for this model.
+    """
+    found = _find_call(PeftModel.save_pretrained)
+    return list(found.get("selected_adapters") or ()) if found.get("self") is model else []
 
 
 # ---- transformers
@@ -98,11 +119,7 @@ def running_push_card(folder: str | os.PathLike[str]) -> ModelCard | None:
     Returns:
         The card; `None` outside of a call that saves into this folder.
     """
-    pusher = inspect.unwrap(PushToHubMixin.push_to_hub).__code__
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not pusher:
-        frame = frame.f_back
-    found = {} if frame is None else dict(frame.f_locals)
+    found = _find_call(PushToHubMixin.push_to_hub)
     card, place = found.get("model_card"), found.get("tmp_dir")
     return card if isinstance(card, ModelCard) and place == os.fspath(folder) else None
 

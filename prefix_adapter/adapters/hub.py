@@ -14,6 +14,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..files.card import CARD, read_card
 from ..messages import shorten
+from ..tuner.model import nested_models, own_adapters
 
 # Files of a training run that are not uploaded.
 _IGNORED_FILES = ["checkpoints/*", "logs/*", ".*"]
@@ -29,8 +30,9 @@ def push_to_hub(
 ) -> CommitInfo:
     """Upload the adapters of a model, or the folder of a saved adapter, with their model card.
 
-    `model.push_to_hub` uploads the same files. The adapters of a model keep the text that the repository's card has
-    besides ours. The card of a folder replaces that of the repository.
+    `model.push_to_hub` uploads the same files, but rejects a model with a PEFT model inside. Here the adapters of both
+    are uploaded. The adapters of a model keep the text that the repository's card has besides ours. The card of a
+    folder replaces that of the repository.
 
     Args:
         adapter: A model wrapped by PEFT, or the folder of a saved adapter. The checkpoints and logs of a training run
@@ -44,8 +46,8 @@ def push_to_hub(
         The commit.
 
     Raises:
-        ValueError: If the folder has no adapter, or has a link to a file outside of it, which would be uploaded; or if
-            the card in the repository is damaged.
+        ValueError: If the folder has no adapter, or has a link to a file outside of it, which would be uploaded; if
+            the card in the repository is damaged; or if a PEFT model and the one inside it have adapters of one name.
         huggingface_hub.errors.HfHubHTTPError: If the Hub rejects the upload.
 
     Example:
@@ -59,13 +61,16 @@ def push_to_hub(
         if isinstance(adapter, (str, os.PathLike)):
             folder = Path(adapter)
             _check_folder(folder)
+        else:
+            _check_names(adapter)
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if not isinstance(adapter, (str, os.PathLike)):
             published = _published_card(api, repo_id, options.get("revision"))
             if published is not None:
                 published.save(folder / CARD)
-            adapter.save_pretrained(scratch)
+            for model in nested_models(adapter):
+                model.save_pretrained(scratch, selected_adapters=own_adapters(model))
             if published is not None:
                 _restore_tags(folder / CARD, published)
         return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
@@ -87,6 +92,17 @@ def _restore_tags(path: Path, published: ModelCard) -> None:
         own = [tag for tag in published.data.get("tags") or () if not str(tag).startswith("base_model:")]
         card.data["tags"] = sorted({*own, *(card.data.get("tags") or ())})
         card.save(path)
+
+
+def _check_names(model: PeftModel) -> None:
+    """Reject two PEFT models, one inside the other, with adapters of one name: one would replace the other."""
+    names = [name for each in nested_models(model) for name in own_adapters(each)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"{twice[0]!r} is the name of an adapter of this PEFT model, and of one of the PEFT model inside, and a "
+            "repository has one of each name. Save each from its own model into a folder of its own, and upload the "
+            "folders; or give them different names from the start: `get_peft_model(model, config, NAME)`."
+        )
 
 
 def _check_folder(folder: Path) -> None:

@@ -10,7 +10,8 @@
 Under DeepSpeed the folder `deepspeed`, with a file of each process, replaces the optimizer file.
 
 For a model that is not a PEFT model, and for PEFT's prompt learning methods (which save another form than they train),
-the weights are in `trained.safetensors` under the model's own names. Frozen weights are never written.
+the weights are in `trained.safetensors` under the model's own names. A second adapter beside such a model is in the
+folder `second`, as above. Frozen weights are never written.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 
 from ..files.check import check_file
-from ..files.contents import TensorSpec
+from ..files.contents import SAVED_ROOT, SECOND, TensorSpec
 from ..files.whole import UNFINISHED, new_folder
 from .distributed import gathered_parameters, save_deepspeed_state
 from .files import fsync_path, path_in_errors
@@ -91,6 +93,9 @@ def _saved_names(model: nn.Module) -> dict[str, dict[str, str]]:
         )
         folder = "" if part.name == "default" else f"{part.name}/"
         files[f"{folder}{SAFETENSORS_WEIGHTS_NAME}"] = {own[int(each)]: name for name, each in saved.items()}
+    if adapter_parts(model)[0].name == SECOND:
+        (words,) = files.values()
+        files[_WEIGHTS] = {name: name.removeprefix(SAVED_ROOT) for name in own if name not in words}
     return files
 
 
@@ -107,10 +112,11 @@ def save_weights(model: nn.Module, weights: dict[str, Tensor], folder: str | os.
         weights: the tensors of `adapter_tensors`, unsharded and on the CPU, by the model's names.
         folder: an existing folder.
     """
-    if _WEIGHTS in _saved_names(model):
-        save_file(weights, os.path.join(folder, _WEIGHTS), metadata={"format": "pt"})
-        return
-    for part in adapter_parts(model):
+    files = _saved_names(model)
+    if names := files.pop(_WEIGHTS, None):
+        own = {saved: weights[name] for name, saved in names.items()}
+        save_file(own, os.path.join(folder, _WEIGHTS), metadata={"format": "pt"})
+    for part in adapter_parts(model) if files else ():
         part.model.save_pretrained(
             os.fspath(folder),
             selected_adapters=[part.name],  # by default PEFT saves the other one too, under names of this model
@@ -130,6 +136,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     for file, names in _saved_names(model).items():
         contents = load_file(folder / file)
         weights |= {own: contents[saved] for own, saved in names.items()}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # A forward may leave weights gathered, and torch cannot load into such weights.
     with gathered_parameters(trained_parameters(model).values(), modified=True):
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
 

@@ -82,13 +82,18 @@ def load_trained(
     recipe = _recipe_of(adapter, model, revision, config, trust_remote_code)
     task = TASK_CLASSES[recipe.task](recipe, load_tokenizer(recipe))
     base, new = load_base(recipe, task)
-    if recipe.adapter["peft_type"] in NO_ADAPTER:
+    kind = recipe.adapter["peft_type"]
+    if kind in NO_ADAPTER and not recipe.second_adapter:
         whole = wrap(recipe, task, base, new)
         if trained_parameters(whole):
             checkpoint.load_weights(whole, Path(adapter))
         return recipe, task, whole.eval()
+    wrapped: Any = base
     try:
-        wrapped = _load_adapter(base, adapter, "default", revision=revision)
+        if kind == "FULL":
+            checkpoint.load_weights(base, Path(adapter))
+        else:
+            wrapped = _load_adapter(base, adapter, "default", revision=revision)
         if recipe.second_adapter:
             with peft_allows_a_second_adapter():
                 wrapped = _load_adapter(wrapped, adapter, SECOND, revision=revision, subfolder=SECOND)

@@ -23,6 +23,7 @@ from ..backbone.parallel import is_divided
 from ..files.contents import PEFT_HEADS, SAVED_ROOT, SECOND
 from ..messages import join_names
 from ..prefix.layer import PrefixTuningV2Layer, find_prefix_layer
+from ..ptuning.names import LAYER_NAME
 from .recipe import NO_ADAPTER, RecipeError, say
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ _TABLE_STD = 0.5
 _RATES = {"PREFIX_TUNING_V2": 3e-2, "LORA": 2e-3, "FULL": 3e-5}
 _DECODER_RATE = 1e-2
 _HEAD_RATE = 2e-2
+# Of virtual tokens beside a model that is trained as a whole: its rate would leave them where they start.
+_WORDS_RATE = 1e-3
 _NUMBER = re.compile(r"\.\d+\.")
 _NEED_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 
@@ -235,7 +238,7 @@ def _fit_tokenizer(recipe: Recipe, task: Task, model: Any) -> None:
 
 
 def adapter_configs(recipe: Recipe, task: Task) -> list[PeftConfig]:
-    """The PEFT configurations of a recipe: of `adapter`, and of `second_adapter`; none for FULL, HEAD and NONE.
+    """The PEFT configurations of a recipe: of `adapter`, unless it is FULL, HEAD or NONE, and of `second_adapter`.
 
     Raises:
         RecipeError: if a method or a setting does not exist, or a value is invalid.
@@ -246,7 +249,7 @@ def adapter_configs(recipe: Recipe, task: Task) -> list[PeftConfig]:
     elif settings := [key for key in recipe.adapter if key != "peft_type"]:
         raise RecipeError(f"`adapter.{settings[0]}`: {recipe.adapter['peft_type']} has no settings.")
     if recipe.second_adapter:
-        if configs[0].is_prompt_learning:
+        if configs and configs[0].is_prompt_learning:
             raise RecipeError(
                 f"`second_adapter`: PEFT's {recipe.adapter['peft_type']} changes the inputs itself, and nothing can "
                 "stand beside it. Set another `adapter`: a prefix or LoRA."
@@ -347,7 +350,8 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> n
         UnsupportedBackboneError: if the model does not support a prefix.
     """
     configs = adapter_configs(recipe, task)
-    config, second = (*configs, None, None)[:2]
+    second = configs.pop() if recipe.second_adapter else None
+    config = configs[0] if configs else None
     if recipe.adapter["peft_type"] != "FULL" and not recipe.backbone_dropout:
         turn_off_dropout(base)
     model: Any = base
@@ -362,10 +366,6 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> n
             more = [name for name in new if not known & set(name.split("."))]
             config.modules_to_save = [*(config.modules_to_save or ()), *more] or None
         model = get_peft_model(base, config)
-        if second is not None:
-            with peft_allows_a_second_adapter():
-                model = get_peft_model(model, second, SECOND)
-            second.base_model_name_or_path = config.base_model_name_or_path  # PEFT looks for it in the inner model
     elif recipe.adapter["peft_type"] == "HEAD":
         base.base_model.requires_grad_(False)
         for name in new:
@@ -378,6 +378,13 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> n
             )
         base.requires_grad_(False)
         return base
+    if second is not None:
+        with peft_allows_a_second_adapter():
+            model = get_peft_model(model, second, SECOND)
+        if config is not None:
+            second.base_model_name_or_path = config.base_model_name_or_path  # PEFT looks for it in the inner model
+        else:  # FULL
+            base.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RecipeError(f"`adapter.peft_type`: {recipe.model} has no head for {recipe.task} to train.")
     if recipe.gradient_checkpointing:
@@ -455,13 +462,16 @@ class AdapterPart(NamedTuple):
 
 
 def adapter_parts(model: nn.Module) -> list[AdapterPart]:
-    """The adapters of a run's model, the first one first; none for a model without PEFT."""
+    """The adapters of a run's model, the first one first; none for a model without PEFT.
+
+    The second one alone stands beside FULL: the base model is trained too.
+    """
     if not isinstance(model, PeftModel):
         return []
     inner = model.get_base_model()
     if isinstance(inner, PeftModel):
         return [AdapterPart("default", inner, SAVED_ROOT), AdapterPart(SECOND, model, "")]
-    return [AdapterPart("default", model, "")]
+    return [AdapterPart(str(model.active_adapter), model, "")]
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -494,7 +504,8 @@ def learning_rates(recipe: Recipe, model: nn.Module) -> list[float]:
         rate = _DECODER_RATE if _has_decoder_prefix(model) else _RATES.get(kind, 1e-2)
     if head_rate is None:
         head_rate = rate if kind == "FULL" else _HEAD_RATE
-    return [rate, head_rate, *([recipe.second_learning_rate or rate] if recipe.second_adapter else ())]
+    second_rate = recipe.second_learning_rate or (_WORDS_RATE if kind == "FULL" else rate)
+    return [rate, head_rate, *([second_rate] if recipe.second_adapter else ())]
 
 
 def new_optimizer(recipe: Recipe, model: nn.Module, fused: bool = False) -> torch.optim.Optimizer:
@@ -521,6 +532,10 @@ def new_optimizer(recipe: Recipe, model: nn.Module, fused: bool = False) -> torc
 def _part_of(model: nn.Module, name: str) -> str:
     """The part of a model that a trained parameter belongs to: adapter, head or second_adapter."""
     parts = adapter_parts(model)
+    if parts and parts[0].name == SECOND:
+        if name.startswith(f"{SAVED_ROOT}{LAYER_NAME}."):
+            return "second_adapter"
+        model, name, parts = parts[0].model.get_base_model(), name.removeprefix(SAVED_ROOT), []
     if not parts:
         return "adapter" if name.startswith(f"{model.base_model_prefix}.") else "head"
     if "modules_to_save" in name:

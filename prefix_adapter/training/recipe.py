@@ -204,7 +204,7 @@ class Recipe:
             and only evaluates the base model, in a task without a new head.
         second_adapter: A second PEFT configuration, trained and saved beside `adapter`, for cloze and fill-mask. Its
             `peft_type` is PTUNING_V1: the virtual tokens of the template (`{p}`). `adapter` is then a prefix, LoRA or
-            another PEFT method without virtual tokens of its own.
+            another PEFT method without virtual tokens of its own, or FULL.
         init_from: A saved adapter (folder or name on the Hub). The prefix starts as a copy of its prefix, so `adapter`
             must set the same `num_virtual_tokens` and other settings of its shape. The task head starts from random
             weights.
@@ -232,7 +232,7 @@ class Recipe:
         learning_rate: Learning rate of the adapter. Default: 3e-2 for a table (1e-2 on a decoder), 1e-3 for an MLP,
             2e-3 for LoRA, 3e-5 for FULL, 1e-2 for other PEFT methods.
         head_learning_rate: Learning rate of the task head. Default: 2e-2; with FULL, `learning_rate`.
-        second_learning_rate: Learning rate of `second_adapter`. Default: that of `adapter`.
+        second_learning_rate: Learning rate of `second_adapter`. Default: that of `adapter`; beside FULL, 1e-3.
         weight_decay: Weight decay of AdamW, for adapter and head.
         max_grad_norm: Maximum norm of the gradients, which are clipped to it; 0 for no clipping.
         lr_scheduler_type: A name that `transformers.get_scheduler` knows, or `exponential`, which multiplies the
@@ -364,10 +364,14 @@ class Recipe:
                 "`second_adapter`: `adapter.peft_type` is PTUNING_V1 too. Leave `second_adapter` out, or set another "
                 "`adapter`: a prefix or LoRA."
             )
-        if first in NO_ADAPTER:
+        if self.second_adapter.get("modules_to_save"):
             raise RecipeError(
-                f"`second_adapter` stands beside a first one, and `adapter.peft_type` is {first}. For virtual tokens "
-                "alone set `adapter: {peft_type: PTUNING_V1}`."
+                "`second_adapter.modules_to_save`: set `adapter.modules_to_save`; FULL trains all modules without it."
+            )
+        if first in ("HEAD", "NONE"):
+            raise RecipeError(
+                f"`second_adapter` stands beside a first one, or beside FULL, and `adapter.peft_type` is {first}. For "
+                "virtual tokens alone set `adapter: {peft_type: PTUNING_V1}`."
             )
 
     def _check_initial_prefix(self) -> None:

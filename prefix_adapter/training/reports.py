@@ -292,7 +292,8 @@ def write_run_card(folder: Path, recipe: Recipe, results: dict[str, Any]) -> Non
         "datasets": sorted({name for path in paths if path and (name := hub_name(path))}) or None,
         "metrics": sorted(set(results["validation"]) - {"loss"}),
     }
-    second = {"second adapter": second_part()} if recipe.second_adapter else {}
+    apart = recipe.second_adapter and recipe.adapter["peft_type"] != "FULL"  # `load_trained` loads both
+    second = {"second adapter": second_part()} if apart else {}
     parts = {**ours.parts, **second, "training": training_part(recipe, results, (folder / CURVE).is_file())}
     write_card(folder / CARD, OwnCard(ours.title, data, parts), read_run_card(recipe) or new_card())
 
@@ -319,6 +320,7 @@ def _card_without_training(folder: Path, recipe: Recipe) -> OwnCard:
             "NONE": "The base model without an adapter",
         }
         method = methods.get(kind, f"The weights of a {kind} adapter")
+        method += ", with P-Tuning's virtual tokens" if recipe.second_adapter else ""
         return adapter_card(recipe.model, method, _LOAD_WITHOUT_PEFT, labels=labels, of_peft=False)
     config = PeftConfig.from_pretrained(str(folder))
     return config.make_card() if isinstance(config, AdapterConfig) else config_card(config, labels)

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from ..backbone.dummy_inputs import count_codebooks
 from ..files.check import check_tensors
 from ..files.contents import find_embeddings, tensors_of
-from ..private import compile_in_place, undo_compile_in_place
-from .heads import adopt_heads, check_one_head, find_head_wrappers
+from ..messages import join_names
+from ..private import compile_in_place, running_save_names, undo_compile_in_place
+from .config import AdapterConfig
+from .heads import adopt_heads, check_one_head, find_head_wrappers, remove_heads
 from .layer import NAME_TAKEN, AdapterLayer
 from .running import AdapterCall
 
@@ -62,6 +64,10 @@ class AdapterModel(BaseTuner):
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
             if self.peft_config is not other_configs and other_configs is not None:
                 model.peft_config = other_configs
+            elif isinstance(model, PeftModel):
+                # PEFT saves in this order, and `_get_adapter_state_dict` must run before a file is written.
+                others = {name: self.peft_config.pop(name) for name in list(self.peft_config) if name != adapter_name}
+                self.peft_config.update(others)
         except BaseException:
             if outer is not model:
                 undo_compile_in_place(model)
@@ -148,7 +154,13 @@ class AdapterModel(BaseTuner):
 
         Raises:
             RuntimeError: If a call that is still running uses the adapter. Nothing is changed then.
+            ValueError: If the adapter belongs to a PEFT model inside or around this one, or does not exist.
         """
+        if adapter_name in self.peft_config and adapter_name not in self.layer.adapter_names:
+            raise ValueError(
+                f"Adapter {adapter_name!r} belongs to a PEFT model inside or around this one. Delete it there: the "
+                "model inside is `model.get_base_model()`."
+            )
         self.layer.check_unused(adapter_name)
         super().delete_adapter(adapter_name)
 
@@ -159,8 +171,11 @@ class AdapterModel(BaseTuner):
         """The tensors of an adapter that PEFT saves.
 
         Raises:
-            ValueError: If loading the adapter failed.
+            ValueError: If loading the adapter failed, or if PEFT is about to save an adapter that `model` does not
+                have itself.
         """
+        if isinstance(model, PeftModel):
+            check_own_adapters(model, [adapter_name, *running_save_names(model)])
         for module in model.modules():
             if isinstance(module, cls.tuner_layer_cls) and adapter_name in module.get_pending():
                 raise ValueError(
@@ -237,8 +252,15 @@ class AdapterModel(BaseTuner):
             self._check_merge_allowed()
         for name in self.layer.adapters:
             self.layer.check_unused(name)
+        names = self.layer.adapter_names
         self.layer.remove_hooks()
         delattr(self.model, self.tuner_layer_cls.layer_name)
+        if isinstance(self.model, PeftModel):  # PEFT would remove its adapters too
+            for name in names:
+                config: Any = self.peft_config.pop(name)
+                if config.modules_to_save:
+                    remove_heads(self.model, name, [])
+            return self.model
         return super()._unload_and_optionally_merge(False, *args, **kwargs)
 
     # ---- Calls
@@ -295,6 +317,47 @@ class AdapterModel(BaseTuner):
         """Whether one of the configs is that of another method's adapter with the name."""
         config = configs.get(adapter_name) if isinstance(configs, dict) else None
         return config is not None and not isinstance(config, self.tuner_layer_cls.config_class)
+
+
+def nested_models(model: PeftModel) -> list[PeftModel]:
+    """A PEFT model and those inside it, the innermost first."""
+    inner = model.get_base_model()
+    return [*(nested_models(inner) if isinstance(inner, PeftModel) else ()), model]
+
+
+def own_adapters(model: PeftModel) -> list[str]:
+    """The names of the adapters of a PEFT model, without those of PEFT models inside or around it.
+
+    PEFT's `peft_config` has the adapters of all of them.
+    """
+    if isinstance(model.base_model, AdapterModel):
+        names: list[str] = model.base_model.layer.adapter_names
+        return names
+    return [name for name, config in model.peft_config.items() if not isinstance(config, AdapterConfig)]
+
+
+def check_own_adapters(model: PeftModel, names: list[str]) -> None:
+    """Check that a PEFT model saves its own adapters alone.
+
+    PEFT names a tensor by its place in the model that is saved. For an adapter of a model inside or around that one it
+    is a name that fits no base model.
+
+    Args:
+        model: The PEFT model that is saved.
+        names: The adapters that are saved.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    own = own_adapters(model)
+    others = set(names) - set(own)
+    if others:
+        raise ValueError(
+            f"{join_names(others)} is no adapter of this PEFT model, but of one inside or around it, and would be "
+            "saved under names that fit no base model. Save each adapter from its own model, and name it: "
+            f"`model.save_pretrained(folder, selected_adapters={own})`, and the same for `model.get_base_model()`, "
+            "the model inside. `prefix_adapter.push_to_hub(model, ...)` uploads the adapters of both."
+        )
 
 
 def _prepare_task(model: nn.Module, config: Any) -> None:

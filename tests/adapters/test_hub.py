@@ -64,8 +64,23 @@ for name in ("user/edited", "user/kept"):
 model.push_to_hub("user/edited")
 prefix_adapter.push_to_hub(model, "user/kept")
 torch.save({"base": logits(load()), "adapter": logits(model)}, "published.pt")
+words = prefix_adapter.PTuningConfig(num_virtual_tokens=1, placeholder_token_ids=[int(tiny.ids()[0, 0])])
+given = tiny.ids()[:1]
+both = get_peft_model(model, words, "second").eval()
+prefix_adapter.push_to_hub(both, "user/both")
+try:
+    both.push_to_hub("user/refused")
+except ValueError as error:
+    assert "`prefix_adapter.push_to_hub(model, ...)` uploads the adapters of both" in str(error), error
+else:
+    raise AssertionError
 """
 LOAD = """
+first = PeftModel.from_pretrained(load(), "user/both").eval()
+with torch.no_grad():
+    alone = first(given).logits
+    again = PeftModel.from_pretrained(first, "user/both", "second", subfolder="second").eval()(given).logits
+    assert torch.equal(again, both(given).logits) and not torch.equal(again, alone)
 read = prefix_adapter.PeftConfig.from_pretrained("user/pushed")
 assert type(read) is prefix_adapter.PrefixTuningV2Config, type(read)
 assert (read.num_virtual_tokens, read.prefix_projection) == (5, True), read
@@ -119,6 +134,13 @@ def test_uploaded_files(published):
     assert 4 * values < len(published.repos["user/pushed"]["adapter_model.safetensors"]) < 4 * values + 2000
 
 
+def test_the_adapters_of_two_models_are_uploaded(published):
+    """LOAD has loaded both. What names no base model has is not uploaded."""
+    own = ADAPTER_FILES | {f"second/{name}" for name in ADAPTER_FILES}
+    assert published.repos["user/both"].keys() == own
+    assert not published.repos["user/refused"]
+
+
 @pytest.mark.parametrize("way", ["PeftModel", "AutoPeftModel", "transformers"])
 def test_loading_from_the_hub_is_exact(published, way):
     if way == "transformers" and version.parse(transformers.__version__) < version.parse("5.18"):
@@ -155,6 +177,13 @@ def test_a_link_out_of_the_folder_is_not_uploaded(name, tmp_path):
     link.symlink_to(tmp_path / "secret")
     with pytest.raises(ValueError, match=r"is a link to .*secret, outside of the adapter's folder"):
         push_to_hub(tmp_path / "adapter", "user/stolen")
+
+
+def test_two_adapters_of_one_name_are_not_uploaded():
+    inner = get_peft_model(tiny.model("bert"), LoraConfig(r=2, target_modules=["query"]))
+    model = get_peft_model(inner, PrefixTuningV2Config(num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="'default' is the name of an adapter of this PEFT model, and of one of the"):
+        push_to_hub(model, "user/twice")
 
 
 # ---- The card in a folder

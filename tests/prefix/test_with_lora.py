@@ -76,12 +76,14 @@ def test_train_save_and_load(order, headed, tmp_path):
         assert not torch.allclose(logits(model), expected, atol=1e-2)
     assert torch.equal(logits(model), expected)
 
-    model.save_pretrained(tmp_path)
-    # PEFT saves both from the outer model, under their names there.
+    with pytest.raises(ValueError, match="is no adapter of this PEFT model, but of one inside or around it"):
+        model.save_pretrained(tmp_path)
     loaded = combine(order, headed, names)
     assert not torch.allclose(logits(loaded.eval()), expected, atol=1e-2)
-    for name in names:
-        loaded.load_adapter(tmp_path / name, name)
+    inside, around = names if order == "lora first" else names[::-1]
+    for own, new, name in ((model, loaded, around), (model.get_base_model(), loaded.get_base_model(), inside)):
+        own.save_pretrained(tmp_path, selected_adapters=[name])
+        new.load_adapter(tmp_path / name, name)
     assert torch.equal(logits(loaded), expected)
 
 

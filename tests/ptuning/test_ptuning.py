@@ -462,6 +462,45 @@ def test_each_is_saved_from_its_own_model(tmp_path, monkeypatch):
     assert scope["model"] is not model and torch.equal(logits(scope["model"].eval()), logits(model))
 
 
+TWO = {
+    "prefix inside": (PrefixTuningV2Config(num_virtual_tokens=4), PTuningConfig(num_virtual_tokens=N)),
+    "LoRA inside": (LoraConfig(r=2, target_modules=["q_proj"]), PTuningConfig(num_virtual_tokens=N)),
+    "LoRA outside": (PTuningConfig(num_virtual_tokens=N), LoraConfig(r=2, target_modules=["q_proj"])),
+}
+
+
+@pytest.mark.parametrize("way", TWO)
+def test_one_model_does_not_save_the_adapters_of_both(way, tmp_path):
+    """Not with names that fit no base model: in a folder, in a checkpoint of a Trainer, and on the way to the Hub."""
+    first, second = map(copy.deepcopy, TWO[way])
+    inner = get_peft_model(base(), first, "one")
+    model = get_peft_model(inner, second, "two")
+    trainer = tr.Trainer(model, tr.TrainingArguments(str(tmp_path / "trainer"), report_to=[]))
+    for save in (model.save_pretrained, inner.save_pretrained, trainer.save_model):
+        with pytest.raises(ValueError, match=r"is no adapter of this PEFT model.*selected_adapters=\['(one|two)'\]"):
+            save(str(tmp_path / "both"))
+    assert not list(tmp_path.rglob("adapter_*"))
+    for each, own in ((inner, "one"), (model, "two")):
+        each.save_pretrained(tmp_path / "both", selected_adapters=[own])
+    assert {path.parent.name for path in tmp_path.rglob("adapter_config.json")} == {"one", "two"}
+
+
+@pytest.mark.parametrize("way", ["prefix inside", "LoRA inside"])
+def test_the_outer_adapter_is_unloaded_and_the_inner_one_stays(way):
+    first, second = map(copy.deepcopy, TWO[way])
+    inner = get_peft_model(base(), first, "one").eval()
+    with torch.no_grad():
+        for parameter in (each for each in inner.parameters() if each.requires_grad):
+            parameter.add_(0.3)
+    expected = logits(inner, tiny.ids(2, 9))
+    model = get_peft_model(inner, second, "two").eval()
+    with pytest.raises(ValueError, match="'one' belongs to a PEFT model inside or around this one"):
+        model.delete_adapter("one")
+    assert model.unload() is inner and list(inner.peft_config) == ["one"]
+    assert torch.equal(logits(inner, tiny.ids(2, 9)), expected)
+    assert not torch.allclose(logits(inner.unload(), tiny.ids(2, 9)), expected)
+
+
 @pytest.mark.parametrize("order", ["lora first", "lora last"])
 def test_beside_lora_on_the_embeddings(order):
     """LoRA replaces the embedding module. A virtual token is the adapter's vector, without LoRA's change."""

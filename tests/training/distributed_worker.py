@@ -15,6 +15,7 @@ JOBS.json is a list of jobs, done one after the other. What the processes saw is
 """
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -58,7 +59,7 @@ jobs_file = Path(sys.argv[1])
 
 
 class WatchedLoop(Loop):
-    """Records what is sharded and what is sent."""
+    """Records what is sharded, what is sent, and what each process has trained."""
 
     job: dict
     seen: dict
@@ -79,6 +80,12 @@ class WatchedLoop(Loop):
                 return allreduce_hook(state, bucket)
 
             self.model.register_comm_hook(None, count)
+
+    def run(self):
+        super().run()
+        own = [parameter for parameter in self.parameters if not isinstance(parameter, DTensor)]
+        bits = b"".join(parameter.detach().numpy().tobytes() for parameter in own)
+        self.seen["trained"] = hashlib.sha256(bits).hexdigest()
 
     def _train_step(self, batch):
         if self.job.get("interrupt") == [rank, self.step]:

@@ -29,7 +29,17 @@ from conftest import save_base, topic_rows, write_rows
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from prefix_adapter.training import Data, JointRecipe, Recipe, RecipeError, checkpoint, reports, train, train_together
+from prefix_adapter.training import (
+    Data,
+    JointRecipe,
+    Recipe,
+    RecipeError,
+    checkpoint,
+    load_trained,
+    reports,
+    train,
+    train_together,
+)
 from prefix_adapter.training.distributed import check_launch
 from prefix_adapter.training.loop import new_accelerator
 
@@ -139,6 +149,16 @@ def recipes(tmp_path_factory) -> dict[str, dict]:
             "data": distilled,
             "adapter": {**adapter, "num_frozen_tokens": 1},
         },
+        "both": {
+            **topic,
+            "task": "cloze",
+            "model": llama,
+            "task_kwargs": {"template": "{p:2} {text} w60 {p} {mask}", "verbalizer": {"a": "w20", "b": "w22"}},
+            "second_adapter": {"peft_type": "PTUNING_V1"},
+            "second_learning_rate": 0.01,
+            "num_train_epochs": 1,
+            "eval_steps": 2,
+        },
         "joint": {
             "model": bert,
             "adapter": adapter,
@@ -160,7 +180,7 @@ def one(recipes, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("one")
     torch.set_num_threads(1)
     with mock.patch.object(reports, "draw_curve"):  # takes longer than a tiny run
-        for name in ("topic", "tags", "generated"):
+        for name in ("topic", "tags", "generated", "both"):
             own = recipes[name]
             train(Recipe(**{**own, "data": Data(**own["data"]), "output_dir": folder / name}))
         train_together(JointRecipe.from_dict({**recipes["joint"], "output_dir": str(folder / "joint")}))
@@ -245,6 +265,12 @@ def job(name: str, recipe: dict, **options) -> dict:
     return {"name": name, "recipe": {"output_dir": name, **recipe}, **options}
 
 
+def stopped_and_resumed(name: str, recipe: dict, step: int) -> list[dict]:
+    """Two jobs: a run whose second process gets a signal, and the rest of it, `resumed_NAME`."""
+    resumed = {**recipe, "output_dir": name}
+    return [job(name, recipe, interrupt=[1, step]), job(f"resumed_{name}", resumed, resume=True)]
+
+
 @pytest.fixture(scope="module")
 def ddp(recipes, tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("ddp")
@@ -256,6 +282,7 @@ def ddp(recipes, tmp_path_factory) -> SimpleNamespace:
         job("missing", topic, only={1: missing}),
         job("apart", topic, folder={1: str(folder / "elsewhere")}),
         job("disk_full", topic, disk_full=True),
+        *stopped_and_resumed("both", recipes["both"], 2),
     ]
     return SimpleNamespace(folder=folder, seen=work("cpu_two_processes.yaml", folder, jobs))
 
@@ -263,8 +290,8 @@ def ddp(recipes, tmp_path_factory) -> SimpleNamespace:
 def divided(config: str, folder: Path, recipes: dict[str, dict]) -> SimpleNamespace:
     jobs = [job(name, recipes[name]) for name in ("topic", "tags", "generated", "random")]
     jobs += [
-        job("stopped", recipes["random"], interrupt=[1, 7]),
-        job("resumed", {**recipes["random"], "output_dir": "stopped"}, resume=True),
+        *stopped_and_resumed("stopped", recipes["random"], 7),
+        *stopped_and_resumed("both", recipes["both"], 2),
         job("bart", recipes["bart"]),
     ]
     return SimpleNamespace(folder=folder, seen=work(config, folder, jobs))
@@ -297,8 +324,7 @@ def tensor_parallel(recipes, tmp_path_factory) -> SimpleNamespace:
     runs = {"text": text, "topic": topic, "random": random, "distilled": distilled}
     jobs = [
         *(job(name, recipe) for name, recipe in runs.items()),
-        job("stopped", random, interrupt=[1, 3]),
-        job("resumed", {**random, "output_dir": "stopped"}, resume=True),
+        *stopped_and_resumed("stopped", random, 3),
         job("bert", recipes["topic"]),
         job("lora", {**text, "adapter": {"peft_type": "LORA"}}),
     ]
@@ -359,6 +385,23 @@ def test_a_divided_model_is_the_same_run(kind, one, name, request):
     assert_same_run(run.folder / name, one / name, atol=2e-3 if name == "generated" else 1e-4)
 
 
+@pytest.mark.parametrize("kind", ["ddp", *DIVIDED])
+def test_two_adapters_stopped_and_resumed_are_the_same_run(kind, one, request):
+    """A prefix and P-Tuning's virtual tokens on a decoder, whose head FSDP leaves gathered behind a forward."""
+    run = request.getfixturevalue(kind)
+    processes = run.seen["resumed_both"]
+    assert run.seen["both"][0]["error"][0] == "TrainingInterrupted"
+    assert "results" in processes[0], processes[0]["error"]
+    assert processes[0]["trained"] == processes[1]["trained"]
+    found, expected = lines(run.folder / "both"), lines(one / "both")
+    assert [line.pop("split") for line in found] == [line.pop("split") for line in expected]
+    assert found == [pytest.approx(line, rel=0, abs=1e-5) for line in expected]
+    for name in ("", "second"):
+        own, reference = (load_file(each / "both" / name / "adapter_model.safetensors") for each in (run.folder, one))
+        torch.testing.assert_close(own, reference, rtol=0, atol=1e-5)
+    load_trained(run.folder / "both")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["text", "topic", "random", "distilled"])
 def test_tensor_parallelism_is_the_same_run(tensor_parallel, tmp_path, name):
@@ -374,7 +417,7 @@ def test_tensor_parallelism_is_the_same_run(tensor_parallel, tmp_path, name):
 def test_tensor_parallelism_is_resumed_exactly(tensor_parallel):
     for seen in tensor_parallel.seen["stopped"]:
         assert seen["error"][0] == "TrainingInterrupted", seen["error"]
-    assert "results" in tensor_parallel.seen["resumed"][0], tensor_parallel.seen["resumed"][0]["error"]
+    assert "results" in tensor_parallel.seen["resumed_stopped"][0], tensor_parallel.seen["resumed_stopped"][0]["error"]
     assert lines(tensor_parallel.folder / "stopped") == lines(tensor_parallel.folder / "random")
     assert_same_bits(tensor_parallel.folder / "stopped", tensor_parallel.folder / "random")
 
@@ -435,7 +478,7 @@ def test_a_divided_model_is_resumed_exactly(kind, request):
     run = request.getfixturevalue(kind)
     for seen in run.seen["stopped"]:
         assert seen["error"][0] == "TrainingInterrupted" and "after step 9 of 18" in seen["error"][1]
-    assert "results" in run.seen["resumed"][0], run.seen["resumed"][0]["error"]
+    assert "results" in run.seen["resumed_stopped"][0], run.seen["resumed_stopped"][0]["error"]
     assert lines(run.folder / "stopped") == lines(run.folder / "random")
     assert_same_bits(run.folder / "stopped", run.folder / "random")
 

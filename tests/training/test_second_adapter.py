@@ -13,6 +13,7 @@ import transformers
 from conftest import save_base, write_rows
 from hub_server import TOKEN, serve
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from prefix_adapter import (
@@ -45,6 +46,7 @@ TEMPLATE = "{p:2} {text} w60 {p} {mask}"
 WORDED = {"no": "w20", "yes": "w22"}
 BOTH = {"adapter": {"num_virtual_tokens": 3, "prefix_dropout": 0.0}, "second_adapter": {"peft_type": "ptuning_v1"}}
 LORA = {**BOTH, "adapter": {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "v_proj"]}}
+FULL = {"adapter": {"peft_type": "full"}, "second_adapter": {"peft_type": "ptuning_v1"}, "learning_rate": 1e-3}
 MLP = {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8, "modules_to_save": ["lm_head"]}
 WAYS = {
     "prefix": BOTH,
@@ -119,19 +121,22 @@ def targets(rows) -> torch.Tensor:
 
 def load_by_hand(folder, base) -> PeftModel:
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    model = PeftModel.from_pretrained(model, folder)
+    if Path(folder, "trained.safetensors").exists():
+        model.load_state_dict(load_file(Path(folder, "trained.safetensors")))
+    else:
+        model = PeftModel.from_pretrained(model, folder)
     return PeftModel.from_pretrained(model, folder, "second", subfolder="second").eval()
 
 
 # Training
 
 
-@pytest.mark.parametrize("way", ["prefix", "lora"])
+@pytest.mark.parametrize("way", ["prefix", "lora", "full"])
 def test_losses_and_weights_are_those_of_a_loop_by_hand(way, llama, tmp_path):
     recipe = recipe_of(
         llama,
         tmp_path,
-        **WAYS[way],
+        **{**WAYS, "full": FULL}[way],
         init_rows=False if way == "prefix" else None,
         lr_scheduler_type="constant",
         warmup_ratio=0,
@@ -141,25 +146,28 @@ def test_losses_and_weights_are_those_of_a_loop_by_hand(way, llama, tmp_path):
         max_grad_norm=0.5,
     )
     results = train(recipe, quiet=True)
-    assert results["learning_rates"] == [0.03, 0.02, 0.01]
+    rate = 1e-3 if way == "full" else 0.03
+    assert results["learning_rates"] == [rate, rate if way == "full" else 0.02, 0.01]
     lines = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
     recorded = [line for line in lines if line["split"] == "train"]
-    assert {recorded[0]["learning_rate/adapter"], recorded[0]["learning_rate/second_adapter"]} == {0.03, 0.01}
+    assert {recorded[0]["learning_rate/adapter"], recorded[0]["learning_rate/second_adapter"]} == {rate, 0.01}
 
     torch.manual_seed(recipe.seed)
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
     config = PrefixTuningV2Config(num_virtual_tokens=3, prefix_dropout=0.0)
     if way == "lora":
         config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-    inner = get_peft_model(model, config)
+    inner = model if way == "full" else get_peft_model(model, config)
     first = [parameter for parameter in inner.parameters() if parameter.requires_grad]
     places = places_of(transformers.AutoTokenizer.from_pretrained(llama))
     virtual = PTuningConfig(num_virtual_tokens=3, placeholder_token_ids=places)
     model = get_peft_model(inner, virtual, "second").train()
+    for parameter in first:
+        parameter.requires_grad_(True)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     second = [parameter for parameter in parameters if all(parameter is not each for each in first)]
     assert len(parameters) == len(first) + len(second) > len(second) > 0
-    groups = [{"params": first, "lr": 0.03}, {"params": second, "lr": 0.01}]
+    groups = [{"params": first, "lr": rate}, {"params": second, "lr": 0.01}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
     for line in recorded:
         loss = F.cross_entropy(scores(model, llama, TRAIN), targets(TRAIN))
@@ -175,14 +183,16 @@ def test_losses_and_weights_are_those_of_a_loop_by_hand(way, llama, tmp_path):
         torch.testing.assert_close(scores(best, llama, VALIDATION), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_resumed_run_is_the_same(llama, tmp_path):
-    changes = {"lr_scheduler_type": "constant", "eval_steps": 2, "adapter": {"num_virtual_tokens": 3}}
+@pytest.mark.parametrize("way", [{"adapter": {"num_virtual_tokens": 3}}, FULL], ids=["prefix", "full"])
+def test_a_resumed_run_is_the_same(way, llama, tmp_path):
+    changes = {**way, "lr_scheduler_type": "constant", "eval_steps": 2}
     whole = recipe_of(llama, tmp_path, "whole", **changes)
     train(whole, quiet=True)
     part = whole.with_values({"output_dir": str(tmp_path / "part"), "max_steps": 2})
     train(part, quiet=True)
     train(part.with_values({"max_steps": 4}), quiet=True, resume=True)
-    for name in ("adapter_model.safetensors", "optimizer.safetensors", "second/adapter_model.safetensors"):
+    weights = "trained.safetensors" if way is FULL else "adapter_model.safetensors"
+    for name in (weights, "optimizer.safetensors", "second/adapter_model.safetensors"):
         first, second = (tmp_path / each / "checkpoints" / "step-000004" / name for each in ("whole", "part"))
         assert first.read_bytes() == second.read_bytes(), name
 
@@ -311,6 +321,39 @@ def test_what_loads_one_adapter_alone_refuses_the_folder(run, llama, tmp_path):
     AdapterPool(transformers.AutoModelForCausalLM.from_pretrained(llama)).load(tmp_path / "two")
 
 
+def test_the_whole_model_and_virtual_tokens_are_loaded(llama, tmp_path):
+    """By the commands, by the code in the card, and with the virtual tokens folded: an ordinary adapter's folder."""
+    table = {"second_adapter": {"encoder_reparameterization_type": "MLP"}}
+    recipe = recipe_of(llama, tmp_path, **{**FULL, **table, "second_learning_rate": None}, max_steps=2)
+    results = train(recipe, quiet=True)
+    folder = Path(recipe.output_dir)
+    assert results["learning_rates"] == [1e-3, 1e-3, 1e-3]
+    model = load_by_hand(folder, llama)
+    assert sum(each.numel() for each in model.parameters()) == results["trained_parameters"]
+    with torch.no_grad():
+        expected = scores(model, llama, VALIDATION).softmax(-1)
+    assert evaluate_adapter(folder) == pytest.approx(results["validation"])
+    predict(folder, tmp_path / "validation.jsonl", tmp_path / "answers.jsonl")
+    answers = [json.loads(line)["probability"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    torch.testing.assert_close(torch.tensor(answers), expected.max(-1).values, atol=1e-5, rtol=1e-4)
+
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "fine-tuned in full, with P-Tuning's virtual tokens" in card and "Load the second adapter" not in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names = {}
+    exec(code.replace("<this repository or folder>", str(folder)), names)
+    with torch.no_grad():
+        assert torch.equal(scores(names["model"], llama, VALIDATION).softmax(-1), expected)
+    fold(folder / "second", folder / "folded")
+    (folder / "second").rename(tmp_path / "second")
+    with pytest.raises(RecipeError, match="there is no finished adapter to load"):
+        load_trained(folder)
+    (folder / "folded").rename(folder / "second")
+    with torch.no_grad():
+        folded = scores(load_trained(folder)[2], llama, VALIDATION).softmax(-1)
+    torch.testing.assert_close(folded, expected)
+
+
 ON_THE_HUB = """
 import sys, torch
 from prefix_adapter import AdapterPool, push_to_hub
@@ -386,8 +429,12 @@ def test_a_dry_run(llama, tmp_path, capsys):
         ({"second_adapter": {"peft_type": "LORA"}}, "`second_adapter.peft_type` must be PTUNING_V1, got 'LORA'"),
         ({"second_adapter": {"peft_type": 1}}, "`second_adapter.peft_type` must be the name of a method, got 1"),
         ({"adapter": {"peft_type": "PTUNING_V1"}}, "`second_adapter`: `adapter.peft_type` is PTUNING_V1 too"),
-        ({"adapter": {"peft_type": "FULL"}}, "`second_adapter` stands beside a first one, and .* is FULL"),
-        ({"adapter": {"peft_type": "NONE"}}, "`second_adapter` stands beside a first one, and .* is NONE"),
+        ({"adapter": {"peft_type": "HEAD"}}, "`second_adapter` stands beside a first one, or .* is HEAD"),
+        ({"adapter": {"peft_type": "NONE"}}, "`second_adapter` stands beside a first one, or .* is NONE"),
+        (
+            {**FULL, "second_adapter": {"modules_to_save": ["lm_head"]}},
+            "`second_adapter.modules_to_save`: set `adapter.modules_to_save`; FULL",
+        ),
         ({"task": "causal-lm"}, "it is for cloze and fill-mask, not for causal-lm"),
         ({"second_adapter": {}}, "`second_learning_rate` is the rate of `second_adapter`, and there is none"),
         ({"second_learning_rate": 0.0}, "`second_learning_rate` must be above 0"),
