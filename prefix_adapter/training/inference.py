@@ -92,10 +92,8 @@ def load_trained(
         if recipe.second_adapter:
             with peft_allows_a_second_adapter():
                 wrapped = _load_adapter(wrapped, adapter, SECOND, revision=revision, subfolder=SECOND)
-    except OSError as error:
-        raise RecipeError(f"{adapter}: there is no finished adapter to load: {error}") from error
-    except ValueError as error:
-        raise RecipeError(f"{adapter}: the adapter cannot be loaded onto {recipe.model}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{adapter}: there is no finished adapter to load onto {recipe.model}: {error}") from error
     check_virtual_tokens(recipe, task, wrapped.active_peft_config)
     return recipe, task, wrapped.eval()
 
