@@ -6,7 +6,6 @@ Each command imports torch only when it runs, so that `--help` and errors in the
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect
 import json
 import os
@@ -16,6 +15,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from .messages import did_you_mean
 
 DEBUG = "PREFIX_ADAPTER_DEBUG"
 """The environment variable with the same effect as `--debug`."""
@@ -745,7 +746,7 @@ def _rephrase(parser: Any, message: str) -> str:
             return f"unexpected argument {found[1].split()[0]!r}."
         name = options[0].partition("=")[0]
         known = re.findall(r"(?<![\w-])--[A-Za-z][\w.-]*", parser.format_help())
-        return f"there is no option {name}.{_did_you_mean(name, known)}"
+        return f"there is no option {name}.{did_you_mean(name, known)}"
     if found := re.match(r'Parser key "([\w.]+)":', message):
         key = found[1]
         value = re.search(r"(?:Got value:|Given value:|Unable to load config) (.*)", message)
@@ -754,11 +755,6 @@ def _rephrase(parser: Any, message: str) -> str:
         if found := re.match(pattern, message, re.DOTALL):
             return text.format(*found.groups())
     return message
-
-
-def _did_you_mean(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 def _expected_value(key: str) -> str:
@@ -823,7 +819,7 @@ def _command_name(arguments: list[str]) -> str:
         print(__version__)
         raise SystemExit(0)
     if name not in COMMANDS:
-        hint = _did_you_mean(name, list(COMMANDS))
+        hint = did_you_mean(name, list(COMMANDS))
         text = f"prefix-adapter: there is no command {name!r}.{hint}\nThe commands are {', '.join(COMMANDS)}."
         print(text if name else _overview(), file=sys.stderr)
         raise SystemExit(2)
@@ -848,6 +844,8 @@ def main(arguments: list[str] | None = None) -> None:
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     name, rest = _command_name(given), given[1:]
+    if not sys.stderr.isatty() or "--quiet" in rest:
+        _hide_bars()
     options = _parser(name).parse_args(_with_recipe_of_run(rest) if name == "train" else rest)
     options.arguments = rest
     debug = options.debug or os.environ.get(DEBUG, "") not in ("", "0")
@@ -861,6 +859,12 @@ def main(arguments: list[str] | None = None) -> None:
         if _is_first_process():
             print(f"prefix-adapter {name}: {error or 'Stopped.'}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _hide_bars() -> None:
+    """Have the libraries show no bars of their own; they read these variables when they are imported, later."""
+    for library in ("HF_HUB", "HF_DATASETS"):  # transformers follows the first one
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
 
 
 def _is_user_error(error: Exception) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
 from collections.abc import Iterable
 from typing import Any
@@ -28,3 +29,9 @@ def join_names(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - 4} more" if len(ordered) > 4 else ""
     return ", ".join(shorten(name, 100) for name in ordered[:4]) + more
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """A sentence, after a space, that suggests the name most like a wrong one; nothing if none is like it."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" Did you mean {close[0]}?" if close else ""

@@ -16,8 +16,10 @@ import prefix_adapter
 import prefix_adapter.templates
 import prefix_adapter.training
 from prefix_adapter import PeftConfig, PrefixTuningV2Config, PTuningConfig
+from prefix_adapter.cli import COMMANDS, _parser
 from prefix_adapter.training import Recipe
 from prefix_adapter.training.settings import TASK_SETTINGS
+from prefix_adapter.training.tasks import TASK_CLASSES
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs" / "reference"
@@ -78,6 +80,62 @@ def test_the_reference_has_the_settings_of_each_task():
         for name, (default, text) in settings.items()
     ]
     assert re.findall(r"^\| `.*", text_of("recipe.md"), re.MULTILINE) == rows
+
+
+@pytest.mark.parametrize("name", TASK_CLASSES)
+def test_the_rows_of_each_task_are_in_the_guide(name):
+    task, page = TASK_CLASSES[name], (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    row = re.search(rf"^\| `{name}` \|.*$", page, re.MULTILINE)
+    columns = getattr(task, "columns", ())  # a template has those of the data
+    assert row and {*columns, task.target} <= set(re.findall(r"`(\w+)`", row[0]))
+
+
+def section_of(command: str) -> str:
+    """What the page of the commands says about a command, from the command's own help.
+
+    Keys of a recipe, a search or a study have pages of their own, and two options are in every command.
+    """
+    left_out = {"help", "debug", "search", "study"}
+    if COMMANDS[command].has_recipe:
+        left_out |= {field.name for field in dataclasses.fields(Recipe)}
+    rows = []
+    for argument in sorted(_parser(command)._actions, key=lambda each: bool(each.option_strings)):
+        if argument.dest.partition(".")[0] in left_out:
+            continue
+        name = argument.option_strings[0] if argument.option_strings else argument.dest
+        value = argument.metavar or (
+            f"{{{','.join(argument.choices)}}}" if argument.choices else argument.dest.upper()
+        )
+        if argument.option_strings and argument.nargs != 0 and argument.nargs != "...":
+            name = f"{name} {value}"
+        text = " ".join((argument.help % {"default": argument.default}).split())
+        rows.append(f"| `{name}` | {text} |")
+    summary = COMMANDS[command].help.splitlines()[0]
+    return "\n".join([f"## {command}", "", summary, "", "| argument | meaning |", "|---|---|", *rows])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_reference_has_each_argument_of_a_command(command):
+    section = re.search(rf"^## {command}$.*?(?=\n+## |\n*\Z)", text_of("commands.md"), re.MULTILINE | re.DOTALL)
+    assert section and section[0] == section_of(command)
+
+
+def test_pages_name_no_option_that_does_not_exist():
+    """In the blocks that call the command."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    blocks = [each for page in pages for each in re.findall(r"```bash\n(.*?)```", page.read_text("utf-8"), re.DOTALL)]
+    calls = re.sub(r"\\\n\s*", "", "\n".join(blocks))
+    found = re.findall(r"^(?:.* -m prefix_adapter|prefix-adapter) ([a-z][\w-]*)(.*)$", calls, re.MULTILINE)
+    assert len(found) > 40
+    known = {
+        command: {name for argument in _parser(command)._actions for name in argument.option_strings}
+        for command in COMMANDS
+    }
+    for command, words in found:
+        options = re.findall(r"(?<!\S)--[\w.]+", words.partition(" -m ")[0])
+        assert not [name for name in options if name not in known[command] and not name.startswith("--adapter.")], (
+            words
+        )
 
 
 def test_each_row_of_works_with_has_its_test():

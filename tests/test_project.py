@@ -14,6 +14,7 @@ from prefix_adapter.version import __version__
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FORGE = sorted(path for kind in ("yml", "md") for path in (ROOT / ".github").rglob(f"*.{kind}"))
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+CITATION = ROOT / "CITATION.cff"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *FORGE])
 
 
@@ -40,9 +41,27 @@ def test_the_readme_on_pypi_has_no_relative_link(repository, monkeypatch):
 
 
 def test_the_address_is_the_same_everywhere():
-    """Until the project has a public address, `repo_url` is a placeholder and `[project.urls]` is missing."""
+    """Until the project has a public address, `repo_url` is a placeholder, and other files have none."""
     shown = re.search(r"^repo_url: (\S+)$", read(ROOT / "mkdocs.yml"), re.MULTILINE)[1]
-    assert PROJECT["project"].get("urls", {}).get("Repository", shown) == shown
+    is_placeholder = "# A placeholder" in read(ROOT / "mkdocs.yml")
+    others = [
+        PROJECT["project"].get("urls", {}).get("Repository"),
+        yaml.safe_load(read(CITATION)).get("repository-code"),
+    ]
+    assert others == ([None, None] if is_placeholder else [shown, shown])
+
+
+def test_the_list_of_placeholders_is_complete():
+    """Files that name the placeholder's address, and files that call something a placeholder, are in CONTRIBUTING."""
+    section = read(ROOT / "CONTRIBUTING.md").partition("### Before the first release\n")[2]
+    address = re.search(r"^repo_url: https://(\S+)$", read(ROOT / "mkdocs.yml"), re.MULTILINE)[1]
+    code = [*ROOT.glob("*.py"), *(ROOT / "prefix_adapter").rglob("*.py")]
+    settings = [*ROOT.glob("*.toml"), *ROOT.glob("*.yml"), *ROOT.glob("*.cff"), *ROOT.glob("*.in"), *FORGE]
+    texts = {path: read(path) for path in {*PAGES, *code, *settings}}
+    found = {path for path, text in texts.items() if address in text}
+    found |= {path for path in settings if re.search(r"(?i)# .*\b(placeholder|todo|fixme)\b", texts[path])}
+    assert {str(path.relative_to(ROOT)) for path in found} <= set(re.findall(r"`([\w./]+)`", section))
+    assert not [path for path, text in texts.items() if re.search(r"\b(TODO|FIXME|XXX)\b", text)]
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

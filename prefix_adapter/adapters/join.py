@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,18 +17,13 @@ from ..messages import shorten
 from .base_model import with_root
 from .saved import AnyPath, open_adapter, read_encoder
 
-# The fields that say what the columns of a table mean, and how attention uses them.
-_SAME = (
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-    "prefix_layout",
-    "layers_to_transform",
-    "target_attention",
-    "entry_point",
-    "shift_positions",
-    "strength",
-)
+# The fields in which joined prefixes may differ. All others, new ones too, are taken to say what the columns of a
+# table mean, and how attention uses them.
+_MAY_DIFFER = {
+    *("num_virtual_tokens", "num_frozen_tokens", "prefix_projection", "encoder_hidden_size", "lora_r"),
+    *("prefix_dropout", "init_std", "modules_to_save", "label_names"),
+    *("auto_mapping", "inference_mode", "peft_version"),
+}
 
 
 def join(sources: Sequence[AnyPath], target: AnyPath) -> Path:
@@ -68,7 +64,7 @@ def join(sources: Sequence[AnyPath], target: AnyPath) -> Path:
         saved = open_adapter(source, PrefixTuningV2Config)
         config, (encoder, others) = saved.config, read_encoder(saved)
         first = first or config
-        for name in _SAME:
+        for name in (each.name for each in dataclasses.fields(config) if each.name not in _MAY_DIFFER):
             own, wanted = getattr(config, name), getattr(first, name)
             if own != wanted:
                 raise ValueError(

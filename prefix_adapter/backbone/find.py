@@ -250,7 +250,10 @@ def _is_cache_type(annotation: Any) -> bool:
 
 def _get_cache(output: Any) -> Any:
     """The cache in a backbone's output: `cache` from transformers 5.24 on, `past_key_values` before."""
-    return output.get("cache", output.get("past_key_values")) if isinstance(output, dict) else None
+    if not isinstance(output, dict):
+        return None
+    # Only names that it has: transformers 5.24 warns when it is asked for the old one.
+    return next((output[name] for name in ("cache", "past_key_values") if name in list(output)), None)
 
 
 # ---- From records to targets

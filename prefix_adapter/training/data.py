@@ -146,8 +146,30 @@ def read_file(path: str) -> datasets.Dataset:
             raise DataError(f"{path} has no rows.") from error
         cause = str((_damaged_line(path) if kind == ".jsonl" else None) or error.__cause__ or error)
         cause = re.sub(r"^(CSV parse error|In CSV column #\d+): Row #(\d+)", r"row \2 (with the header)", cause)
-        raise DataError(f"{path} cannot be read as {kind[1:]}: {cause}") from error
+        raise DataError(f"{path} cannot be read as {kind[1:]}: {cause}{_encoding_hint(path, kind)}") from error
     return rows
+
+
+def _encoding_hint(path: str, kind: str) -> str:
+    """A sentence, after a line break, that says how to save a text file that is not in UTF-8; nothing for others."""
+    if kind == ".parquet":
+        return ""
+    try:
+        with _open(path) as file:
+            file.read().decode("utf-8")
+    except UnicodeDecodeError:
+        return "\nThe file is not in UTF-8: save it in this encoding (in Excel: CSV UTF-8)."
+    except (OSError, EOFError):  # a damaged archive
+        return ""
+    return ""
+
+
+def columns_found(names: Iterable[str]) -> str:
+    """The columns of rows that lack one, for an error message, and a hint if a CSV file has another delimiter."""
+    found = [*names]
+    others = [each for each in ";\t|" if len(found) == 1 and each in found[0]]
+    hint = f" Its cells are separated by {others[0]!r}: save it with commas, or as .tsv with tabs." if others else ""
+    return f"it has {found}.{hint}"
 
 
 def _kind_of(path: str) -> str:
@@ -352,7 +374,9 @@ def rename(rows: datasets.Dataset, columns: dict[str, str], source: str) -> data
     firsts: dict[str, str] = {}
     for ours, theirs in columns.items():
         if theirs not in rows.column_names:
-            raise DataError(f"{source} has no column {theirs!r} (data.columns.{ours}); it has {rows.column_names}.")
+            raise DataError(
+                f"{source} has no column {theirs!r} (data.columns.{ours}); {columns_found(rows.column_names)}"
+            )
         firsts.setdefault(theirs, ours)
     replaced = [name for name in rows.column_names if name in columns and name not in firsts]
     rows = _name_classes(rows.remove_columns(replaced).rename_columns(firsts))

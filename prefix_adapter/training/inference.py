@@ -22,7 +22,7 @@ from ..files.source import AdapterSource
 from . import checkpoint, outputs
 from .adapter_recipe import load_adapter_recipe
 from .answer_files import AnswerLines, FoundRow, RowSource, file_type, open_answers, open_rows
-from .data import DataError, divide, load_rows
+from .data import DataError, columns_found, divide, load_rows
 from .evaluation import answer_rows, evaluate
 from .files import atomic_write, check_new, fsync_path
 from .loop import training_accelerator
@@ -98,7 +98,7 @@ def load_trained(
             with peft_allows_a_second_adapter():
                 wrapped = _load_adapter(wrapped, adapter, SECOND, revision=revision, subfolder=SECOND)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{adapter}: there is no finished adapter to load: {error}") from error
+        raise RecipeError(f"{adapter}: there is no finished adapter to load onto {recipe.model}: {error}") from error
     check_virtual_tokens(recipe, task, wrapped.active_peft_config)
     return recipe, task, wrapped.eval()
 
@@ -491,7 +491,9 @@ class _CheckedRows(Iterator[tuple[dict[str, Any], dict[str, Any]]]):
         for name, meaning in self.task.input_columns(ours).items():
             if name not in ours:
                 expected = self.columns.get(name, name)
-                raise DataError(f"{self.source} has no column {expected!r} ({meaning}); it has {sorted(known)}.")
+                raise DataError(
+                    f"{self.source} has no column {expected!r} ({meaning}); {columns_found(sorted(known))}"
+                )
 
     def __next__(self) -> tuple[dict[str, Any], dict[str, Any]]:
         for found in self.rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import warnings
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from ..adapters.start import init_from, init_from_text, token_ids
 from ..api import PeftModel, get_peft_model, turn_off_dropout
 from ..backbone.parallel import is_divided
 from ..files.contents import PEFT_HEADS, SAVED_ROOT, SECOND
-from ..messages import join_names
+from ..messages import did_you_mean, join_names
 from ..prefix.layer import PrefixTuningV2Layer, find_prefix_layer
 from ..ptuning.names import LAYER_NAME
 from .recipe import NO_ADAPTER, RecipeError, say
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _TABLE_STD = 0.5
 _RATES = {"PREFIX_TUNING_V2": 3e-2, "LORA": 2e-3, "FULL": 3e-5}
 _DECODER_RATE = 1e-2
+_MLP_RATE = 1e-3
 _HEAD_RATE = 2e-2
 # Of virtual tokens beside a model that is trained as a whole: its rate would leave them where they start.
 _WORDS_RATE = 1e-3
@@ -61,7 +63,10 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
             recipe.model, **revision, trust_remote_code=recipe.trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(f"`model`: no tokenizer can be loaded from {recipe.model!r}: {_explain(error)}") from error
+        missing = "" if os.path.isdir(recipe.model) else f"There is no folder {recipe.model!r}, and on the Hub: "
+        raise RecipeError(
+            f"`model`: no tokenizer can be loaded from {recipe.model!r}: {missing}{_explain(error)}"
+        ) from error
     special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
     if len(tokenizer.get_vocab().keys() - special) < 2:  # T5's empty tokenizer still has the sign for a space.
         raise RecipeError(
@@ -72,12 +77,14 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def _explain(error: BaseException) -> str:
-    """The message of a loading error, with the way to allow remote code if the model needs it."""
+    """The message of a loading error, with the way out if there is one."""
     if "trust_remote_code" in str(error):
         return (
             "it needs Python code from its repository, which is not run by default. If you trust the code, use "
             "--trust_remote_code, or in Python `trust_remote_code=True`."
         )
+    if found := re.match(r"Unrecognized configuration class <class '.*\.(\w+)Config'>", str(error)):
+        return f"{found[1]} has no such head. Choose another base model, or another task."
     return str(error)
 
 
@@ -190,7 +197,10 @@ def load_base(recipe: Recipe, task: Task, processes: int = 1) -> tuple[PreTraine
                 f"`model`: {recipe.model!r} has no weights for {name}, which tensor parallelism divides: each process "
                 "would draw other numbers for its part. Use a configuration without `parallelism_config`."
             )
-    return model, [*heads, *(name for name in missing if not name.startswith(tuple(f"{head}." for head in heads)))]
+    return model, [
+        *heads,
+        *(name for name in missing if not f"{name}.".startswith(tuple(f"{head}." for head in heads))),
+    ]
 
 
 def _check_sizes(recipe: Recipe, mismatched: Iterable[Any], heads: list[str]) -> None:
@@ -270,11 +280,17 @@ def _new_config(recipe: Recipe, task: Task, part: str) -> PeftConfig:
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
     if config_class is None:
         known = sorted(str(getattr(name, "value", name)) for name in PEFT_TYPE_TO_CONFIG_MAPPING)
-        raise RecipeError(f"`{part}.peft_type`: there is no method {kind!r}; there are {[*known, *NO_ADAPTER]}.")
+        known += NO_ADAPTER
+        raise RecipeError(
+            f"`{part}.peft_type`: there is no method {kind!r}; there are {known}.{did_you_mean(kind, known)}"
+        )
     fields = {each.name for each in dataclasses.fields(config_class)}
     for key in settings:
         if key not in fields:
-            raise RecipeError(f"`{part}.{key}`: {config_class.__name__} has no such setting; it has {sorted(fields)}.")
+            raise RecipeError(
+                f"`{part}.{key}`: {config_class.__name__} has no such setting; it has {sorted(fields)}."
+                f"{did_you_mean(key, fields)}"
+            )
     if kind == "PREFIX_TUNING_V2" and task.has_head and not settings.get("prefix_projection"):
         settings.setdefault("init_std", _TABLE_STD)
     if "placeholder_token_ids" in fields and task.placeholder_token_ids:
@@ -374,7 +390,7 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> n
         if new:
             raise RecipeError(
                 f"`adapter.peft_type`: with NONE nothing is trained, and {', '.join(new)} of {recipe.model} would "
-                "have random weights."
+                "have random weights. HEAD trains them alone."
             )
         base.requires_grad_(False)
         return base
@@ -496,16 +512,34 @@ def learning_rates(recipe: Recipe, model: nn.Module) -> list[float]:
 
     Defaults take the place of missing values.
     """
-    kind = recipe.adapter["peft_type"]
-    rate, head_rate = recipe.learning_rate, recipe.head_learning_rate
-    if rate is None and recipe.adapter.get("prefix_projection"):
-        rate = 1e-3
-    elif rate is None:
-        rate = _DECODER_RATE if _has_decoder_prefix(model) else _RATES.get(kind, 1e-2)
+    rate, head_rate = recipe.learning_rate or _default_rate(recipe, model), recipe.head_learning_rate
     if head_rate is None:
-        head_rate = rate if kind == "FULL" else _HEAD_RATE
-    second_rate = recipe.second_learning_rate or (_WORDS_RATE if kind == "FULL" else rate)
+        head_rate = rate if recipe.adapter["peft_type"] == "FULL" else _HEAD_RATE
+    second_rate = recipe.second_learning_rate or (_WORDS_RATE if recipe.adapter["peft_type"] == "FULL" else rate)
     return [rate, head_rate, *([second_rate] if recipe.second_adapter else ())]
+
+
+def _default_rate(recipe: Recipe, model: nn.Module) -> float:
+    if recipe.adapter.get("prefix_projection"):
+        return _MLP_RATE
+    return _DECODER_RATE if _has_decoder_prefix(model) else _RATES.get(recipe.adapter["peft_type"], 1e-2)
+
+
+def unusual_rate(recipe: Recipe, model: nn.Module) -> str | None:
+    """What is unusual about the learning rate of a recipe's adapter; `None` if nothing is, or if none is known.
+
+    A recipe of the package sets the rate of a prefix, which stays when an option replaces `adapter`.
+    """
+    kind = recipe.adapter["peft_type"]
+    if recipe.learning_rate is None or kind not in _RATES:
+        return None
+    usual = _default_rate(recipe, model)
+    if usual / 30 <= recipe.learning_rate <= usual * 10:  # published rates are between these
+        return None
+    return (
+        f"`learning_rate` {recipe.learning_rate:g} is far from the default of {usual:g} for this {kind}. Set `null` "
+        "for the default."
+    )
 
 
 def new_optimizer(recipe: Recipe, model: nn.Module, fused: bool = False) -> torch.optim.Optimizer:

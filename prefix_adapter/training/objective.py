@@ -85,7 +85,7 @@ class TaskObjective:
             self.batches = StreamBatches(training, self._use_block, recipe.batch_size, recipe.seed)
         else:
             self._use(make_features(task, training, True, recipe.data.num_proc))
-            lengths = [input_length(ids) for ids in self.features["input_ids"]] if recipe.group_by_length else None
+            lengths = self.lengths if recipe.group_by_length else None
             self.batches = Batches(len(self.items), recipe.batch_size, recipe.seed, lengths)
         self.metric = recipe.metric_for_best_model or task.default_metric
         self.lower_is_better = self.metric in task.lower_is_better
@@ -108,6 +108,7 @@ class TaskObjective:
         if not items:
             raise DataError("No training row contributes to the loss: `max_length` may be too small.")
         self.features, self.items = features, items
+        self.lengths = [input_length(ids) for ids in features["input_ids"]]
         return len(items)
 
     def prepare(self, model: Any) -> tuple[Any, Any, torch.optim.Optimizer]:
@@ -116,12 +117,15 @@ class TaskObjective:
 
     def dry_run(self, model: Any) -> None:
         """See `TrainingObjective.dry_run`."""
-        lengths = [input_length(ids) for ids in self.features["input_ids"]]
+        longest = max(self.lengths)
         try:
             with torch.no_grad():
-                self.loss(model.eval(), [lengths.index(max(lengths))])
+                self.loss(model.eval(), [self.lengths.index(longest)])
         except (ValueError, IndexError, RuntimeError) as error:
-            raise RecipeError(f"`max_length`: the model cannot process the longest row: {error}") from error
+            raise RecipeError(
+                f"The model cannot process the longest training row, {longest} tokens (`max_length` is "
+                f"{self.task.max_length}): {error}"
+            ) from error
         if self.recipe.metric_for_best_model:
             rows = self.rows["validation"]
             assert isinstance(rows, Dataset)

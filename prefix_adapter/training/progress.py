@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from ..messages import shorten
-from .model import learning_rates
+from .model import learning_rates, unusual_rate
 from .streams import RowStream
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Progress:
 
 
 def describe_task(objective: TaskObjective, model: Any, trained: int) -> str:
-    """A summary of a task: rows, labels, trained parameters, learning rates.
+    """A summary of a task: rows, lengths, labels, trained parameters, learning rates.
 
     Args:
         objective: the objective of the task.
@@ -87,11 +87,23 @@ def describe_task(objective: TaskObjective, model: Any, trained: int) -> str:
     lines = [
         f"{recipe.task} with {recipe.model}",
         f"  rows: {', '.join(f'{_count(rows)} {split}' for split, rows in objective.rows.items())}",
+        _describe_lengths(objective),
         f"  labels: {_join_labels(task.labels)}" if task.labels else "",
         f"  trained: {trained:,} of {total:,} parameters ({methods})",
         f"  learning rate: {', '.join(rates)}",
+        f"  Warning: {unusual}" if (unusual := unusual_rate(recipe, model)) else "",
     ]
     return "\n".join(filter(None, lines))
+
+
+def _describe_lengths(objective: TaskObjective) -> str:
+    """The longest training input, and how many reach the maximum; nothing for a stream, which is not read yet."""
+    if isinstance(objective.rows["train"], RowStream):
+        return ""
+    longest, most = max(objective.lengths), objective.task.max_length
+    full = sum(length >= most for length in objective.lengths)
+    cut = f"; {full:,} of {len(objective.lengths):,} reach max_length, where longer rows are cut or divided"
+    return f"  longest input: {longest:,} of at most {most:,} tokens{cut if full else ''}"
 
 
 def describe_steps(steps: int, batch_size: int, eval_steps: int, accelerator: Accelerator) -> str:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, Optional, Union, get_args, get_t
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
+from ..messages import did_you_mean
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
@@ -157,7 +159,8 @@ class Data:
             for name in each:
                 if name not in _MIXTURE_KEYS:
                     known = ", ".join(_MIXTURE_KEYS)
-                    raise RecipeError(f"`{key}.{name}`: there is no such key; there are {known}.")
+                    hint = did_you_mean(name, _MIXTURE_KEYS)
+                    raise RecipeError(f"`{key}.{name}`: there is no such key; there are {known}.{hint}")
             if "train" not in each:
                 raise RecipeError(f"`{key}.train`: there must be a file, or a split of `{key}.path`.")
             weight = each.get("weight", 1)
@@ -540,7 +543,8 @@ def _check_keys(values: dict[str, Any]) -> None:
         known = [each.name for each in dataclasses.fields(kind)]
         for key in given:
             if key not in known:
-                raise RecipeError(f"`{prefix}{key}`: there is no such key; there are {', '.join(known)}.")
+                hint = did_you_mean(key, known)
+                raise RecipeError(f"`{prefix}{key}`: there is no such key; there are {', '.join(known)}.{hint}")
 
 
 _BOUNDS: dict[str, tuple[Callable[[float, float], bool], str]] = {
@@ -583,7 +587,10 @@ def recipe_path(name: str | os.PathLike[str]) -> str:
         return str(name)
     if str(name) in recipe_names():
         return str(resources.files(__package__) / "recipes" / f"{name}.yaml")
-    raise RecipeError(f"There is no file {str(name)!r} and no recipe of that name; there are {recipe_names()}.")
+    known = recipe_names()
+    raise RecipeError(
+        f"There is no file {str(name)!r} and no recipe of that name; there are {known}.{did_you_mean(name, known)}"
+    )
 
 
 _MAX_FILE_BYTES, _MAX_FILE_VALUES = 1_000_000, 100_000

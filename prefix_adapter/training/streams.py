@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 
 from .batches import Batches
-from .data import DataError, load_split, stream_file
+from .data import DataError, columns_found, load_split, stream_file
 
 if TYPE_CHECKING:
     from .recipe import Data
@@ -190,7 +190,7 @@ def _open(data: Data, split: str, task: Task, seed: int) -> datasets.IterableDat
             raise DataError(f"{source} has no rows.")
         for ours, theirs in each.columns.items():
             if theirs not in first[0]:
-                raise DataError(f"{source} has no column {theirs!r} (data.columns.{ours}); it has {[*first[0]]}.")
+                raise DataError(f"{source} has no column {theirs!r} (data.columns.{ours}); {columns_found(first[0])}")
         row = _rename(first[0], each.columns)
         task.check(datasets.Dataset.from_list([row]), source)
         names = task.column_names(row.keys())

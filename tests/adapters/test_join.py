@@ -1,5 +1,7 @@
 """Saved prefixes side by side in one: held against keys and values in a cache, and against PEFT's CARTRIDGE."""
 
+import dataclasses
+
 import pytest
 import tiny
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from prefix_adapter import PeftModel, PrefixTuningV2Config, export_peft, get_peft_model, import_peft, join
+from prefix_adapter.adapters.join import _MAY_DIFFER
 from prefix_adapter.backbone.filled_cache import fill_cache
 from prefix_adapter.cli import main
 
@@ -76,7 +79,7 @@ def test_as_peft_joins_cartridges(base, tmp_path):
     [
         ({"shift_positions": True}, "b has `shift_positions=True`"),
         ({"strength": 0.5}, "b has `strength=0.5`"),
-        ({"layers_to_transform": [0]}, "b has `prefix_layout="),
+        ({"layers_to_transform": [0]}, r"b has `layers_to_transform=\[0\]`"),
         ({"lora_r": 1}, r"b has more than a prefix \(`lora_r=1`\)"),
         ({"modules_to_save": ["lm_head"]}, "b has more than a prefix .*lm_head"),
     ],
@@ -87,6 +90,17 @@ def test_refused(base, tmp_path, settings, why):
     with pytest.raises(ValueError, match=why):
         join([tmp_path / "a", tmp_path / "b"], tmp_path / "both")
     assert not (tmp_path / "both").exists()
+
+
+def test_a_new_setting_is_compared(base, tmp_path, monkeypatch):
+    """A setting that `join` does not know could change what a prefix computes."""
+    known = set(_MAY_DIFFER)
+    assert known <= {field.name for field in dataclasses.fields(PrefixTuningV2Config)}
+    monkeypatch.setattr("prefix_adapter.adapters.join._MAY_DIFFER", known - {"prefix_dropout"})
+    save(tmp_path / "a", base, 2)
+    save(tmp_path / "b", base, 3, prefix_dropout=0.3)
+    with pytest.raises(ValueError, match=r"b has `prefix_dropout=0.3`, and .*a has 0.1"):
+        join([tmp_path / "a", tmp_path / "b"], tmp_path / "both")
 
 
 def test_one_alone(base, tmp_path):

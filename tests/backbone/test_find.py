@@ -101,6 +101,14 @@ def test_modules_with_the_same_settings_are_tried_out_once(offloaded):
     assert calls[0] == calls[2] > 4 and calls[1] == calls[3] == 1
 
 
+def test_the_old_name_of_the_cache_is_not_asked_for(monkeypatch):
+    """transformers 5.24 logs a warning when code asks an output for `past_key_values`."""
+    said = []
+    monkeypatch.setattr("transformers.utils.generic.logger.warning_once", said.append)
+    get_peft_model(tiny.model("bert"), PrefixTuningV2Config())
+    assert not said
+
+
 def test_unknown_attention_implementations_are_refused():
     model = tiny.model("llama", attn="sdpa")
     model.config._attn_implementation = "flex_attention"

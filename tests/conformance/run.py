@@ -95,6 +95,8 @@ def main() -> None:
             tasks = [task for task in known.tasks_of(model_type) if not args.tasks or task in args.tasks]
             tasks = tasks[:1] if args.first_task else tasks
             jobs += [(model_type, task, args.checks, entry) for task in tasks for entry in entry_points]
+    if unknown := sorted({*(args.types or ())} - {job[0] for job in jobs}):
+        parser.error(f"nothing to run for {', '.join(unknown)}: another --modality or --tasks, or no model type")
     results = []
     # Processes are replaced after 50 jobs, because the models of 200 types do not free all their memory.
     with get_context("spawn").Pool(args.jobs, maxtasksperchild=50) as pool:
@@ -103,8 +105,10 @@ def main() -> None:
             if args.json:  # after each result, so that a run that is stopped has some
                 args.json.write_text(json.dumps(sorted(results, key=lambda r: (r["type"], r["task"])), indent=1))
             said = [f"{name}: {text}" for name, text in result["checks"].items() if text.startswith("FAIL")]
+            why = result.get("why", "")
+            why = why if args.types else why[:300]
             name = f"{result['type']:28} {result['task']:14} {result['entry_point']:9}"
-            line = f"{name} {result['status']:9} {result.get('why', '')[:300]}"
+            line = f"{name} {result['status']:9} {why}"
             print("\n    ".join([line, *said]), flush=True)
     counts = {
         status: sum(r["status"] == status for r in results) for status in ("works", "refused", "not built", "failed")

@@ -79,10 +79,11 @@ def test_resume_needs_the_folder_alone(tiny_bert, topics, tmp_path, capsys):
     [
         (["--learning_rate", "-1"], "learning_rate"),
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--adapter.num_tokens", "4"], "adapter.num_tokens"),
-        (["--adapter.peft_type", "MAGIC"], "MAGIC"),
+        (["--adapter.num_virtual_token", "4"], r"adapter.num_virtual_token`.* Did you mean num_virtual_tokens\?"),
+        (["--adapter.peft_type", "LORAA"], r"no method 'LORAA'.* Did you mean LORA\?"),
         (["--task_kwargs.stride", "4"], "stride"),
-        (["--model", "/nowhere"], "/nowhere"),
+        (["--model", "/nowhere"], "There is no folder '/nowhere', and on the Hub: "),
+        (["--adapter", "{peft_type: NONE}"], r"nothing is trained, and classifier of \S+ would have random .* HEAD"),
         (["--metric_for_best_model", "beauty"], "beauty"),
         (["--lr_scheduler_type", "sawtooth"], "sawtooth"),
     ],
@@ -211,6 +212,17 @@ def test_help_and_mistakes_do_not_wait_for_torch(script, how, arguments):
     assert "prefix_adapter.cli" in imported
     heavy = {"torch", "transformers", "peft", "accelerate", "datasets", "sklearn", "numpy", "optuna"}
     assert not imported & heavy
+
+
+def test_redirected_output_has_no_bars_of_the_libraries():
+    """The libraries are imported after the command has begun."""
+    code = (
+        "import contextlib; from prefix_adapter.cli import main\n"
+        "with contextlib.suppress(SystemExit): main(['train', '--resume'])\n"
+        "import datasets, huggingface_hub.utils as hub\n"
+        "print(hub.are_progress_bars_disabled(), datasets.is_progress_bar_enabled())"
+    )
+    assert run("-c", code).stdout.split() == ["True", "False"]
 
 
 @pytest.mark.slow

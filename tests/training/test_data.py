@@ -194,7 +194,9 @@ def test_changed_file_is_read_again(write):
             r"cannot be read as csv: row 3 \(with the header\): Expected 2 columns, got 1",
         ),
         ("a.csv", "text,text\na,1\n", "cannot be read as csv: there are two columns 'text'"),
-        ("a.csv", "text,label\n\xe9,1\n".encode("latin-1"), "cannot be read as csv: row 2 .*invalid UTF8"),
+        ("a.csv", "text,label\n\xe9,1\n".encode("latin-1"), "cannot be read as csv: row 2 .*UTF8.*not in UTF-8: save"),
+        ("a.csv", "text,label\n\xe9,1\n".encode("utf-16"), "cannot be read as csv: .*not in UTF-8: save"),
+        ("a.jsonl", '{"text": "\xe9"}\n'.encode("latin-1"), "cannot be read as jsonl: .*not in UTF-8: save"),
         ("a.parquet", "no parquet", "cannot be read as parquet"),
         ("a.txt", "a\n", r"files must be \.jsonl"),
     ],
@@ -229,6 +231,14 @@ def test_no_such_file(tmp_path):
 def test_columns(write, columns, expected):
     path = write("rows.jsonl", as_lines([{"a": "1", "b": "2", "text": "3"}]))
     assert read(path, columns=columns) == [expected]
+
+
+def test_another_delimiter_is_named(write):
+    """A spreadsheet writes semicolons where the comma is the decimal mark."""
+    with pytest.raises(
+        DataError, match=r"it has \['text;label'\]\. Its cells are separated by ';': save it with commas"
+    ):
+        read(write("a.csv", "text;label\na;1\n"), columns={"text": "review"})
 
 
 def test_a_column_that_is_not_there(write):

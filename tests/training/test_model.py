@@ -127,6 +127,12 @@ def test_unknown_words_in_choices_are_counted(tiny_bert, tmp_path):
         train(made)
 
 
+def test_a_base_model_without_the_head_of_the_task(tiny_bert, tmp_path):
+    rows = write_rows(tmp_path / "r.jsonl", [{"text": "x", "target": "y"}] * 3)
+    with pytest.raises(RecipeError, match=r"AutoModelForSeq2SeqLM: Bert has no such head. Choose another base model,"):
+        train(recipe(tiny_bert, {"train": rows}, tmp_path / "out", task="seq2seq-lm"))
+
+
 def test_a_tokenizer_that_cannot_pad_is_refused(tiny_bert, topics, tmp_path):
     base = shutil.copytree(tiny_bert, tmp_path / "base")
     save_tokenizer(base, WORDS, pad_token=None)

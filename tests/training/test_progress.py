@@ -1,5 +1,6 @@
 """What a user sees of a run: the summary, the bar, a line for each evaluation; and the dry run."""
 
+import dataclasses
 import io
 import json
 import re
@@ -54,6 +55,25 @@ def test_quiet_shows_neither(run, capsys):
     train(run, quiet=True)
     shown = capsys.readouterr().err
     assert "validation" not in shown and "trained:" not in shown
+
+
+@pytest.mark.parametrize(
+    ("adapter", "rate", "unusual"),
+    [
+        ({"peft_type": "LORA"}, 3e-2, True),
+        ({"peft_type": "FULL"}, 3e-2, True),
+        ({"num_virtual_tokens": 4}, 3e-5, True),
+        ({"num_virtual_tokens": 4}, 5e-3, False),
+        ({"num_virtual_tokens": 4, "prefix_projection": True}, 1e-4, False),
+        ({"peft_type": "LORA"}, None, False),
+    ],
+)
+def test_a_rate_of_another_method_and_cut_rows_are_seen(run, capsys, adapter, rate, unusual):
+    """The rate of a recipe stays when an option replaces its adapter."""
+    train(dataclasses.replace(run, adapter=adapter, learning_rate=rate, max_length=4), dry_run=True)
+    shown = capsys.readouterr().err
+    assert ("Warning: `learning_rate`" in shown) == unusual
+    assert re.search(r"longest input: 4 of at most 4 tokens; (\d+) of \1 reach max_length", shown)
 
 
 def test_a_terminal_has_a_bar_with_loss_and_rates(monkeypatch):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from prefix_adapter import UnsupportedBackboneError
 from prefix_adapter.training import Data, DataError, RecipeError, evaluate_adapter, load_recipe, train
 from prefix_adapter.training.model import load_base
 from prefix_adapter.training.tasks import TASK_CLASSES
+from prefix_adapter.training.tasks.labels import classification_metrics
 from prefix_adapter.training.tasks.sequence_classification import number_of
 
 
@@ -92,6 +94,14 @@ def test_pairs_and_integer_labels(tiny_bert, tmp_path):
     assert got["found"]["accuracy"] == metrics.accuracy_score(got["true"], guess)
     assert got["found"]["f1_macro"] == metrics.f1_score(got["true"], guess, average="macro")
     assert got["found"]["matthews_correlation"] == pytest.approx(metrics.matthews_corrcoef(got["true"], guess))
+
+
+def test_rows_with_one_of_the_labels():
+    """A few rows to validate on may have only one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = classification_metrics(["a", "a"], ["a", "a"])
+    assert found == {"accuracy": 1, "f1_macro": 1, "matthews_correlation": 0}
 
 
 def test_several_labels(tiny_bert, tmp_path):

@@ -335,7 +335,7 @@ class Cloze(TemplateTask, WeightedLabels):
 
     def metrics(self, answers: list[Row], targets: list[Any]) -> dict[str, float]:
         assert self.labels is not None
-        return classification_metrics(self.labels, [answer["prediction"] for answer in answers], targets)
+        return classification_metrics([answer["prediction"] for answer in answers], targets)
 
 
 def _next_tokens(ids: list[int], start: int) -> tuple[list[int], list[int]]:

@@ -147,11 +147,16 @@ def most_probable(labels: list[str | int], probabilities: list[float]) -> dict[s
     return {"prediction": labels[best], "probability": probabilities[best]}
 
 
-def classification_metrics(labels: list[str | int], predictions: list[Any], targets: list[Any]) -> dict[str, float]:
-    """The metrics of rows with one label each."""
-    names, targets, predictions = (list(map(str, each)) for each in (labels, targets, predictions))
+def classification_metrics(predictions: list[Any], targets: list[Any]) -> dict[str, float]:
+    """The metrics of rows with one label each.
+
+    The macro F1 is the mean over the labels that the rows or the predictions have, as in scikit-learn. With one label
+    alone the Matthews correlation is undefined, and 0 here.
+    """
+    targets, predictions = (list(map(str, each)) for each in (targets, predictions))
+    has_one = len({*targets, *predictions}) == 1
     return {
         "accuracy": float(metrics.accuracy_score(targets, predictions)),
-        "f1_macro": float(metrics.f1_score(targets, predictions, labels=names, average="macro", zero_division=0.0)),
-        "matthews_correlation": float(metrics.matthews_corrcoef(targets, predictions)),
+        "f1_macro": float(metrics.f1_score(targets, predictions, average="macro", zero_division=0.0)),
+        "matthews_correlation": 0.0 if has_one else float(metrics.matthews_corrcoef(targets, predictions)),
     }

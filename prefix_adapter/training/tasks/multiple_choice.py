@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data import DataError, rows_of
+from ..data import DataError, columns_found, rows_of
 from .task import Columns, Row, Task, text_problem
 
 if TYPE_CHECKING:
@@ -49,8 +49,9 @@ class MultipleChoice(Task):
     def check(self, rows: Dataset, source: str, with_targets: bool = True) -> None:
         if not {"choices", *_COLUMNS} & set(rows.column_names):
             raise DataError(
-                f"{source} has no column 'choices' (a list of strings), nor 'choice1', 'choice2' and so on; it has "
-                f"{rows.column_names}. If the column has another name, set `data.columns: {{choices: ...}}`."
+                f"{source} has no column 'choices' (a list of strings), nor 'choice1', 'choice2' and so on; "
+                f"{columns_found(rows.column_names)} If the column has another name, set `data.columns: {{choices: "
+                "...}`."
             )
         super().check(rows, source, with_targets)
 

@@ -165,7 +165,7 @@ class SequenceClassification(WeightedLabels):
                 "f1_macro": float(metrics.f1_score(true, guess, average="macro", zero_division=0.0)),
                 "f1_micro": float(metrics.f1_score(true, guess, average="micro", zero_division=0.0)),
             }
-        return classification_metrics(self.labels, predictions, targets)
+        return classification_metrics(predictions, targets)
 
 
 def _correlation(name: str, targets: list[float], predictions: list[float]) -> float:

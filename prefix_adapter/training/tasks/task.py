@@ -12,7 +12,7 @@ import torch
 from pyarrow import compute
 from torch import Tensor
 
-from ..data import DataError
+from ..data import DataError, columns_found
 from ..recipe import RecipeError, say
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class Task:
         for name, meaning in {**self.input_columns(names), **target}.items():
             if name not in names:
                 raise DataError(
-                    f"{source} has no column {name!r} ({meaning}); it has {names}. "
+                    f"{source} has no column {name!r} ({meaning}); {columns_found(names)} "
                     f"If the column has another name, set `data.columns: {{{name}: ...}}`."
                 )
         for number, row in enumerate(rows, start=1):
