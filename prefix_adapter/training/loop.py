@@ -74,8 +74,9 @@ def new_accelerator(recipe: Recipe) -> Accelerator:
     accelerator = Accelerator(
         # Always set: otherwise an earlier Accelerator of this process decides silently.
         mixed_precision=recipe.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
-        # A plugin, because an environment variable overrides a plain number.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=parts),
+        # A plugin, because an environment variable overrides a plain number. By default Accelerate also makes a step
+        # at the end of a data loader. The loop has none, but that of a Trainer in this process may be at its end.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=parts, sync_with_dataloader=False),
         log_with=recipe.report_to or None,
         project_config=ProjectConfiguration(recipe.output_dir, logging_dir=f"{recipe.output_dir}/logs"),
         # All buffers belong to the frozen backbone and do not change.

@@ -47,19 +47,22 @@ def test_works(model_type, task):
     assert_works(model_type, task, [name for name in CHECKS if name != "compiled"])
 
 
-def slow(types, *kept):
-    """The cases of `types`, all slow except those of some types."""
-    marks = {True: (), False: (pytest.mark.slow,)}
-    return [pytest.param(*each, marks=marks[each[0] in kept], id="-".join(each)) for each in types]
+def cases(types, is_slow):
+    """The model types and tasks as parameters of a test, slow where `is_slow` says so of the type."""
+    marks = {True: (pytest.mark.slow,), False: ()}
+    return [pytest.param(*each, marks=marks[is_slow(each[0])], id="-".join(each)) for each in types]
 
 
 # The compiler takes longer than all other checks together.
-@pytest.mark.parametrize(("model_type", "task"), slow(WORKS, "bert", "llama"))
+@pytest.mark.parametrize(("model_type", "task"), cases(WORKS, lambda name: name not in ("bert", "llama")))
 def test_compiled(model_type, task):
     assert_works(model_type, task, ["compiled"])
 
 
-@pytest.mark.parametrize(("model_type", "task"), [*OTHER_MODALITIES, *AT_ATTENTION], ids="-".join)
+@pytest.mark.parametrize(
+    ("model_type", "task"),
+    cases([*OTHER_MODALITIES, *AT_ATTENTION], lambda name: name in ("blip-2", "musicgen", "vision-encoder-decoder")),
+)
 def test_other_modalities_and_the_attention_function(model_type, task):
     entry_point = "cache" if (model_type, task) in OTHER_MODALITIES else "attention"
     result = run_one(model_type, task, [name for name in CHECKS if name != "compiled"], entry_point)

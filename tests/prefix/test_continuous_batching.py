@@ -79,7 +79,13 @@ def alone(model, inputs, new: int = 8, eos=None) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("kind", "attn"),
-    [("llama", "sdpa"), ("mistral", "sdpa"), ("gemma3", "sdpa"), ("gemma3", "eager"), ("gpt2", "sdpa")],
+    [
+        ("llama", "sdpa"),
+        pytest.param("mistral", "sdpa", marks=pytest.mark.slow),
+        pytest.param("gemma3", "sdpa", marks=pytest.mark.slow),
+        ("gemma3", "eager"),
+        ("gpt2", "sdpa"),
+    ],
 )
 def test_each_request_gets_the_text_of_generate(kind, attn):
     model = make(kind, attn)

@@ -214,6 +214,7 @@ def test_help_and_mistakes_do_not_wait_for_torch(script, how, arguments):
     assert not imported & heavy
 
 
+@pytest.mark.slow
 def test_redirected_output_has_no_bars_of_the_libraries():
     """The libraries are imported after the command has begun."""
     code = (

@@ -135,6 +135,12 @@ def recipes(tmp_path_factory) -> dict[str, dict]:
             "num_train_epochs": 3,
             "eval_steps": 5,
         },
+        "words": {
+            **topic,
+            "task": "cloze",
+            "model": save_base(folder / "words", "bert", "AutoModelForMaskedLM"),
+            "task_kwargs": {"template": "{text} w60 {mask}", "verbalizer": {"a": "w20", "b": "w22"}},
+        },
         "bart": {**topic, "task": "seq2seq-lm", "model": save_base(folder / "bart", "bart"), "data": pairs},
         "text": {
             **topic,
@@ -293,6 +299,7 @@ def divided(config: str, folder: Path, recipes: dict[str, dict]) -> SimpleNamesp
         *stopped_and_resumed("stopped", recipes["random"], 7),
         *stopped_and_resumed("both", recipes["both"], 2),
         job("bart", recipes["bart"]),
+        job("words", recipes["words"]),
     ]
     return SimpleNamespace(folder=folder, seen=work(config, folder, jobs))
 
@@ -486,6 +493,8 @@ def test_a_divided_model_is_resumed_exactly(kind, request):
 def test_fsdp_names_what_it_does_not_support(fsdp2):
     for seen in fsdp2.seen["bart"]:
         assert seen["error"][0] == "RecipeError" and "fsdp_cpu_ram_efficient_loading" in seen["error"][1]
+    for seen in fsdp2.seen["words"]:
+        assert seen["error"][0] == "RecipeError" and "predictions.decoder.bias are one weight" in seen["error"][1]
 
 
 @pytest.mark.slow

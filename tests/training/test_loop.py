@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import GradientState
 from conftest import save_base, topic_rows, write_rows
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from test_run import recipe
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from prefix_adapter import PeftModel
@@ -116,6 +119,17 @@ def test_resuming_is_exact(dropping, few, tmp_path, monkeypatch, case):
 
     train(make("whole"))
     assert_resumes(tmp_path / "whole", monkeypatch, make, step)
+
+
+def test_a_data_loader_left_at_its_end_changes_no_step(dropping, few, tmp_path):
+    """As that of a `Trainer` that has trained before, in a notebook."""
+    settings = {**NINE_STEPS, "gradient_accumulation_steps": 4}
+    train(recipe(dropping, few, tmp_path / "before", **settings))
+    rows = iter(Accelerator().prepare(DataLoader(range(2))))
+    next(rows), next(rows)
+    train(recipe(dropping, few, tmp_path / "behind", **settings))
+    assert GradientState().end_of_dataloader
+    assert what_counts(tmp_path / "before") == what_counts(tmp_path / "behind")
 
 
 def test_metrics_after_the_checkpoint_are_removed(dropping, few, tmp_path, monkeypatch):
@@ -360,8 +374,8 @@ def test_steps_that_are_not_finite_are_not_saved(tiny_bert, few, tmp_path, monke
         ({"metric_for_best_model": "bleu"}, r"`metric_for_best_model`.*'bleu'.*'accuracy'"),
         ({"report_to": ["tensorbored"]}, r"`report_to`.*'tensorbored'.*tensorboard"),
         ({"lr_scheduler_type": "nonlinear"}, r"`lr_scheduler_type` 'nonlinear'"),
-        ({"max_length": 80}, r"`max_length`.*longest row.*64"),
-        ({"max_length": 80, "adapter": {"peft_type": "FULL"}}, r"`max_length`.*longest row.*64"),
+        ({"max_length": 80}, r"longest training row, 72 tokens \(`max_length` is 80\).*64"),
+        ({"max_length": 80, "adapter": {"peft_type": "FULL"}}, r"longest training row, 72 tokens.*64"),
     ],
 )
 def test_bad_settings_are_an_error_before_anything_changes(tiny_bert, few, tmp_path, changes, said):
