@@ -214,16 +214,18 @@ def test_help_and_mistakes_do_not_wait_for_torch(script, how, arguments):
     assert not imported & heavy
 
 
-@pytest.mark.slow
-def test_redirected_output_has_no_bars_of_the_libraries():
+def test_redirected_output_has_no_bars_of_the_libraries(script, monkeypatch):
     """The libraries are imported after the command has begun."""
-    code = (
-        "import contextlib; from prefix_adapter.cli import main\n"
+    for library in ("HF_HUB", "HF_DATASETS"):
+        monkeypatch.delenv(f"{library}_DISABLE_PROGRESS_BARS", raising=False)  # left by a command of another test
+    script.write_text(
+        "import contextlib\n"
+        "from prefix_adapter.cli import main\n"
         "with contextlib.suppress(SystemExit): main(['train', '--resume'])\n"
         "import datasets, huggingface_hub.utils as hub\n"
         "print(hub.are_progress_bars_disabled(), datasets.is_progress_bar_enabled())"
     )
-    assert run("-c", code).stdout.split() == ["True", "False"]
+    assert run(script).stdout.split() == ["True", "False"]
 
 
 @pytest.mark.slow
