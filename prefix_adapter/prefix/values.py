@@ -201,10 +201,11 @@ class PrefixValues:
 
         For a table the cached keys and values are views of the embedding weight. A frozen MLP is run once.
         """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: torch 2.10 compiles less of the rest
+            return None
         encoder = self.get_encoder(adapter_name)
         is_trained = any(parameter.requires_grad for parameter in encoder.parameters())
-        trained = is_trained and (not encoder.is_plain or torch.is_grad_enabled())
-        if trained or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if is_trained and (not encoder.is_plain or torch.is_grad_enabled()):
             return None
         return self.get_writes(adapter_name)
 
