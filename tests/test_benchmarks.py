@@ -182,6 +182,7 @@ def passed(process, out):
     return checks
 
 
+@pytest.mark.slow
 def test_gpu_command_tiny(tmp_path):
     """A quick part of it, on the CPU."""
     quick = ("environment", "references fp16", "references bf16", "decoder bf16")

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from programs import example
 from safetensors.torch import load_file
@@ -62,6 +63,7 @@ def test_ner_with_modernbert(shared, minilm, tmp_path):
     assert re.search(r"^Ravi/\S+ flew/\S+ from/\S+ Lima/\S+", shown, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_multitask(shared, minilm, tmp_path):
     files = []
     for task, data in (("ner", "wnut17-ner"), ("pos", "ud-ewt-pos")):
