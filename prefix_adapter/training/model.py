@@ -421,8 +421,9 @@ def initialize_prefix(recipe: Recipe, task: Task, model: nn.Module, features: Da
     Raises:
         RecipeError: if the text, the rows or the adapter do not fit the prefix.
     """
-    # With FSDP's `cpu_ram_efficient_loading` only the main process has weights; the others receive them later.
-    if any(parameter.is_meta for parameter in model.parameters()):
+    # With FSDP's `cpu_ram_efficient_loading` only the main process has weights; the others receive them later. Until
+    # then theirs are on the meta device or, in transformers 5.17, zeros.
+    if any(parameter.is_meta for parameter in model.parameters()) or not model.get_input_embeddings().weight.any():
         return
     key = next((key for key in ("init_from", "init_text", "init_rows") if getattr(recipe, key)), None)
     try:
