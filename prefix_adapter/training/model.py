@@ -409,7 +409,7 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> n
     return model
 
 
-def initialize_prefix(recipe: Recipe, task: Task, model: nn.Module, features: Dataset) -> None:
+def initialize_prefix(recipe: Recipe, task: Task, model: Any, features: Dataset) -> None:
     """Initialize the prefix from `init_from`, `init_text` or training rows; otherwise it stays random.
 
     Args:
@@ -423,7 +423,8 @@ def initialize_prefix(recipe: Recipe, task: Task, model: nn.Module, features: Da
     """
     # With FSDP's `cpu_ram_efficient_loading` only the main process has weights; the others receive them later. Until
     # then theirs are on the meta device or, in transformers 5.17, zeros.
-    if any(parameter.is_meta for parameter in model.parameters()) or not model.get_input_embeddings().weight.any():
+    words = model.get_input_embeddings().weight
+    if any(parameter.is_meta for parameter in model.parameters()) or not words.any():
         return
     key = next((key for key in ("init_from", "init_text", "init_rows") if getattr(recipe, key)), None)
     try:
