@@ -67,7 +67,7 @@ def _one_thread():
 
 
 @pytest.fixture(autouse=True)
-def _seed(_one_thread):
+def _seed():
     import torch
 
     torch.manual_seed(0)

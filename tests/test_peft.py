@@ -684,6 +684,12 @@ def test_low_cpu_mem_usage_of_a_further_adapter(make, tmp_path):
         weights = {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
     missing = peft.set_peft_model_state_dict(model, weights, "b", low_cpu_mem_usage=True).missing_keys
     assert not [name for name in missing if ".b." in name]
+    found, expected = (
+        {name.removeprefix("base_model.model.").replace(f".{adapter}.", "."): parameter.data
+         for name, parameter in each.named_parameters() if f".{adapter}." in name}
+        for each, adapter in ((model, "b"), (trained, "default"))
+    )  # fmt: skip
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     with torch.no_grad():
         # Not bit for bit: loaded weights lie elsewhere in memory, and some CPUs then round products differently.
         torch.testing.assert_close(model.eval()(tiny.ids()).logits, trained.eval()(tiny.ids()).logits)

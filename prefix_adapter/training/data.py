@@ -160,7 +160,7 @@ def _encoding_hint(path: str, kind: str) -> str:
     except UnicodeDecodeError:
         return "\nThe file is not in UTF-8: save it in this encoding (in Excel: CSV UTF-8)."
     except (OSError, EOFError):  # a damaged archive
-        return ""
+        pass
     return ""
 
 

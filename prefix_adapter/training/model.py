@@ -514,10 +514,10 @@ def learning_rates(recipe: Recipe, model: nn.Module) -> list[float]:
 
     Defaults take the place of missing values.
     """
-    rate, head_rate = recipe.learning_rate or _default_rate(recipe, model), recipe.head_learning_rate
-    if head_rate is None:
-        head_rate = rate if recipe.adapter["peft_type"] == "FULL" else _HEAD_RATE
-    second_rate = recipe.second_learning_rate or (_WORDS_RATE if recipe.adapter["peft_type"] == "FULL" else rate)
+    rate = recipe.learning_rate or _default_rate(recipe, model)
+    head_rate, second_rate = (rate, _WORDS_RATE) if recipe.adapter["peft_type"] == "FULL" else (_HEAD_RATE, rate)
+    head_rate = recipe.head_learning_rate or head_rate
+    second_rate = recipe.second_learning_rate or second_rate
     return [rate, head_rate, *([second_rate] if recipe.second_adapter else ())]
 
 

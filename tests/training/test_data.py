@@ -194,7 +194,11 @@ def test_changed_file_is_read_again(write):
             r"cannot be read as csv: row 3 \(with the header\): Expected 2 columns, got 1",
         ),
         ("a.csv", "text,text\na,1\n", "cannot be read as csv: there are two columns 'text'"),
-        ("a.csv", "text,label\n\xe9,1\n".encode("latin-1"), "cannot be read as csv: row 2 .*UTF8.*not in UTF-8: save"),
+        (
+            "a.csv",
+            "text,label\n\xe9,1\n".encode("latin-1"),
+            "cannot be read as csv: row 2 .*invalid UTF8.*not in UTF-8: save",
+        ),
         ("a.csv", "text,label\n\xe9,1\n".encode("utf-16"), "cannot be read as csv: .*not in UTF-8: save"),
         ("a.jsonl", '{"text": "\xe9"}\n'.encode("latin-1"), "cannot be read as jsonl: .*not in UTF-8: save"),
         ("a.parquet", "no parquet", "cannot be read as parquet"),

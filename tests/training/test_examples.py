@@ -3,7 +3,10 @@
 import gzip
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ import torch
 from programs import example
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, ModernBertConfig
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def first_rows(source: Path, target: Path, count: int = 500) -> Path:
@@ -81,13 +86,25 @@ def test_multitask(shared, minilm, tmp_path):
     assert 0 < (saved[2][prefix] - saved[0][prefix]).abs().max() < 0.2
 
 
-def test_hf_trainer(shared, minilm, tmp_path):
+@pytest.mark.parametrize("own_process", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_hf_trainer(own_process, shared, minilm, tmp_path):
+    """In a process of its own it imports the package by itself."""
     data = shared / "data" / "banking77"
     train = first_rows(data / "train.jsonl.gz", tmp_path / "train.jsonl.gz")
     validation = first_rows(data / "test.jsonl.gz", tmp_path / "validation.jsonl.gz")
-    shown = example(
-        *("hf_trainer.py", "--train", train, "--validation", validation, "--model", minilm),
-        *("--output", tmp_path / "out", "--max-rows", 32, "--epochs", 1),
-    )
+    arguments = ("--train", train, "--validation", validation, "--model", minilm)
+    arguments += ("--output", tmp_path / "out", "--max-rows", 64, "--epochs", 1)
+    if own_process:
+        environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        command = [sys.executable, ROOT / "examples" / "hf_trainer.py", *map(str, arguments)]
+        shown = subprocess.run(
+            command,
+            env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    else:
+        shown = example("hf_trainer.py", *arguments)
     assert "validation accuracy" in shown
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

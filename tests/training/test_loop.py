@@ -375,7 +375,10 @@ def test_steps_that_are_not_finite_are_not_saved(tiny_bert, few, tmp_path, monke
         ({"report_to": ["tensorbored"]}, r"`report_to`.*'tensorbored'.*tensorboard"),
         ({"lr_scheduler_type": "nonlinear"}, r"`lr_scheduler_type` 'nonlinear'"),
         ({"max_length": 80}, r"longest training row, 72 tokens \(`max_length` is 80\).*64"),
-        ({"max_length": 80, "adapter": {"peft_type": "FULL"}}, r"longest training row, 72 tokens.*64"),
+        (
+            {"max_length": 80, "adapter": {"peft_type": "FULL"}},
+            r"longest training row, 72 tokens \(`max_length` is 80\).*64",
+        ),
     ],
 )
 def test_bad_settings_are_an_error_before_anything_changes(tiny_bert, few, tmp_path, changes, said):

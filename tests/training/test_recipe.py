@@ -399,7 +399,8 @@ def test_a_bad_override_is_named(key, value, recipe_file):
 BAD = {
     "foo: 1": "`foo`: there is no such key",
     "1: 1": "`1`: there is no such key",
-    "data: {trian: a.jsonl}": "shuffle_buffer. Did you mean train?",
+    "data: {trian: a.jsonl}": "`data.trian`: there is no such key",
+    "data: {trian: b.jsonl}": "shuffle_buffer. Did you mean train?",
     "learnin_rate: 1": "Did you mean learning_rate?",
     "data.train: a.jsonl": "`data.train`: there is no such key",
     "data: 3": "`data` must be a mapping, got 3",
