@@ -423,8 +423,9 @@ def initialize_prefix(recipe: Recipe, task: Task, model: Any, features: Dataset)
     """
     # With FSDP's `cpu_ram_efficient_loading` only the main process has weights; the others receive them later. Until
     # then theirs are on the meta device or, in transformers 5.17, zeros.
-    words = model.get_input_embeddings().weight
-    if any(parameter.is_meta for parameter in model.parameters()) or not words.any():
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return
+    if torch.distributed.is_initialized() and not model.get_input_embeddings().weight.any():
         return
     key = next((key for key in ("init_from", "init_text", "init_rows") if getattr(recipe, key)), None)
     try:
