@@ -30,7 +30,8 @@ from learning import mean_and_spread
 
 BATCH, EVAL_BATCH, WARMUP = 8, 32, 0.1
 ROWS, DRAWS = (16, 32, 128), (0, 1, 2, 3, 4)
-PREFIX = {"peft_type": "PREFIX_TUNING_V2", "num_virtual_tokens": 10}
+# The recorded cells have this dropout, which was the default. A decoder has none now, and learns more without it.
+PREFIX = {"peft_type": "PREFIX_TUNING_V2", "num_virtual_tokens": 10, "prefix_dropout": 0.1}
 WORDS = {"peft_type": "PTUNING_V1"}
 
 

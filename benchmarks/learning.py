@@ -59,7 +59,15 @@ ARMS = {
     "head": Arm("frozen backbone, head alone", {"peft_type": "HEAD"}, [2e-2, 1e-1], [2e-3, 2e-2]),
     "peft": Arm("PEFT PREFIX_TUNING", {**PREFIX, "peft_type": "PREFIX_TUNING"}, [3e-2, 1e-1], [3e-3, 1e-2]),
     "lora": Arm("LoRA, r = 8", {"peft_type": "LORA", "r": 8, "lora_alpha": 16}, [2e-3, 5e-3], [1e-3, 3e-3]),
-    "table": Arm("P-Tuning v2, table", PREFIX, [3e-2, 1e-1], [3e-3, 1e-2]),
+    "table": Arm("P-Tuning v2, table", PREFIX, [3e-2, 1e-1], [1e-2, 3e-2]),
+    # The default of a decoder until its harm was found.
+    "table-dropout": Arm(
+        "P-Tuning v2, table, with a dropout of 0.1 on the prefix",
+        {**PREFIX, "prefix_dropout": 0.1},
+        [],
+        [3e-3, 1e-2],
+        decoders=True,
+    ),
     "dropout": Arm(
         "P-Tuning v2, table, with the backbone's dropout", PREFIX, [3e-2, 1e-1], [], {"backbone_dropout": True}
     ),
@@ -76,7 +84,14 @@ ARMS = {
         "P-Tuning v2, 10 tokens with `lora_r: 2`",
         {**PREFIX, "num_virtual_tokens": 10, "lora_r": 2},
         [3e-2, 1e-1],
+        [1e-2, 3e-2],
+    ),
+    "companion-dropout": Arm(
+        "P-Tuning v2, 10 tokens with `lora_r: 2`, with a dropout of 0.1 on the prefix",
+        {**PREFIX, "num_virtual_tokens": 10, "lora_r": 2, "prefix_dropout": 0.1},
+        [],
         [3e-3, 1e-2],
+        decoders=True,
     ),
     "mlp": Arm(
         "P-Tuning v2, MLP of 512",

@@ -110,9 +110,9 @@ def _train_together(options: Any) -> None:
 def _search(options: Any) -> None:
     """Search for the best settings of a recipe with Optuna.
 
-    The best recipe is saved as best.yaml. By default the search varies the learning rate, the length and the dropout
-    of the prefix, and whether the prefix is a table or comes from an MLP. A value set by a command-line option is
-    kept; a value from the --config file is varied.
+    The best recipe is saved as best.yaml. By default the search varies the learning rate, the length of the prefix,
+    and whether the prefix is a table or comes from an MLP. A value set by a command-line option is kept; a value from
+    the --config file is varied.
 
       prefix-adapter search --config token-classification --model bert-base-cased --data.train train.jsonl \\
           --output_dir runs/search --search.n_trials 30

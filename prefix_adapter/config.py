@@ -62,9 +62,10 @@ class PrefixTuningV2Config(AdapterConfig):
             an MLP.
         encoder_hidden_size (`int`, *optional*):
             Width of the MLP's hidden layer; the backbone's hidden size if `None`. Only with `prefix_projection`.
-        prefix_dropout (`float`, defaults to 0.1):
+        prefix_dropout (`float`, *optional*):
             Probability in [0, 1) that an element of a prefix key or value is dropped in training. It is drawn for
-            each row of the batch, as in the reference implementation.
+            each row of the batch, as in the reference implementation. If `None`, it is 0 in a decoder, where dropout
+            holds a prefix back (docs/learning.md), and 0.1 in other models, as in the reference.
         lora_r (`int`, defaults to 0):
             Rank of trained low-rank matrices beside the prefix, on the linear layers of each attention module with a
             prefix; 0 for none (LoRA, Hu et al. 2022, https://arxiv.org/abs/2106.09685, with `lora_alpha` at twice the
@@ -124,7 +125,10 @@ class PrefixTuningV2Config(AdapterConfig):
     encoder_hidden_size: Optional[int] = field(
         default=None, metadata={"help": "Width of the MLP's hidden layer, the backbone's hidden size by default."}
     )
-    prefix_dropout: float = field(default=0.1, metadata={"help": "Dropout on the prefix keys and values."})
+    prefix_dropout: Optional[float] = field(
+        default=None,
+        metadata={"help": "Dropout on the prefix keys and values; by default 0 in a decoder and 0.1 elsewhere."},
+    )
     lora_r: int = field(
         default=0, metadata={"help": "Rank of low-rank matrices (LoRA) beside the prefix, 0 for none."}
     )
@@ -191,9 +195,10 @@ class PrefixTuningV2Config(AdapterConfig):
                 "`num_frozen_tokens` is for a table: an MLP computes all of its tokens from the same weights. Set "
                 "`prefix_projection=False`, or `num_frozen_tokens=0`."
             )
-        check_number("prefix_dropout", self.prefix_dropout)
-        if not 0 <= self.prefix_dropout < 1:
-            raise ValueError(f"`prefix_dropout` must lie in [0, 1), got {shorten(self.prefix_dropout)}.")
+        if self.prefix_dropout is not None:
+            check_number("prefix_dropout", self.prefix_dropout)
+            if not 0 <= self.prefix_dropout < 1:
+                raise ValueError(f"`prefix_dropout` must lie in [0, 1), got {shorten(self.prefix_dropout)}.")
         check_number("init_std", self.init_std)
         if not 0 < self.init_std <= 1000:
             raise ValueError(f"`init_std` must be above 0 and at most 1000, got {shorten(self.init_std)}.")

@@ -44,7 +44,7 @@ def test_an_unknown_field_is_an_error():
 def test_defaults_are_those_that_are_documented():
     config = PrefixTuningV2Config()
     assert (config.num_virtual_tokens, config.prefix_projection, config.encoder_hidden_size) == (20, False, None)
-    assert (config.prefix_dropout, config.init_std, config.shift_positions) == (0.1, 0.02, False)
+    assert (config.prefix_dropout, config.init_std, config.shift_positions) == (None, 0.02, False)
     assert (config.layers_to_transform, config.target_attention, config.modules_to_save) == (None, None, None)
     assert config.peft_type == "PREFIX_TUNING_V2" and not config.is_prompt_learning
 

@@ -243,6 +243,35 @@ def test_prefix_dropout(kind, projection):
     assert torch.equal(answers(still, kind), answers(still.eval(), kind))
 
 
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize(("kind", "dropout"), [("bert", 0.1), ("t5", 0.1), ("gpt2", 0.0), ("llama", 0.0)])
+def test_a_decoder_has_no_dropout_by_default(tmp_path, kind, dropout, projection):
+    settings = {"num_virtual_tokens": N, "prefix_projection": projection}
+    one_for_all = PrefixTuningV2Config(**settings)
+    get_peft_model(tiny.model("bert"), one_for_all)  # a config of several models keeps no value of the first
+    model = get_peft_model(tiny.model(kind, MODELS[kind], **NO_DROPOUT[kind]), one_for_all)
+    model.add_adapter("explicit", PrefixTuningV2Config(**settings, prefix_dropout=0.3))
+    draw(model, "default")
+    draw(model, "explicit")
+    layer = model.base_model.prefix_layer
+
+    def is_random():
+        torch.manual_seed(0)
+        return differ(answers(model, kind), answers(model, kind))
+
+    model.train()
+    assert (layer.dropout_of("default"), layer.dropout_of("explicit")) == (dropout, 0.3)
+    assert is_random() == bool(dropout)
+    model.set_adapter("explicit")
+    assert is_random()
+    model.eval()
+    assert (layer.dropout_of("default"), layer.dropout_of("explicit")) == (0, 0)
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    loaded = PeftModel.from_pretrained(tiny.model(kind, MODELS[kind], **NO_DROPOUT[kind]), tmp_path, is_trainable=True)
+    assert loaded.train().base_model.prefix_layer.dropout_of("default") == dropout
+    assert loaded.peft_config["default"].prefix_dropout is None
+
+
 # ---- Several adapters
 
 

@@ -171,7 +171,7 @@ class _Export:
         layer, base = self.layer, type(self.base).__name__
         if layer.entry_point != "cache":
             raise self._refuse(f"with `entry_point={layer.entry_point!r}` there is no cache")
-        if getattr(self.base.config, "is_encoder_decoder", False) or layer.kinds != {"decoder"}:
+        if getattr(self.base.config, "is_encoder_decoder", False) or not layer.is_decoder:
             raise self._refuse(f"{base} is no decoder, and an engine's cache belongs to a decoder")
         if self.info.linears:
             raise self._refuse(

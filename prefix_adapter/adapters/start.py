@@ -46,7 +46,7 @@ def init_from_text(
 
     Li and Liang (2021, https://arxiv.org/abs/2101.00190, section 7.5) initialize with activations of real words. In
     eval mode the model then answers an input exactly as the base model answers the text followed by the input; this is
-    checked on a few tokens. In training, `prefix_dropout` applies as to any prefix.
+    checked on a few tokens. In training, `prefix_dropout` drops parts of the text. In a decoder it is 0 by default.
 
     Args:
         model: A `PeftModel`, or a transformers model with the adapter in it.
@@ -126,6 +126,21 @@ def token_ids(text: str | Sequence[int] | Tensor, tokenizer: Any = None) -> list
     return ids
 
 
+def position_limit(layer: PrefixTuningV2Layer) -> int | None:
+    """Return the number of positions of a model; `None` if it has no table of them."""
+    return min((position.limit for position in layer.positions if position.limit is not None), default=None)
+
+
+def has_position_table(layer: PrefixTuningV2Layer) -> bool:
+    """Return whether a model has positions, and none of them may be negative."""
+    # Computed rotary embeddings work with negative positions, because only differences count. Their frequencies are
+    # in buffers of this name in transformers. A table of positions has no negative ones.
+    return any(
+        not any(name.endswith("inv_freq") for name, _ in position.module.named_buffers())
+        for position in layer.positions
+    )
+
+
 def _check_adapter(layer: PrefixTuningV2Layer, adapter_name: str) -> None:
     """Reject models and adapters whose prefix cannot stand for a text."""
     adapter, name = layer.adapters[adapter_name], type(layer.model).__name__
@@ -144,7 +159,7 @@ def _check_adapter(layer: PrefixTuningV2Layer, adapter_name: str) -> None:
             f"{name} is an encoder-decoder: a prefix in front of its cross-attention is not equal to a text in front "
             "of the input. A decoder can start from a text."
         )
-    if layer.kinds != {"decoder"}:
+    if not layer.is_decoder:
         raise ValueError(
             f"{name} is no decoder: each token sees the tokens after it, so the keys and values of a text depend on "
             "the input. A decoder can start from a text."
@@ -175,7 +190,7 @@ def _check_text(layer: PrefixTuningV2Layer, ids: list[int]) -> int:
     unknown = next((token for token in ids if not 0 <= token < vocab_size), None)
     if unknown is not None:
         raise ValueError(f"The text has the token {unknown}, and {type(base).__name__} has {vocab_size} tokens.")
-    limit = min((p.limit for p in layer.positions if p.limit is not None), default=None)
+    limit = position_limit(layer)
     if limit is not None and len(ids) >= limit:
         raise ValueError(
             f"The text has {len(ids)} tokens, and {type(base).__name__} has {limit} positions: none would be left for "
@@ -189,9 +204,7 @@ def _first_position(layer: PrefixTuningV2Layer, adapter: AdapterInfo) -> int:
     """Return the position of the text's first token, so that the input follows directly after the text."""
     if adapter.shifts or not layer.positions:
         return 0
-    # Computed rotary embeddings work with negative positions, because only differences count. Their frequencies are
-    # in buffers of this name in transformers. A table of positions has no negative ones.
-    if all(any(name.endswith("inv_freq") for name, _ in p.module.named_buffers()) for p in layer.positions):
+    if not has_position_table(layer):
         return -adapter.length
     raise ValueError(
         f"{type(layer.model).__name__} has a table of positions, and a text in front takes the first "

@@ -108,6 +108,11 @@ class PrefixTuningV2Layer(AdapterLayer[AdapterInfo]):
         return {target.kind for target in self.targets}
 
     @property
+    def is_decoder(self) -> bool:
+        """Whether the model has decoder self-attention alone, as Llama and GPT-2 have."""
+        return self.kinds == {"decoder"}
+
+    @property
     def unreached(self) -> list[str]:
         """The names of attention modules without a prefix that the probe did not reach."""
         return self._found.unreached
@@ -187,7 +192,7 @@ class PrefixTuningV2Layer(AdapterLayer[AdapterInfo]):
             encoder = PrefixEncoder.new(sizes, config.init_std)
         info = AdapterInfo(
             config.num_virtual_tokens,
-            config.prefix_dropout,
+            self._get_dropout(config),
             config.shift_positions,
             columns,
             config.strength,
@@ -200,6 +205,13 @@ class PrefixTuningV2Layer(AdapterLayer[AdapterInfo]):
             self.parallelism.broadcast(self.encoder_of(adapter_name).tensors())
         if config.shift_positions:
             self._hooks.positions.register_for_shifts()
+
+    def _get_dropout(self, config: PrefixTuningV2Config) -> float:
+        """The dropout probability of a config, or else that of the kind of model."""
+        if config.prefix_dropout is not None:
+            return config.prefix_dropout
+        # In a decoder, dropout on the keys turns attention away from the prefix: it hardly learns (docs/learning.md).
+        return 0.0 if self.is_decoder else 0.1
 
     def _select_linears(self, slots: Container[PrefixSlot]) -> list[LinearLayer]:
         """The linear layers in the attention modules of some slots. The first call finds those of the model.
@@ -253,6 +265,12 @@ class PrefixTuningV2Layer(AdapterLayer[AdapterInfo]):
         self._adapters[adapter_name] = replace(self._adapters[adapter_name], strength=strength)
         self.clear_plans()
         self._switch_calls()
+
+    def shift_positions(self, adapter_name: str) -> None:
+        """Have the positions of the input start after an adapter's prefix, as with `shift_positions=True`."""
+        self._adapters[adapter_name] = replace(self._adapters[adapter_name], shifts=True)
+        self.clear_plans()
+        self._hooks.positions.register_for_shifts()
 
     def clear_plans(self) -> None:
         """Drop the plans for the adapters that there were."""

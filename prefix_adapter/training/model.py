@@ -16,7 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..adapters.start import init_from, init_from_text, token_ids
+from ..adapters.start import has_position_table, init_from, init_from_text, position_limit, token_ids
 
 # Not from peft: this import registers our method with PEFT.
 from ..api import PeftModel, get_peft_model, turn_off_dropout
@@ -382,6 +382,7 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> n
             more = [name for name in new if not known & set(name.split("."))]
             config.modules_to_save = [*(config.modules_to_save or ()), *more] or None
         model = get_peft_model(base, config)
+        _shift_positions_if_needed(recipe, task, model)
     elif recipe.adapter["peft_type"] == "HEAD":
         base.base_model.requires_grad_(False)
         for name in new:
@@ -407,6 +408,23 @@ def wrap(recipe: Recipe, task: Task, base: PreTrainedModel, new: list[str]) -> n
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
     return model
+
+
+def _shift_positions_if_needed(recipe: Recipe, task: Task, model: PeftModel) -> None:
+    """Shift the positions of the input where a prefix cannot start from a text without, unless the recipe sets it.
+
+    That is so in a decoder with a table of positions, such as GPT-2. It must be long enough for prefix and input.
+    """
+    starts = recipe.init_text is not None or recipe.init_rows is not False
+    if not starts or recipe.init_from or "shift_positions" in recipe.adapter or not _can_start_from_rows(model):
+        return
+    layer = find_prefix_layer(model)
+    limit = position_limit(layer)
+    fits = limit is None or layer.adapters["default"].length + task.max_length <= limit
+    if has_position_table(layer) and fits:
+        config: Any = model.peft_config["default"]
+        config.shift_positions = True
+        layer.shift_positions("default")
 
 
 def initialize_prefix(recipe: Recipe, task: Task, model: Any, features: Dataset) -> None:
@@ -454,7 +472,7 @@ def _can_start_from_rows(model: nn.Module) -> bool:
 
 def _has_decoder_prefix(model: nn.Module) -> bool:
     """Whether a model is a decoder with a prefix."""
-    return any(isinstance(module, PrefixTuningV2Layer) and module.kinds == {"decoder"} for module in model.modules())
+    return any(isinstance(module, PrefixTuningV2Layer) and module.is_decoder for module in model.modules())
 
 
 @contextmanager

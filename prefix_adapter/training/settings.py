@@ -96,8 +96,8 @@ class Search:
             unless `type: float`. `when: {<another key>: <one of its choices>}` in a mapping limits the key to trials
             with that value (a list of choices then goes under `choices`). A list of such mappings gives one key
             several ranges. In a trial to which none of them applies the key has its default, not the recipe's value.
-            By default the search varies table or MLP, each with its range of learning rates, and the length and
-            dropout of the prefix, except for the keys in `fixed`.
+            By default the search varies table or MLP, each with its range of learning rates, and the length of the
+            prefix, except for the keys in `fixed`.
         n_trials: Finished trials at the end, including earlier trials of a resumed search. A pruned trial counts, and
             so does one that diverged. An interrupted trial is repeated and does not count.
         timeout: Start no further trial after this many seconds.

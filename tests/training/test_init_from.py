@@ -14,7 +14,7 @@ from test_loop import Crash, before_step, crash, what_counts
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
 
-from prefix_adapter import PeftModel
+from prefix_adapter import PeftModel, PrefixTuningV2Config
 from prefix_adapter.training import Data, Recipe, RecipeError, load_recipe, train
 
 TEXT = "w3 w60 w17 w5"
@@ -88,7 +88,9 @@ def _texts():
 # ---- From a text
 
 
-@pytest.mark.parametrize(("kind", "adapter", "count"), [("llama", {}, 5), ("gpt2", {"shift_positions": True}, 4)])
+@pytest.mark.parametrize(
+    ("kind", "adapter", "count"), [("llama", {}, 5), ("gpt2", {"shift_positions": True}, 4), ("gpt2", {}, 4)]
+)
 def test_the_first_step_is_as_with_the_text_in_front(writing, bases, tmp_path, kind, adapter, count):
     train(writing("out", kind, adapter, init_text=TEXT))
     base = AutoModelForCausalLM.from_pretrained(bases[kind]).eval()
@@ -121,7 +123,7 @@ def test_a_longer_text_gives_its_first_tokens(writing, bases, tmp_path):
     ("kind", "changes", "why"),
     [
         ("llama", {"adapter": {"num_virtual_tokens": 6}}, "`adapter.num_virtual_tokens`: `init_text` has 5 tokens"),
-        ("gpt2", {}, "`init_text`: .*shift_positions=True"),
+        ("gpt2", {"adapter": {"shift_positions": False}}, "`init_text`: .*shift_positions=True"),
         ("llama", {"adapter": {"layers_to_transform": [0]}}, "`init_text`: .*layers_to_transform"),
     ],
 )
@@ -227,18 +229,31 @@ def test_an_adapter_that_a_run_cannot_start_from(writing, tmp_path):
 # ---- From training rows
 
 
-def test_the_first_step_is_as_with_the_last_tokens_of_rows_in_front(writing, bases, tmp_path):
-    made = writing("out", adapter={"num_virtual_tokens": 8})
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_first_step_is_as_with_the_last_tokens_of_rows_in_front(writing, bases, tmp_path, kind):
+    """Also where that needs shifted positions, which the run then sets: in a table of positions."""
+    made = writing("out", kind, adapter={"num_virtual_tokens": 8})
     for split in ("train", "validation"):
         write_rows(tmp_path / f"{split}.jsonl", [{"text": "w1 w2 w3 w4"}] * 3)
     train(made)
-    row = [2, 7, 8, 9, 10, 5]  # [CLS] w1 w2 w3 w4 [SEP]
+    row = [*([2] if kind == "llama" else []), 7, 8, 9, 10, 5]  # [CLS] w1 w2 w3 w4 [SEP]
     with torch.no_grad():
-        base = AutoModelForCausalLM.from_pretrained(bases["llama"]).eval()
-        logits = base(input_ids=torch.tensor([[*row[-2:], *row, *row]])).logits[0, 8:-1]
+        base = AutoModelForCausalLM.from_pretrained(bases[kind]).eval()
+        logits = base(input_ids=torch.tensor([[*[*row, *row][-8:], *row]])).logits[0, 8:-1]
     assert first_loss(tmp_path / "out") == pytest.approx(
         F.cross_entropy(logits, torch.tensor(row[1:])).item(), abs=1e-5
     )
+    assert PrefixTuningV2Config.from_pretrained(tmp_path / "out").shift_positions == (kind == "gpt2")
+
+
+def test_positions_are_not_shifted_out_of_the_table(writing, bases, tmp_path, capsys):
+    """The prefix then starts from random numbers: a whole input must have a position."""
+    size = AutoModelForCausalLM.from_pretrained(bases["gpt2"]).config.n_positions
+    for name, length in (("fits", size - 8), ("too-long", size - 7)):
+        train(writing(name, "gpt2", adapter={"num_virtual_tokens": 8}, max_length=length))
+        fits = name == "fits"
+        assert PrefixTuningV2Config.from_pretrained(tmp_path / name).shift_positions == fits
+        assert ("starts from random numbers" in capsys.readouterr().err) != fits
 
 
 @pytest.mark.parametrize(
@@ -247,7 +262,7 @@ def test_the_first_step_is_as_with_the_last_tokens_of_rows_in_front(writing, bas
         ("llama", {"init_rows": False}, False),
         ("llama", {"adapter": MLP}, False),
         ("llama", {"adapter": {"layers_to_transform": [0]}}, False),
-        ("gpt2", {}, True),
+        ("gpt2", {"adapter": {"num_virtual_tokens": 4, "shift_positions": False}}, True),
     ],
 )
 def test_a_prefix_that_starts_from_random_numbers(writing, tmp_path, kind, changes, says, capsys):
@@ -267,7 +282,11 @@ def test_a_prefix_that_starts_from_random_numbers(writing, tmp_path, kind, chang
 @pytest.mark.parametrize(
     ("kind", "changes", "why"),
     [
-        ("gpt2", {}, "`init_rows`: .*shift_positions=True"),
+        (
+            "gpt2",
+            {"adapter": {"num_virtual_tokens": 4, "shift_positions": False}},
+            "`init_rows`: .*shift_positions=True",
+        ),
         ("llama", {"adapter": MLP}, "`init_rows`: .*MLP"),
         ("llama", {"init_text": TEXT}, "`init_text` and `init_rows` are both set"),
         ("llama", {"adapter": {"peft_type": "LORA"}}, "`init_rows` is for PREFIX_TUNING_V2, not for LORA"),
