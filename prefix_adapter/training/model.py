@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 # (docs/learning.md). Without a new head the model already works, and a large prefix only disturbs it.
 _TABLE_STD = 0.5
 _RATES = {"PREFIX_TUNING_V2": 3e-2, "LORA": 2e-3, "FULL": 3e-5}
-_DECODER_RATE = 1e-2
+# Of a prefix on a decoder with a new head, which a rate three times as high keeps at chance for long.
+_DECODER_HEAD_RATE = 1e-2
 _MLP_RATE = 1e-3
 _HEAD_RATE = 2e-2
 # Of virtual tokens beside a model that is trained as a whole: its rate would leave them where they start.
@@ -543,7 +544,10 @@ def learning_rates(recipe: Recipe, model: nn.Module) -> list[float]:
 def _default_rate(recipe: Recipe, model: nn.Module) -> float:
     if recipe.adapter.get("prefix_projection"):
         return _MLP_RATE
-    return _DECODER_RATE if _has_decoder_prefix(model) else _RATES.get(recipe.adapter["peft_type"], 1e-2)
+    has_head = any(_part_of(model, name) == "head" for name in trained_parameters(model))
+    if has_head and _has_decoder_prefix(model):
+        return _DECODER_HEAD_RATE
+    return _RATES.get(recipe.adapter["peft_type"], 1e-2)
 
 
 def unusual_rate(recipe: Recipe, model: nn.Module) -> str | None:

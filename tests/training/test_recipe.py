@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from prefix_adapter import PrefixTuningV2Config, PTuningConfig
 from prefix_adapter.templates import Field, Mask, Template, Text
 from prefix_adapter.training import Data, Recipe, RecipeError, load_recipe, recipe_names, train
-from prefix_adapter.training.model import adapter_configs, load_base, new_scheduler, wrap
+from prefix_adapter.training.model import adapter_configs, learning_rates, load_base, new_scheduler, wrap
 from prefix_adapter.training.recipe import TASKS, add_recipe_arguments, recipe_from, recipe_path
 from prefix_adapter.training.tasks import TASK_CLASSES
 
@@ -75,6 +75,10 @@ KINDS = {
     "fill-mask": "gpt2",
     "lama": "bert",
 }
+# Of recipes that leave the rate to the adapter and the model.
+OWN_RATES = dict.fromkeys(
+    ["sequence-classification", "sequence-classification-lora", "token-classification", "causal-lm", "chat"], 3e-2
+)
 CLOZE_WORDS = ["Yes", "No", "Maybe", "예", "아니요", "아마"]
 BASE = "task: sequence-classification\nmodel: m\noutput_dir: o\n"
 
@@ -139,12 +143,37 @@ def test_each_recipe_can_be_used(name, bases):
         assert adapter_configs(recipe, task)[0].init_std == 0.02
     # The first step uses the rate, and the last step a lower one.
     parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=recipe.learning_rate)
+    rate = recipe.learning_rate or OWN_RATES[name]
+    optimizer = torch.optim.SGD([parameter], lr=rate)
     scheduler = new_scheduler(recipe, optimizer, 100, 10)
     for _ in range(100):
         optimizer.step()
         scheduler.step()
-    assert 0 <= scheduler.get_last_lr()[0] < recipe.learning_rate
+    assert 0 <= scheduler.get_last_lr()[0] < rate
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "adapter", "rates"),
+    [
+        ("sequence-classification", "bert", {}, [3e-2, 2e-2]),
+        ("sequence-classification-lora", "bert", {}, [3e-2, 2e-2]),
+        ("token-classification", "bert", {}, [3e-2, 2e-2]),
+        ("sequence-classification", "gpt2", {}, [1e-2, 2e-2]),
+        ("causal-lm", "gpt2", {}, [3e-2, 2e-2]),
+        ("chat", "gpt2", {}, [3e-2, 2e-2]),
+        ("causal-lm", "gpt2", {"prefix_projection": True}, [1e-3, 2e-2]),
+        ("sequence-classification", "bert", {"peft_type": "LORA"}, [2e-3, 2e-2]),
+        ("sequence-classification", "bert", {"peft_type": "FULL"}, [3e-5, 3e-5]),
+    ],
+)
+def test_a_rate_that_a_recipe_leaves_out_follows_adapter_and_model(bases, name, kind, adapter, rates):
+    recipe = load_recipe(name, model=bases[kind], labels=["a", "b"] if "classification" in name else None)
+    if adapter.get("peft_type"):
+        recipe.adapter = adapter
+    recipe.adapter |= adapter
+    assert recipe.learning_rate is recipe.head_learning_rate is None
+    task = TASK_CLASSES[recipe.task](recipe, AutoTokenizer.from_pretrained(recipe.model))
+    assert learning_rates(recipe, wrap(recipe, task, *load_base(recipe, task))) == rates
 
 
 def test_lama():
@@ -239,7 +268,7 @@ def test_each_recipe_is_in_the_documentation():
         recipe = load_recipe(name)
         assert model == recipe.model
         assert length == str(recipe.adapter.get("num_virtual_tokens", "none")), name
-        assert float(rate) == recipe.learning_rate, name
+        assert float(rate) == (recipe.learning_rate or OWN_RATES[name]), name
         assert (float(epochs), int(batch)) == (recipe.num_train_epochs, recipe.batch_size), name
 
 
