@@ -544,7 +544,7 @@ def learning_rates(recipe: Recipe, model: nn.Module) -> list[float]:
 def _default_rate(recipe: Recipe, model: nn.Module) -> float:
     if recipe.adapter.get("prefix_projection"):
         return _MLP_RATE
-    has_head = any(_part_of(model, name) == "head" for name in trained_parameters(model))
+    has_head = any("modules_to_save" in name for name in trained_parameters(model))
     if has_head and _has_decoder_prefix(model):
         return _DECODER_HEAD_RATE
     return _RATES.get(recipe.adapter["peft_type"], 1e-2)
