@@ -65,12 +65,12 @@ def test_dropout(method, path, tmp_path):
 
 
 def test_folding_keeps_the_mode():
-    config = PrefixTuningV2Config(prefix_projection=True, encoder_hidden_size=8)
+    config = PrefixTuningV2Config(prefix_projection=True, encoder_hidden_size=8, prefix_dropout=0.1)
     for training in (True, False):
         model = get_peft_model(base(), config, adapter_name="a").train(training)
         model.base_model.fold_adapter("a")
         assert (model.base_model.prefix_layer.dropout_of("a") > 0) is training
-        config = PrefixTuningV2Config(prefix_projection=True, encoder_hidden_size=8)
+        config = PrefixTuningV2Config(prefix_projection=True, encoder_hidden_size=8, prefix_dropout=0.1)
 
 
 @pytest.mark.parametrize("training", [True, False])
