@@ -23,8 +23,8 @@ DEFAULT_SPACE: dict[str, Any] = {
         {"when": {_PROJECTION: False}, "low": 3e-3, "high": 2e-1, "log": True},
         {"when": {_PROJECTION: True}, "low": 1e-4, "high": 3e-3, "log": True},
     ],
-    # Not the dropout: its default follows the kind of model, and a decoder learns little with another one.
     "adapter.num_virtual_tokens": {"low": 4, "high": 128, "log": True},
+    # Dropout is left out: its default follows the kind of model, and a decoder learns little with another one.
 }
 """The space of a search without `Search.space`, as a user would write it."""
 _SHARED_KEYS = ("task", "output_dir", "metric_for_best_model", "mixed_precision", "data")
