@@ -26,6 +26,7 @@ from ..messages import did_you_mean, join_names
 from ..prefix.layer import PrefixTuningV2Layer, find_prefix_layer
 from ..ptuning.names import LAYER_NAME
 from .recipe import NO_ADAPTER, RecipeError, say
+from .tasks import TASK_CLASSES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -43,6 +44,9 @@ _TABLE_STD = 0.5
 _RATES = {"PREFIX_TUNING_V2": 3e-2, "LORA": 2e-3, "FULL": 3e-5}
 # Of a prefix on a decoder with a new head, which a rate three times as high keeps at chance for long.
 _DECODER_HEAD_RATE = 1e-2
+# Of a prefix where each token of a text has a loss: tags, and what a decoder writes. It bears more, and needs it. It
+# was measured with 10 and 20 virtual tokens; with 100 it is too high (docs/learning.md).
+_TOKENS_RATE, _TOKENS_RATE_LENGTH = 1e-1, 40
 _MLP_RATE = 1e-3
 _HEAD_RATE = 2e-2
 # Of virtual tokens beside a model that is trained as a whole: its rate would leave them where they start.
@@ -544,9 +548,15 @@ def learning_rates(recipe: Recipe, model: nn.Module) -> list[float]:
 def _default_rate(recipe: Recipe, model: nn.Module) -> float:
     if recipe.adapter.get("prefix_projection"):
         return _MLP_RATE
-    has_head = any("modules_to_save" in name for name in trained_parameters(model))
-    if has_head and _has_decoder_prefix(model):
-        return _DECODER_HEAD_RATE
+    if recipe.adapter["peft_type"] == "PREFIX_TUNING_V2":
+        has_head = any("modules_to_save" in name for name in trained_parameters(model))
+        is_decoder = _has_decoder_prefix(model)
+        if is_decoder and has_head:
+            return _DECODER_HEAD_RATE
+        # Not of an encoder-decoder that writes, where such a rate was not measured.
+        is_short = find_prefix_layer(model).adapters["default"].length <= _TOKENS_RATE_LENGTH
+        if is_short and TASK_CLASSES[recipe.task].labels_per_token and (is_decoder or has_head):
+            return _TOKENS_RATE
     return _RATES.get(recipe.adapter["peft_type"], 1e-2)
 
 

@@ -290,7 +290,8 @@ class JointObjective:
 
     def prepare(self, model: Any) -> tuple[Any, Any, torch.optim.Optimizer]:
         """See `TrainingObjective.prepare`."""
-        groups = [{"params": model.prefix, "lr": learning_rates(self.recipe.settings, model)[0], "name": "adapter"}]
+        rate = self._in_order[0].recipe.learning_rate
+        groups = [{"params": model.prefix, "lr": rate, "name": "adapter"}]
         for (name, recipe), own in zip(self.recipe.recipes.items(), model.models, strict=True):
             head = _head_parameters(own)
             if head:
@@ -420,6 +421,10 @@ class JointRun(TrainingRun):
         self, models: dict[str, Any], objectives: dict[str, TaskObjective], accelerator: Accelerator
     ) -> tuple[SharedPrefix, JointObjective]:
         """See `TrainingRun.join`."""
+        # The prefix of all tasks has the default rate of the task that bears the least.
+        rate = min(learning_rates(each.recipe, models[name])[0] for name, each in objectives.items())
+        for each in objectives.values():
+            each.recipe = dataclasses.replace(each.recipe, learning_rate=rate)
         return SharedPrefix(models), JointObjective(self.recipe, objectives, accelerator)
 
     def join_results(self, tasks: dict[str, dict[str, Any]], shared: dict[str, Any], loop: Loop) -> dict[str, Any]:

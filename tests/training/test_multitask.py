@@ -179,6 +179,31 @@ def test_a_step_moves_the_prefix_and_the_head_of_its_task_alone(values, monkeypa
     assert own and all("classifier" in name or "pooler" in name for name in own)
 
 
+def test_the_prefix_has_the_default_rate_of_the_task_that_bears_the_least(tmp_path):
+    """A decoder that learns to write bears a rate of 1e-1, and with a new head 1e-2."""
+    write_rows(tmp_path / "topics.jsonl", topic_rows(12))
+    write_rows(tmp_path / "texts.jsonl", [{"text": row["text"]} for row in topic_rows(12)])
+    tasks = {
+        "texts": {"task": "causal-lm", "data": {"train": str(tmp_path / "texts.jsonl")}},
+        "topics": {"task": "sequence-classification", "data": {"train": str(tmp_path / "topics.jsonl")}},
+    }
+    values = {
+        "model": save_base(tmp_path / "gpt2", "gpt2"),
+        "output_dir": str(tmp_path / "out"),
+        "adapter": {"num_virtual_tokens": 2},
+        "max_steps": 1,
+        "logging_steps": 1,
+        "lr_scheduler_type": "constant",
+        "tasks": tasks,
+    }
+    results = train_together(JointRecipe.from_dict(values))["tasks"]
+    assert [results[name]["learning_rates"] for name in ("texts", "topics")] == [[1e-2, 2e-2]] * 2
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["learning_rate/adapter"] for line in lines if line["split"] == "train"} == {1e-2}
+    # The recipe still leaves it out, so that a resumed run finds the same again.
+    assert load_joint_recipe(tmp_path / "out" / "recipe.yaml").settings.learning_rate is None
+
+
 def test_as_a_plain_loop(base, values, tmp_path, monkeypatch):
     """The same models in a plain loop: one AdamW, and for each step a drawn task, its next rows, its loss."""
     values = {**values, "adapter": {"num_virtual_tokens": 4, "prefix_dropout": 0.0}, "model_kwargs": {}}

@@ -76,9 +76,13 @@ KINDS = {
     "lama": "bert",
 }
 # Of recipes that leave the rate to the adapter and the model.
-OWN_RATES = dict.fromkeys(
-    ["sequence-classification", "sequence-classification-lora", "token-classification", "causal-lm", "chat"], 3e-2
-)
+OWN_RATES = {
+    "sequence-classification": 3e-2,
+    "sequence-classification-lora": 3e-2,
+    "token-classification": 1e-1,
+    "causal-lm": 1e-1,
+    "chat": 1e-1,
+}
 CLOZE_WORDS = ["Yes", "No", "Maybe", "예", "아니요", "아마"]
 BASE = "task: sequence-classification\nmodel: m\noutput_dir: o\n"
 
@@ -157,10 +161,19 @@ def test_each_recipe_can_be_used(name, bases):
     [
         ("sequence-classification", "bert", {}, [3e-2, 2e-2]),
         ("sequence-classification-lora", "bert", {}, [3e-2, 2e-2]),
-        ("token-classification", "bert", {}, [3e-2, 2e-2]),
+        ("token-classification", "bert", {}, [1e-1, 2e-2]),
+        ("token-classification", "gpt2", {}, [1e-2, 2e-2]),
+        ("token-classification", "bert", {"prefix_projection": True}, [1e-3, 2e-2]),
+        ("token-classification", "bert", {"num_virtual_tokens": 100}, [3e-2, 2e-2]),
+        ("causal-lm", "gpt2", {"num_virtual_tokens": 100}, [3e-2, 2e-2]),
         ("sequence-classification", "gpt2", {}, [1e-2, 2e-2]),
-        ("causal-lm", "gpt2", {}, [3e-2, 2e-2]),
-        ("chat", "gpt2", {}, [3e-2, 2e-2]),
+        ("causal-lm", "gpt2", {}, [1e-1, 2e-2]),
+        ("chat", "gpt2", {}, [1e-1, 2e-2]),
+        ("distil", "gpt2", {}, [3e-2, 2e-2]),
+        ("distil", "gpt2", {"num_virtual_tokens": 20}, [1e-1, 2e-2]),
+        ("cloze", "gpt2", {}, [3e-2, 2e-2]),
+        ("seq2seq-lm", "t5", {}, [3e-2, 2e-2]),
+        ("causal-lm", "gpt2", {"peft_type": "LORA"}, [2e-3, 2e-2]),
         ("causal-lm", "gpt2", {"prefix_projection": True}, [1e-3, 2e-2]),
         ("sequence-classification", "bert", {"peft_type": "LORA"}, [2e-3, 2e-2]),
         ("sequence-classification", "bert", {"peft_type": "FULL"}, [3e-5, 3e-5]),
@@ -168,10 +181,12 @@ def test_each_recipe_can_be_used(name, bases):
 )
 def test_a_rate_that_a_recipe_leaves_out_follows_adapter_and_model(bases, name, kind, adapter, rates):
     recipe = load_recipe(name, model=bases[kind], labels=["a", "b"] if "classification" in name else None)
+    if name in OWN_RATES:
+        assert recipe.learning_rate is recipe.head_learning_rate is None
+    recipe.learning_rate = None
     if adapter.get("peft_type"):
         recipe.adapter = adapter
     recipe.adapter |= adapter
-    assert recipe.learning_rate is recipe.head_learning_rate is None
     task = TASK_CLASSES[recipe.task](recipe, AutoTokenizer.from_pretrained(recipe.model))
     assert learning_rates(recipe, wrap(recipe, task, *load_base(recipe, task))) == rates
 
