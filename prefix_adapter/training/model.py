@@ -467,17 +467,12 @@ def initialize_prefix(recipe: Recipe, task: Task, model: Any, features: Dataset)
 
 def _can_start_from_rows(model: nn.Module) -> bool:
     """Whether a model has a prefix that may start from a text: a table in all layers of a decoder, at the cache."""
-    if not _has_decoder_prefix(model):
+    layer = next((module for module in model.modules() if isinstance(module, PrefixTuningV2Layer)), None)
+    if layer is None or not layer.is_decoder:
         return False
-    layer = find_prefix_layer(model)
     adapter, slots = layer.adapters["default"], {s for target in layer.targets for s in target.slots.values()}
     is_table = layer.encoder_of("default").output is None
     return is_table and layer.entry_point == "cache" and adapter.strength == 1 and slots == set(adapter.columns)
-
-
-def _has_decoder_prefix(model: nn.Module) -> bool:
-    """Whether a model is a decoder with a prefix."""
-    return any(isinstance(module, PrefixTuningV2Layer) and module.is_decoder for module in model.modules())
 
 
 @contextmanager
@@ -549,13 +544,13 @@ def _default_rate(recipe: Recipe, model: nn.Module) -> float:
     if recipe.adapter.get("prefix_projection"):
         return _MLP_RATE
     if recipe.adapter["peft_type"] == "PREFIX_TUNING_V2":
+        layer = find_prefix_layer(model)
         has_head = any("modules_to_save" in name for name in trained_parameters(model))
-        is_decoder = _has_decoder_prefix(model)
-        if is_decoder and has_head:
+        if layer.is_decoder and has_head:
             return _DECODER_HEAD_RATE
         # Not of an encoder-decoder that writes, where such a rate was not measured.
-        is_short = find_prefix_layer(model).adapters["default"].length <= _TOKENS_RATE_LENGTH
-        if is_short and TASK_CLASSES[recipe.task].labels_per_token and (is_decoder or has_head):
+        is_short = layer.adapters["default"].length <= _TOKENS_RATE_LENGTH
+        if is_short and TASK_CLASSES[recipe.task].labels_per_token and (layer.is_decoder or has_head):
             return _TOKENS_RATE
     return _RATES.get(recipe.adapter["peft_type"], 1e-2)
 

@@ -290,12 +290,13 @@ class JointObjective:
 
     def prepare(self, model: Any) -> tuple[Any, Any, torch.optim.Optimizer]:
         """See `TrainingObjective.prepare`."""
-        rate = self._in_order[0].recipe.learning_rate
-        groups = [{"params": model.prefix, "lr": rate, "name": "adapter"}]
-        for (name, recipe), own in zip(self.recipe.recipes.items(), model.models, strict=True):
+        rates = [learning_rates(each.recipe, own) for each, own in zip(self._in_order, model.models, strict=True)]
+        # That of the prefix is the same for all tasks (`JointRun.join`).
+        groups = [{"params": model.prefix, "lr": rates[0][0], "name": "adapter"}]
+        for name, own, (_, head_rate) in zip(self.objectives, model.models, rates, strict=True):
             head = _head_parameters(own)
             if head:
-                groups.append({"params": head, "lr": learning_rates(recipe, model)[1], "name": f"head.{name}"})
+                groups.append({"params": head, "lr": head_rate, "name": f"head.{name}"})
         optimizer = torch.optim.AdamW(groups, weight_decay=self.recipe.settings.weight_decay)
         if self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.find_unused_parameters = True  # A step uses the head of one task.

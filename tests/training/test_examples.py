@@ -82,8 +82,8 @@ def test_multitask(shared, minilm, tmp_path):
     prefix = "base_model.model.prefix_tuning_v2.prefix_tuning_v2_embedding.weight"
     saved = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("shared/ner", "shared/pos", "ner")]
     assert torch.equal(saved[0][prefix], saved[1][prefix])
-    # Alone it made two steps from there, at a rate of 1e-1 at most; AdamW moves a weight by the rate, roughly.
-    assert 0 < (saved[2][prefix] - saved[0][prefix]).abs().max() < 0.3
+    # Alone it made two steps from there, at rates of 1e-1 and 5e-2; AdamW moves a weight by the rate, roughly.
+    assert 0 < (saved[2][prefix] - saved[0][prefix]).abs().max() < 0.2
 
 
 @pytest.mark.parametrize("own_process", [False, pytest.param(True, marks=pytest.mark.slow)])
