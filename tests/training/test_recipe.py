@@ -20,7 +20,7 @@ from prefix_adapter.training.model import adapter_configs, learning_rates, load_
 from prefix_adapter.training.recipe import TASKS, add_recipe_arguments, recipe_from, recipe_path
 from prefix_adapter.training.tasks import TASK_CLASSES
 
-WITH_LORA = "sequence-classification-lora"
+WITH_LORA = ["sequence-classification-lora", "question-answering-lora"]
 # Transcribed from https://github.com/THUDM/P-tuning, PT-Fewshot/data_utils/task_pvps.py: the text with a word and with
 # one virtual token (`the` there), for the fields A, B and C, and the words in the order of the labels.
 CLOZE = {
@@ -80,6 +80,9 @@ OWN_RATES = {
     "sequence-classification": 3e-2,
     "sequence-classification-lora": 3e-2,
     "token-classification": 1e-1,
+    "question-answering": 3e-2,
+    "question-answering-lora": 3e-2,
+    "multiple-choice": 3e-2,
     "causal-lm": 1e-1,
     "chat": 1e-1,
 }
@@ -119,7 +122,7 @@ def bases(tmp_path_factory) -> dict[str, str]:
 
 def test_names_of_the_recipes():
     assert set(recipe_names()) == {
-        *(*PUBLISHED, *KLUE_NLI, *TASKS, WITH_LORA, *CLOZE, KLUE_CLOZE, PTUNING, LAMA, BOTH)
+        *(*PUBLISHED, *KLUE_NLI, *TASKS, *WITH_LORA, *CLOZE, KLUE_CLOZE, PTUNING, LAMA, BOTH)
     }
 
 
@@ -141,7 +144,9 @@ def test_each_recipe_can_be_used(name, bases):
         assert isinstance(config, PrefixTuningV2Config)
         assert config.to_dict().items() >= recipe.adapter.items()
         # The published recipes start like the authors' code. A table beside a new head starts where it learned more.
-        assert config.init_std == (0.5 if name in [*TASKS, WITH_LORA] and task.has_head else 0.02)
+        assert config.init_std == (0.5 if name in [*TASKS, *WITH_LORA] and task.has_head else 0.02)
+    if name in [*TASKS, *WITH_LORA] and task.has_head:  # so another adapter or model gets its own
+        assert recipe.learning_rate is recipe.head_learning_rate is None
     if name in TASKS:
         recipe.adapter |= {"prefix_projection": True, "num_frozen_tokens": 0}
         assert adapter_configs(recipe, task)[0].init_std == 0.02
@@ -161,6 +166,10 @@ def test_each_recipe_can_be_used(name, bases):
     [
         ("sequence-classification", "bert", {}, [3e-2, 2e-2]),
         ("sequence-classification-lora", "bert", {}, [3e-2, 2e-2]),
+        ("question-answering", "bert", {}, [3e-2, 2e-2]),
+        ("question-answering", "gpt2", {}, [1e-2, 2e-2]),
+        ("question-answering", "bert", {"peft_type": "LORA"}, [2e-3, 2e-2]),
+        ("multiple-choice", "bert", {}, [3e-2, 2e-2]),
         ("token-classification", "bert", {}, [1e-1, 2e-2]),
         ("token-classification", "gpt2", {}, [1e-2, 2e-2]),
         ("token-classification", "bert", {"prefix_projection": True}, [1e-3, 2e-2]),
@@ -269,8 +278,9 @@ def test_default_settings(name):
     assert recipe.data == Data(train="train.jsonl")
 
 
-def test_the_recipe_with_low_rank_matrices_differs_in_the_adapter_alone():
-    plain, ours = load_recipe(WITH_LORA.removesuffix("-lora")), load_recipe(WITH_LORA)
+@pytest.mark.parametrize("name", WITH_LORA)
+def test_a_recipe_with_low_rank_matrices_differs_in_the_adapter_alone(name):
+    plain, ours = load_recipe(name.removesuffix("-lora")), load_recipe(name)
     assert ours.adapter == {**plain.adapter, "num_virtual_tokens": 10, "lora_r": 2}
     assert replace(ours, adapter=plain.adapter, output_dir=plain.output_dir) == plain
 
