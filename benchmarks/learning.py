@@ -585,8 +585,8 @@ In more detail:
   above LoRA with half of its parameters. With dropout it scores like LoRA.
 - 10 tokens with low-rank matrices beside them (`lora_r: 2`) score like LoRA with as many parameters, or up to a point
   below it. Only on natural language inference with 4,000 rows one seed of three is far worse.
-- On questions about a text a prefix alone is ten points behind LoRA, and one with low-rank matrices is close to it
-  ([figures](#question-answering-and-multiple-choice)).
+- On questions about a text a prefix alone is 13 points behind LoRA, and one with low-rank matrices two points
+  (two seeds; [figures](#question-answering-and-multiple-choice)).
 - On natural language inference a prefix needs more steps than LoRA. All methods leave a plateau at chance first; a
   rate that is three times too high keeps them there. With all rows and 2,112 steps a table is 1.5 points behind LoRA,
   and an MLP 5.
