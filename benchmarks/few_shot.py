@@ -12,8 +12,6 @@ The work is resumable: finished cells are in `--results` and are not repeated. T
 that the cells that exist after a stop are comparable.
 """
 
-import gzip
-import json
 import os
 import random
 import statistics
@@ -26,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import runs
-from learning import mean_and_spread
+from learning import mean_and_spread, read_rows
 
 BATCH, EVAL_BATCH, WARMUP = 8, 32, 0.1
 ROWS, DRAWS = (16, 32, 128), (0, 1, 2, 3, 4)
@@ -126,8 +124,7 @@ SETS = {
 def read(path, words):
     """Return the rows of a file by label, without those of other labels."""
     rows = {label: [] for label in words}
-    for line in gzip.decompress(path.read_bytes()).splitlines():
-        row = json.loads(line)
+    for row in read_rows(path):
         if row["label"] in rows:
             rows[row["label"]].append(row)
     return rows

@@ -119,7 +119,7 @@ class Pair:
         rows: Training rows to draw; 0 for all.
         head_rate: Learning rate of the task head.
         decoder: Whether the model is a decoder.
-        validation_rows: Validation rows to draw; 0 for all.
+        validation_rows: Validation rows to draw.
         columns: The names of the task's columns in the data.
         settings: Other settings of the recipe.
         rates: Learning rates that are tried in place of those of an arm.
@@ -150,6 +150,8 @@ PAIRS = {
     "minilm-pos": Pair("minilm", "ud-ewt-pos", "token-classification", "accuracy", 6, 500),
     "minilm-banking77": Pair("minilm", "banking77", "sequence-classification", "accuracy", 6, 800),
     "minilm-wnut17": Pair("minilm", "wnut17-ner", "token-classification", "f1", 6, 500),
+    "minilm-choices": Pair("minilm", "choices", "multiple-choice", "accuracy", 3, 600, settings={"max_length": 96}),
+    "minilm-questions": Pair("minilm", "questions", "question-answering", "f1", 4, 0, settings={"max_length": 256}),
     "e5-pos": Pair("e5-small", "ud-ewt-pos", "token-classification", "accuracy", 6, 500),
     "e5-klue-nli": Pair(
         "e5-small",
@@ -160,10 +162,6 @@ PAIRS = {
         4000,
         columns=KLUE,
         settings={"max_length": 96},
-    ),
-    "minilm-choices": Pair("minilm", "choices", "multiple-choice", "accuracy", 3, 600, settings={"max_length": 96}),
-    "minilm-questions": Pair(
-        "minilm", "questions", "question-answering", "f1", 4, 0, validation_rows=0, settings={"max_length": 256}
     ),
     # All rows, long enough to leave the plateau at which the short runs begin.
     "e5-klue-nli-all": Pair(
@@ -229,7 +227,8 @@ def data_files(args, pair):
     return {split.replace("dev", "validation"): file for split, file in files.items() if file.exists()}
 
 
-def _read_rows(file):
+def read_rows(file):
+    """Return the rows of a compressed file with one row a line."""
     return [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
 
 
@@ -245,7 +244,7 @@ def _write_rows(folder, rows):
 
 def _intents(data):
     """The rows of banking77's first 20 intents."""
-    rows = {split: _read_rows(data / "banking77" / f"{split}.jsonl.gz") for split in ("train", "test")}
+    rows = {split: read_rows(data / "banking77" / f"{split}.jsonl.gz") for split in ("train", "test")}
     labels = sorted({row["label"] for row in rows["train"]})[:20]
     return {split: [row for row in each if row["label"] in labels] for split, each in rows.items()}
 
@@ -263,7 +262,7 @@ def _choices_of_intents(data):
     """Messages of banking77, and for each of them four of the 77 intents to choose from."""
     result = {}
     for split, name, count, seed in (("train", "train", 600, "train"), ("validation", "test", 400, "val")):
-        rows = _read_rows(data / "banking77" / f"{name}.jsonl.gz")
+        rows = read_rows(data / "banking77" / f"{name}.jsonl.gz")
         labels = sorted({row["label"] for row in rows})
         generator = random.Random(seed)
         generator.shuffle(rows)
@@ -283,7 +282,7 @@ def _choices_of_intents(data):
 
 def _questions(data):
     """XQuAD's English questions, with those of 80 of the 240 contexts for validation."""
-    rows = _read_rows(data / "xquad-en" / "all.jsonl.gz")
+    rows = read_rows(data / "xquad-en" / "all.jsonl.gz")
     contexts = sorted({row["context"] for row in rows})
     random.Random(0).shuffle(contexts)
     held_out = set(contexts[:80])
@@ -330,7 +329,7 @@ def recipe_of(args, name, arm, rate, seed):
             test=None if seed == SELECTION_SEED else test,
             columns=pair.columns,
             max_train_rows=rows,
-            max_validation_rows=pair.validation_rows or None,
+            max_validation_rows=pair.validation_rows,
             max_test_rows=(args.test_rows if pair.test_rows is None else pair.test_rows) or None,
         ),
         adapter=ARMS[arm].adapter,

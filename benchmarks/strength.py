@@ -8,7 +8,6 @@ and the perplexity of other texts, one to a line, which have nothing to do with 
 """
 
 import argparse
-import gzip
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from learning import read_rows
 from peft import PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -65,7 +65,7 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=args.dtype)
     model = PeftModel.from_pretrained(model, args.adapter).eval()
-    rows = [json.loads(line) for line in gzip.decompress(args.test.read_bytes()).splitlines()]
+    rows = read_rows(args.test)
     rows = rows[:: max(len(rows) // args.rows, 1)][: args.rows]
     texts = args.other.read_text(encoding="utf-8").splitlines()[: args.rows]
     results = []
