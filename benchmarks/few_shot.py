@@ -28,8 +28,9 @@ from learning import mean_and_spread, read_rows
 
 BATCH, EVAL_BATCH, WARMUP = 8, 32, 0.1
 ROWS, DRAWS = (16, 32, 128), (0, 1, 2, 3, 4)
-# The recorded cells have this dropout, which was the default. A decoder has none now, and learns more without it.
-PREFIX = {"peft_type": "PREFIX_TUNING_V2", "num_virtual_tokens": 10, "prefix_dropout": 0.1}
+DEFAULT = {"peft_type": "PREFIX_TUNING_V2", "num_virtual_tokens": 10}
+# The first cells have this dropout, which was the default. A decoder has none now, and learns more without it.
+PREFIX = {**DEFAULT, "prefix_dropout": 0.1}
 WORDS = {"peft_type": "PTUNING_V1"}
 
 
@@ -42,23 +43,32 @@ class Arm:
         adapters: The settings of its adapters, P-Tuning last; none for a model that is not trained.
         rates: The learning rates that are tried.
         task: The task.
+        head_rate: The learning rate of a task head; `None` for the default.
     """
 
     title: str
     adapters: tuple[dict[str, Any], ...]
     rates: tuple[float, ...]
     task: str = "cloze"
+    head_rate: float | None = None
 
 
 ARMS = {
     "zero": Arm("cloze, nothing trained (zero-shot)", (), ()),
-    "head": Arm("task head and prefix of 10 tokens", (PREFIX,), (3e-3, 1e-2), "sequence-classification"),
+    "head": Arm("task head and prefix of 10 tokens", (DEFAULT,), (3e-3, 1e-2), "sequence-classification"),
+    "head-dropout": Arm(
+        "task head at a rate of 2e-2 and prefix of 10 tokens with dropout",
+        (PREFIX,),
+        (3e-3, 1e-2),
+        "sequence-classification",
+        2e-2,
+    ),
     "v1": Arm("cloze with P-Tuning v1, (3, 3, 3), LSTM", (WORDS,), (1e-3, 3e-3)),
-    "v2": Arm("cloze with a prefix of 10 tokens", (PREFIX,), (3e-3, 1e-2)),
-    "both": Arm("cloze with both", (PREFIX, WORDS), (3e-3, 1e-2)),
+    "v2": Arm("cloze with a prefix of 10 tokens", (DEFAULT,), (1e-2, 3e-2)),
+    "v2-dropout": Arm("cloze with a prefix of 10 tokens with dropout", (PREFIX,), (3e-3, 1e-2)),
+    "both": Arm("cloze with both, the prefix with dropout", (PREFIX, WORDS), (3e-3, 1e-2)),
     "lora": Arm("cloze with LoRA, r = 8", ({"peft_type": "LORA", "r": 8, "lora_alpha": 16},), (1e-3, 3e-3)),
 }
-HEAD_RATE = 2e-2
 
 
 @dataclass(frozen=True)
@@ -161,9 +171,10 @@ def recipe_of(args, name, arm, adapter, draw):
         model_kwargs={"attn_implementation": "eager"},
         max_length=own.max_length,
         batch_size=BATCH,
-        head_learning_rate=HEAD_RATE,
+        head_learning_rate=way.head_rate,
         warmup_ratio=WARMUP,
         seed=draw,
+        mixed_precision=args.mixed_precision,
         labels=list(own.words),
     )
 
@@ -194,7 +205,7 @@ def build(recipes, tasks, features):
     for recipe, task in zip(recipes[1:], tasks[1:], strict=True):
         model = get_peft_model(model, training.adapter_configs(recipe, task)[0], "second")
     # Autocast casts frozen weights in each forward. Casting them once gives the same numbers in less time.
-    for module in model.modules():
+    for module in model.modules() if recipes[0].mixed_precision == "bf16" else ():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             module.weight = nn.Parameter(module.weight.bfloat16(), requires_grad=False)
             if module.bias is not None:
@@ -203,11 +214,11 @@ def build(recipes, tasks, features):
 
 
 def loss_of(model, task, features):
-    """Return the batch of some features on the model's device, its loss and the model's output, in bf16 autocast."""
+    """Return the batch of some features on the model's device, its loss and the model's output."""
     import torch
 
     batch = {key: value.to(model.device) for key, value in task.collate([dict(each) for each in features]).items()}
-    with torch.autocast(model.device.type, torch.bfloat16):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=task.recipe.mixed_precision == "bf16"):
         return batch, *task.loss(model, batch)
 
 
@@ -334,6 +345,7 @@ def main():
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--rows", nargs="+", type=int, choices=ROWS, default=list(ROWS))
+    parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="bf16")
     parser.add_argument("--draws", nargs="+", type=int, choices=DRAWS, default=list(DRAWS))
     runs.study_or_report(parser, study, report)
 

@@ -608,8 +608,8 @@ How the tables were made:
 - **Settings**: AdamW, linear schedule, {precision}. A prefix has 20 tokens. Made on {machine} with one thread per
   run, except e5-klue-nli, e5-klue-nli-all and smollm2-intents, which ran on an NVIDIA H200 (transformers 5.17);
   e5-klue-nli-all in fp32 with TF32 products. The table without dropout of smollm2-intents ran on a CPU in fp32, and
-  so did PEFT's prefix of minilm-pos, with transformers 5.17, since PEFT 0.21.2 rejects a BERT of 5.24. The
-  embeddings of e5-small had only the rows of tokens that the data has; the others are never used.
+  so did PEFT's prefix of minilm-pos and minilm-wnut17, with transformers 5.17, since PEFT 0.21.2 rejects a BERT of
+  5.24. The embeddings of e5-small had only the rows of tokens that the data has; the others are never used.
 - **Heads** are those of transformers: a linear layer on each token, or, for sentences, a linear layer on the output of
   the pretrained pooler. all-MiniLM (22.7 million parameters) was trained for mean-pooled features and not with this
   pooler.

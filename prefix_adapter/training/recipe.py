@@ -235,7 +235,8 @@ class Recipe:
         learning_rate: Learning rate of the adapter. Default: 3e-2 for a table (1e-1 with up to 40 tokens for
             tags, and on a decoder that learns to write: causal-lm, chat, distil; 1e-2 on a decoder with a new task
             head), 1e-3 for an MLP, 2e-3 for LoRA, 3e-5 for FULL, 1e-2 for other PEFT methods.
-        head_learning_rate: Learning rate of the task head. Default: 2e-2; with FULL, `learning_rate`.
+        head_learning_rate: Learning rate of the task head. Default: 2e-2; on a decoder 3 divided by the size of the
+            head's inputs, if that is less; with FULL, `learning_rate`.
         second_learning_rate: Learning rate of `second_adapter`. Default: that of `adapter`; beside FULL, 1e-3.
         weight_decay: Weight decay of AdamW, for adapter and head.
         max_grad_norm: Maximum norm of the gradients, which are clipped to it; 0 for no clipping.

@@ -114,6 +114,8 @@ def recipe_file(tmp_path):
 def bases(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("bases")
     found = {kind: tiny.save(folder / kind, kind, [*WORDS, *CLOZE_WORDS]) for kind in ("bert", "gpt2", "t5")}
+    found["wide gpt2"] = tiny.save(folder / "wide-gpt2", "gpt2", WORDS, n_embd=600)
+    found["wide bert"] = tiny.save(folder / "wide-bert", "bert", WORDS, hidden_size=600)
     tokenizer = AutoTokenizer.from_pretrained(found["gpt2"])
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"  # for the task chat
     tokenizer.save_pretrained(found["gpt2"])
@@ -176,6 +178,13 @@ def test_each_recipe_can_be_used(name, bases):
         ("token-classification", "bert", {"num_virtual_tokens": 100}, [3e-2, 2e-2]),
         ("causal-lm", "gpt2", {"num_virtual_tokens": 100}, [3e-2, 2e-2]),
         ("sequence-classification", "gpt2", {}, [1e-2, 2e-2]),
+        ("sequence-classification", "wide bert", {}, [3e-2, 2e-2]),
+        ("sequence-classification", "wide bert", {"peft_type": "LORA"}, [2e-3, 2e-2]),
+        ("sequence-classification", "wide gpt2", {}, [1e-2, 5e-3]),
+        ("sequence-classification", "wide gpt2", {"prefix_projection": True}, [1e-3, 5e-3]),
+        ("sequence-classification", "wide gpt2", {"peft_type": "LORA"}, [2e-3, 5e-3]),
+        ("sequence-classification", "wide gpt2", {"peft_type": "FULL"}, [3e-5, 3e-5]),
+        ("token-classification", "wide gpt2", {}, [1e-2, 5e-3]),
         ("causal-lm", "gpt2", {}, [1e-1, 2e-2]),
         ("chat", "gpt2", {}, [1e-1, 2e-2]),
         ("distil", "gpt2", {}, [3e-2, 2e-2]),

@@ -77,14 +77,10 @@ class TemplateTask(Task):
         kind = self.kwargs["language_model"]
         if kind not in (None, *LANGUAGE_MODELS):
             raise RecipeError(f"`task_kwargs.language_model` must be one of {LANGUAGE_MODELS}, got {kind!r}.")
-        is_masked = (
-            type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
-            or "AutoModelForMaskedLM" in (getattr(config, "auto_map", None) or {})
-        ) and not config.is_decoder
         if kind is None and config.is_encoder_decoder:
             kind = "seq2seq"
         elif kind is None:
-            kind = "masked" if is_masked and self.tokenizer.mask_token is not None else "causal"
+            kind = "masked" if is_masked_lm(config) and self.tokenizer.mask_token is not None else "causal"
         if kind == "masked" and self.tokenizer.mask_token is None:
             raise RecipeError(f"`task_kwargs.language_model`: the tokenizer of {self.recipe.model} has no mask token.")
         return str(kind)
@@ -121,6 +117,13 @@ class TemplateTask(Task):
     def without_placeholders(self, ids: Sequence[int]) -> list[int]:
         """Token ids without those of virtual tokens."""
         return [token for token in ids if token not in self.placeholder_token_ids]
+
+
+def is_masked_lm(config: PreTrainedConfig) -> bool:
+    """Whether a model's configuration is one of a masked language model, such as BERT."""
+    is_masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    is_masked = is_masked or "AutoModelForMaskedLM" in (getattr(config, "auto_map", None) or {})
+    return is_masked and not config.is_decoder
 
 
 def _load_config(recipe: Recipe) -> PreTrainedConfig:
