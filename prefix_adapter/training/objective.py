@@ -138,6 +138,13 @@ class TaskObjective:
         batch = self.task.collate(rows_of(self.features[features]))
         return self.task.loss(model, {key: value.to(self.accelerator.device) for key, value in batch.items()})[0]
 
+    def constant_metrics(self) -> dict[str, float]:
+        """The metrics of the same answer for every validation row; empty if the task has no such answer."""
+        rows = self.rows["validation"]
+        assert isinstance(rows, Dataset)
+        answers = self.task.constant_answers(rows_of(rows[:]))
+        return self.task.metrics(answers, rows[self.task.target_column(rows.column_names)]) if answers else {}
+
     def evaluate(self, model: Any, split: str = "validation") -> dict[str, float]:
         """The metrics on the rows of a split, `loss` among them; `model` has no wrapper of Accelerate's."""
         rows = self.rows[split]

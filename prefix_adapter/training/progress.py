@@ -106,6 +106,29 @@ def _describe_lengths(objective: TaskObjective) -> str:
     return f"  longest input: {longest:,} of at most {most:,} tokens{cut if full else ''}"
 
 
+def describe_failure(objective: TaskObjective, results: dict[str, Any]) -> str | None:
+    """A warning that a model has learned nothing of its task; `None` if it has, or if nothing was trained.
+
+    Then its score on the validation rows is within two standard errors of that of the same answer for every row. The
+    best of several evaluations is a little above it by chance.
+
+    Args:
+        objective: the objective of the task.
+        results: the results of the task.
+    """
+    recipe, metric = objective.recipe, objective.task.default_metric
+    if metric not in results["constant_answer"] or not results["steps"] or recipe.adapter["peft_type"] == "NONE":
+        return None
+    score, constant = results["validation"][metric], results["constant_answer"][metric]
+    if score > constant + 2 * (constant * (1 - constant) / results["rows"]["validation"]) ** 0.5:
+        return None
+    return (
+        f"Warning: {recipe.task} with {recipe.model} was hardly learned: the validation {metric} is {score:.4f}, and "
+        f"{constant:.4f} with the same answer for every row. Try a `learning_rate` three times as low or as high as "
+        f"{results['learning_rates'][0]:g}, or more epochs (docs/troubleshooting.md)."
+    )
+
+
 def describe_steps(steps: int, batch_size: int, eval_steps: int, accelerator: Accelerator) -> str:
     """A summary of a training loop: its steps, the rows of a step, the steps between evaluations, and its device."""
     processes = f"{accelerator.num_processes} processes, " if accelerator.num_processes > 1 else ""

@@ -245,6 +245,9 @@ def training_part(recipe: Recipe, results: dict[str, Any], curve: bool) -> str:
         [split, f"{rows[split]:,}", *(f"{values.get(name, float('nan')):.4f}" for name in names)]
         for split, values in tables.items()
     ]
+    if constant := results.get("constant_answer"):
+        numbers = (f"{constant[name]:.4f}" if name in constant else "" for name in names)
+        cells.insert(1, ["validation, the same answer for every row", f"{rows['validation']:,}", *numbers])
     return _TRAINING.format(
         description=f"Trained on {'streamed' if rows['train'] is None else format(rows['train'], ',')} rows of "
         f"{', '.join(sources)}, "

@@ -32,7 +32,7 @@ from .model import (
     wrap,
 )
 from .objective import TaskObjective
-from .progress import describe_features, describe_steps, describe_task
+from .progress import describe_failure, describe_features, describe_steps, describe_task
 from .recipe import Recipe, RecipeError, check_streaming, load_recipe, say, values_as_yaml
 from .streams import RowStream, check_optional_columns, stream_splits
 from .tasks import TASK_CLASSES
@@ -247,6 +247,10 @@ class TrainingRun:
             best = checkpoint.step_folder(self.checkpoints, loop.state["best_step"])
             checkpoint.load_weights(loop.unwrapped_model(), best)
         results = self._collect_results(loop, models, objectives, sizes)
+        if not options.quiet:
+            for name, own in objectives.items():
+                if failure := describe_failure(own, results["tasks"][name] if "tasks" in results else results):
+                    say(failure)
         results["seconds"] = round(time.perf_counter() - started, 1)
         self.write_outputs(models, results, log, accelerator)
         return results
@@ -267,6 +271,7 @@ class TrainingRun:
             prefix = self.metric_prefix(name)
             tasks[name] = {
                 "validation": select_metrics(loop.state["best_metrics"], prefix),
+                "constant_answer": own.constant_metrics(),
                 "metric": own.metric,
                 "epochs": own.batches.epochs(steps),
                 "trained_parameters": sizes[name],

@@ -186,6 +186,22 @@ def test_accuracy(tiny_bert):
         assert task.metrics(answers, solutions) == {"accuracy": expected}
 
 
+@pytest.mark.parametrize("form", [int, str])
+def test_the_same_answer_for_every_row(tiny_bert, form):
+    """Of rows with two to five choices; a row with fewer choices has the last one."""
+    task, rows = new_task(tiny_bert), [{**row, "label": form(row["label"])} for row in odd_rows(40, seed=2)]
+    scores = []
+    for option in range(5):
+        answers = [min(option, len(row["choices"]) - 1) for row in rows]
+        scores.append(sum(answer == int(row["label"]) for answer, row in zip(answers, rows, strict=True)) / 40)
+    assert len(set(scores)) > 1
+    found = task.constant_answers(rows)
+    assert all(
+        answer["choice"] == row["choices"][answer["prediction"]] for answer, row in zip(found, rows, strict=True)
+    )
+    assert task.metrics(found, [row["label"] for row in rows]) == {"accuracy": max(scores)}
+
+
 def test_a_run(tiny_bert, tmp_path):
     rows = odd_rows(30, seed=1)
     results = train(

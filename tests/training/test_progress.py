@@ -7,9 +7,10 @@ import re
 
 import pytest
 import yaml
+from conftest import topic_rows, write_rows
 from test_run import recipe
 
-from prefix_adapter.training import DataError, Recipe, RecipeError, load_recipe, train
+from prefix_adapter.training import Data, DataError, Recipe, RecipeError, load_recipe, train
 from prefix_adapter.training.progress import Progress
 
 
@@ -49,6 +50,31 @@ def test_redirected_output_has_a_summary_and_a_line_for_each_evaluation(run, tmp
         assert training == f"{losses[int(step)]:.4f}"
         assert not best or int(step) <= results["best_step"]
     assert any(best and int(step) == results["best_step"] for step, *_, best in found)
+
+
+def test_a_task_that_was_not_learned_is_seen(run, tmp_path, capsys):
+    """The labels do not depend on the texts, and two of three are the same."""
+    files = {}
+    for split, count in (("train", 48), ("validation", 60)):
+        rows = topic_rows(count, len(split))
+        files[split] = write_rows(
+            tmp_path / f"{split}-chance.jsonl", [{**row, "label": "ab"[i % 3 == 0]} for i, row in enumerate(rows)]
+        )
+    results = train(dataclasses.replace(run, data=Data(**files)))
+    shown = capsys.readouterr().err
+    assert "Warning: sequence-classification with" in shown and "was hardly learned: the validation accuracy" in shown
+    assert "and 0.6667 with the same answer for every row" in shown and "as low or as high as 0.03" in shown
+    assert results["constant_answer"] == {"accuracy": 40 / 60, "f1_macro": 0.4, "matthews_correlation": 0.0}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| validation, the same answer for every row | 60 |  | 0.6667 | 0.4000 | 0.0000 |" in card
+    train(dataclasses.replace(run, data=Data(**files)), quiet=True, overwrite=True)
+    assert "hardly learned" not in capsys.readouterr().err
+
+
+def test_a_task_that_was_learned_has_no_such_warning(run, capsys):
+    results = train(dataclasses.replace(run, num_train_epochs=15))
+    assert results["validation"]["accuracy"] > 0.9 > results["constant_answer"]["accuracy"]
+    assert "hardly learned" not in capsys.readouterr().err
 
 
 def test_quiet_shows_neither(run, capsys):

@@ -21,7 +21,7 @@ from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_
 from transformers import AutoTokenizer
 
 from prefix_adapter import UnsupportedBackboneError
-from prefix_adapter.training import Data, DataError, RecipeError, evaluate_adapter, load_recipe, train
+from prefix_adapter.training import Data, DataError, Recipe, RecipeError, evaluate_adapter, load_recipe, train
 from prefix_adapter.training.model import load_base
 from prefix_adapter.training.tasks import TASK_CLASSES
 from prefix_adapter.training.tasks.labels import classification_metrics
@@ -161,6 +161,13 @@ def test_equal_answers_have_no_correlation(tiny_bert, topics, tmp_path):
     task = TASK_CLASSES["sequence-classification"](made, AutoTokenizer.from_pretrained(tiny_bert))
     found = task.metrics([{"prediction": 0.5}] * 3, [0.1, 0.2, 0.6])
     assert found["pearson"] == found["spearman"] == 0.0
+
+
+@pytest.mark.parametrize(("kind", "labels"), [("regression", [0.5, 1.5]), ("multi_label_classification", [["a"], []])])
+def test_numbers_and_several_labels_have_no_best_same_answer(tiny_bert, kind, labels):
+    recipe = Recipe("sequence-classification", tiny_bert, "unused", labels=["a"], task_kwargs={"problem_type": kind})
+    task = TASK_CLASSES["sequence-classification"](recipe, AutoTokenizer.from_pretrained(tiny_bert))
+    assert task.constant_answers([{"text": "w1", "label": label} for label in labels]) == []
 
 
 def test_names_of_classes(tiny_bert, tmp_path):

@@ -222,6 +222,18 @@ def test_parts_of_speech(tiny_bert, tmp_path):
     assert got["loss"] < 0.8 * loss_of_guessing(got["true"])
 
 
+def test_the_same_answer_for_every_row(tiny_bert):
+    entities, parts = entity_rows(30, 1), part_rows(30, 1)
+    tags = [tag for row in entities for tag in row["tags"]]
+    task = make_task(tiny_bert, labels=["O", "B-X", "I-X"])
+    found = task.metrics(task.constant_answers(entities), [row["tags"] for row in entities])
+    assert found == {"accuracy": tags.count("O") / len(tags), "precision": 0.0, "recall": 0.0, "f1": 0.0}
+    tags = [tag for row in parts for tag in row["tags"]]
+    task = make_task(tiny_bert, labels=["N", "V"])
+    found = task.metrics(task.constant_answers(parts), [row["tags"] for row in parts])
+    assert found["accuracy"] == tags.count("N") / len(tags) > 0.5
+
+
 def test_tags_that_are_numbers(tiny_bert, tmp_path):
     def rows(count, seed):
         return [{**row, "tags": [{"N": 10, "V": 9}[tag] for tag in row["tags"]]} for row in part_rows(count, seed)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,8 @@ from .task import Task
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
+
+    from .task import Row
 
 
 class WeightedLabels(Task):
@@ -77,6 +79,10 @@ class WeightedLabels(Task):
             return super().loss(model, batch)
         output = model(**{key: value for key, value in batch.items() if key != "labels"})
         return self.weighted_loss(output.logits.flatten(0, -2).float(), batch["labels"].flatten()), output
+
+    def constant_answers(self, rows: Sequence[Row]) -> list[Row]:
+        ((label, _),) = Counter(row[self.target] for row in rows).most_common(1)
+        return [{"prediction": label}] * len(rows)
 
     def weighted_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The mean loss, with the weights of the labels in training.

@@ -141,6 +141,11 @@ class SequenceClassification(WeightedLabels):
             return {"prediction": chosen, "probabilities": dict(zip(map(str, self.labels), scores, strict=True))}
         return most_probable(self.labels, scores)
 
+    def constant_answers(self, rows: Sequence[Row]) -> list[Row]:
+        # No answer is clearly best of several labels, or of numbers: a constant has no correlation with them.
+        is_single = self.problem_type == "single_label_classification"
+        return super().constant_answers(rows) if is_single else []
+
     @property
     def default_metric(self) -> str:
         defaults = {"regression": "pearson", "multi_label_classification": "f1_micro"}

@@ -350,6 +350,16 @@ class Task:
         """
         raise NotImplementedError
 
+    def constant_answers(self, rows: Sequence[Row]) -> list[Row]:
+        """Return an answer for each row as a model gives it that does not read the text: the same for all rows.
+
+        Of all such answers it is the one that is right most often. Empty if the task has none that is clearly best.
+
+        Args:
+            rows: The rows, with targets.
+        """
+        return []
+
     def loss_metrics(self, loss: float) -> dict[str, float]:
         """Return metrics that follow from the mean loss."""
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from seqeval import metrics as seqeval
@@ -13,6 +14,8 @@ from .labels import WeightedLabels, distinct_labels, label_config, sort_labels, 
 from .task import Columns, Row
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from datasets import Dataset
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -126,6 +129,10 @@ class TokenClassification(WeightedLabels):
                 if number >= 0:
                     tags[number] = self.labels[best]
         return {"prediction": tags}
+
+    def constant_answers(self, rows: Sequence[Row]) -> list[Row]:
+        ((tag, _),) = Counter(tag for row in rows for tag in row[self.target]).most_common(1)
+        return [{"prediction": [tag] * len(row[self.target])} for row in rows]
 
     @property
     def _has_entities(self) -> bool:
