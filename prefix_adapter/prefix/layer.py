@@ -310,6 +310,11 @@ def _slices(sizes: list[int]) -> list[slice]:
     return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
+def prefix_layer_or_none(model: nn.Module) -> PrefixTuningV2Layer | None:
+    """The layer with the prefixes of a model; `None` if the model has no prefix."""
+    return next((module for module in model.modules() if isinstance(module, PrefixTuningV2Layer)), None)
+
+
 def find_prefix_layer(model: nn.Module, adapter_name: str | None = None, instead: str = "") -> PrefixTuningV2Layer:
     """The layer with the prefixes of a model.
 
@@ -321,7 +326,7 @@ def find_prefix_layer(model: nn.Module, adapter_name: str | None = None, instead
     Raises:
         ValueError: If there is no such adapter.
     """
-    layer = next((module for module in model.modules() if isinstance(module, PrefixTuningV2Layer)), None)
+    layer = prefix_layer_or_none(model)
     if layer is None or adapter_name not in (None, *layer.adapters):
         known = list(layer.adapters) if layer is not None else []
         name = "" if adapter_name is None else f" {adapter_name!r}"

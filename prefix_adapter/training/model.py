@@ -23,7 +23,7 @@ from ..api import PeftModel, get_peft_model, turn_off_dropout
 from ..backbone.parallel import is_divided
 from ..files.contents import PEFT_HEADS, SAVED_ROOT, SECOND
 from ..messages import did_you_mean, join_names
-from ..prefix.layer import PrefixTuningV2Layer, find_prefix_layer
+from ..prefix.layer import PrefixTuningV2Layer, find_prefix_layer, prefix_layer_or_none
 from ..ptuning.names import LAYER_NAME
 from .recipe import NO_ADAPTER, RecipeError, say
 from .tasks import TASK_CLASSES
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 _TABLE_STD = 0.5
 _RATES = {"PREFIX_TUNING_V2": 3e-2, "LORA": 2e-3, "FULL": 3e-5}
 # Of a prefix on a decoder with a new head, which a rate three times as high keeps at chance for long.
-_DECODER_HEAD_RATE = 1e-2
+_BESIDE_DECODER_HEAD_RATE = 1e-2
 # Of a prefix where each token of a text has a loss: tags, and what a decoder writes. It bears more, and needs it. It
 # was measured with 10 and 20 virtual tokens; with 100 it is too high (docs/learning.md).
 _TOKENS_RATE, _TOKENS_RATE_LENGTH = 1e-1, 40
@@ -53,7 +53,7 @@ _HEAD_RATE = 2e-2
 # On a decoder the head reads the states themselves, whose elements are ten to fifty times as large as those of an
 # encoder's pooled output. AdamW moves each weight by about the rate, so one step moves a score by about the rate times
 # the sum of the elements. This number divided by the head's width was measured with widths of 576 and 640.
-_DECODER_HEAD_STEP = 3.0
+_DECODER_HEAD_RATE_BY_WIDTH = 3.0
 # Of virtual tokens beside a model that is trained as a whole: its rate would leave them where they start.
 _WORDS_RATE = 1e-3
 _NUMBER = re.compile(r"\.\d+\.")
@@ -472,7 +472,7 @@ def initialize_prefix(recipe: Recipe, task: Task, model: Any, features: Dataset)
 
 def _can_start_from_rows(model: nn.Module) -> bool:
     """Whether a model has a prefix that may start from a text: a table in all layers of a decoder, at the cache."""
-    layer = next((module for module in model.modules() if isinstance(module, PrefixTuningV2Layer)), None)
+    layer = prefix_layer_or_none(model)
     if layer is None or not layer.is_decoder:
         return False
     adapter, slots = layer.adapters["default"], {s for target in layer.targets for s in target.slots.values()}
@@ -552,7 +552,7 @@ def _default_rate(recipe: Recipe, model: nn.Module) -> float:
         layer = find_prefix_layer(model)
         has_head = any("modules_to_save" in name for name in trained_parameters(model))
         if layer.is_decoder and has_head:
-            return _DECODER_HEAD_RATE
+            return _BESIDE_DECODER_HEAD_RATE
         # Not of an encoder-decoder that writes, where such a rate was not measured.
         is_short = layer.adapters["default"].length <= _TOKENS_RATE_LENGTH
         if is_short and TASK_CLASSES[recipe.task].labels_per_token and (layer.is_decoder or has_head):
@@ -566,12 +566,12 @@ def _default_head_rate(model: nn.Module) -> float:
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     in_head = {name for name in trained_parameters(model) if _part_of(model, name) == "head"}
     widths = [linear.in_features for name, linear in linears.items() if f"{name}.weight" in in_head]
-    return min(_HEAD_RATE, _DECODER_HEAD_STEP / max(widths, default=1))
+    return min(_HEAD_RATE, _DECODER_HEAD_RATE_BY_WIDTH / max(widths, default=1))
 
 
 def _is_decoder(model: nn.Module) -> bool:
     """Whether a model has decoder self-attention alone, as Llama and GPT-2 have."""
-    layer = next((module for module in model.modules() if isinstance(module, PrefixTuningV2Layer)), None)
+    layer = prefix_layer_or_none(model)
     if layer is not None:
         return layer.is_decoder
     config: Any = model.config
